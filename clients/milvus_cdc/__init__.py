@@ -1,0 +1,1 @@
+"""Adapters and nouns that the controller, the replicator, the command line and plugin authors share."""

@@ -1,0 +1,135 @@
+"""Shared nouns, standard library only: the words of the design as types.
+
+A TSO (timestamp oracle) is Milvus' 64-bit hybrid time: Unix milliseconds << 18 | logical counter
+(milvus `pkg/util/tsoutil`). Positions are opaque bytes that only the queue adapter which made them can compare.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+TSO_LOGICAL_BITS = 18
+
+
+def tso_to_ms(tso: int) -> int:
+    """Unix milliseconds of a TSO."""
+    return tso >> TSO_LOGICAL_BITS
+
+
+def ms_to_tso(unix_ms: int) -> int:
+    """The first TSO of a Unix millisecond."""
+    return unix_ms << TSO_LOGICAL_BITS
+
+
+def split_assignment_id(assignment_id: str) -> tuple[str, int | None]:
+    """Task uid and collection id of an assignment; None for the task's metadata assignment."""
+    uid, _, tail = assignment_id.rpartition(".")
+    return uid, None if tail == "metadata" else int(tail)
+
+
+def collection_assignment_id(task_uid: str, collection_id: int) -> str:
+    return f"{task_uid}.{collection_id}"
+
+
+def metadata_assignment_id(task_uid: str) -> str:
+    return f"{task_uid}.metadata"
+
+
+class ObjectState(StrEnum):
+    """State of a collection, partition or database in the source's metadata."""
+
+    CREATED = "CREATED"
+    DROPPED = "DROPPED"
+    """Dropping or dropped: Milvus 2.3 keeps state 2 for minutes, then writes tombstones."""
+
+
+class LoadKind(StrEnum):
+    NONE = "NONE"
+    COLLECTION = "COLLECTION"
+    PARTITIONS = "PARTITIONS"
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    database_id: int
+    name: str
+    state: ObjectState = ObjectState.CREATED
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    partition_id: int
+    name: str
+    create_ts: int
+    state: ObjectState = ObjectState.CREATED
+    drop_ts: int = 0
+    """TSO at which the metadata shows the drop; 0 when not dropped or unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    index_id: int
+    name: str
+    field_id: int
+    field_name: str
+    params: tuple[tuple[str, str], ...]
+    """Index and type parameters as CreateIndex takes them, sorted by key."""
+    create_ts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    kind: LoadKind = LoadKind.NONE
+    partition_ids: tuple[int, ...] = ()
+    replicas: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Vchannel:
+    """One shard's log and where it starts."""
+
+    vchannel: str
+    pchannel: str
+    start_position: bytes
+    """Position of the CreateCollection message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """A source collection as its metadata shows it; up to Milvus 2.5 the schema of an id never changes."""
+
+    collection_id: int
+    database_id: int
+    database: str
+    name: str
+    schema: bytes
+    """Serialized milvus.proto.schema.CollectionSchema, fields joined in, by field id, system fields included."""
+    shards: int
+    consistency_level: int
+    create_ts: int
+    properties: tuple[tuple[str, str], ...] = ()
+    state: ObjectState = ObjectState.CREATED
+    drop_ts: int = 0
+    partitions: tuple[Partition, ...] = ()
+    indexes: tuple[Index, ...] = ()
+    load: Load = field(default_factory=Load)
+    vchannels: tuple[Vchannel, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.database}.{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """Everything a source's metadata says, at one etcd revision."""
+
+    cluster_id: int
+    """etcd cluster id (ResponseHeader.cluster_id)."""
+    revision: int
+    tso: int
+    """The source's saved TSO upper bound (`{root}/kv/gid/timestamp`); 0 when the key is absent."""
+    databases: tuple[Database, ...]
+    collections: tuple[Collection, ...]
+    """Only collections in state Created, or Dropping while their keys are still there."""

@@ -1,0 +1,82 @@
+"""The seam to a source's message queue: positions, entries, readers.
+
+A pchannel is one topic of the queue. A position is the queue's message id exactly as Milvus stores it in etcd
+(NATS: stream sequence, Kafka: offset, both 8 bytes little-endian) and is opaque to everyone else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """One message of a pchannel."""
+
+    position: bytes
+    payload: bytes
+    streaming: bool = False
+    """It carries the `_v` header of Milvus' streaming service (2.6), whose format differs."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogRange:
+    """What a pchannel holds: `first` is its oldest message, `end` the position of the next one to be written."""
+
+    first: bytes
+    end: bytes
+
+
+class LogReader(Protocol):
+    """Reads one pchannel in order, nothing left out: a hole raises LogTruncatedError or LogResetError."""
+
+    async def read(self, max_bytes: int, wait_seconds: float) -> list[LogEntry]:
+        """At least one entry if any arrives within `wait_seconds`, else an empty list.
+
+        Returns what is there at once and stops near `max_bytes` of payload (one entry may exceed it). Entries
+        not yet asked for are not held in memory beyond about `max_bytes`. Cancel-safe: an entry is either
+        returned or read again by the next call.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class LogSource(Protocol):
+    """A connection to one source's queue, shared by all its readers. Errors: milvus_cdc.errors only."""
+
+    async def open(self, pchannel: str, position: bytes) -> LogReader:
+        """A reader whose first entry is the one at `position` (inclusive; may be the end, then it waits).
+
+        Raises LogTruncatedError (naming the first position still there) when the log begins later, LogResetError
+        when `position` is beyond the end or the topic is missing, RetryableError when the queue is not reachable.
+        """
+        ...
+
+    async def log_range(self, pchannel: str) -> LogRange:
+        """Raises LogResetError when the topic does not exist."""
+        ...
+
+    def order(self, position: bytes) -> int:
+        """A number that sorts positions of one pchannel; consecutive entries need not be consecutive."""
+        ...
+
+    async def probe(self) -> None:
+        """Connects, or raises what is wrong."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NatsConfig:
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class KafkaConfig:
+    brokers: tuple[str, ...]
+
+
+QueueConfig = NatsConfig | KafkaConfig
