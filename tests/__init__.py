@@ -1,0 +1,1 @@
+"""Tests of milvus-cdc, from single functions up to real servers."""

@@ -1,0 +1,16 @@
+"""Real servers for tests, demo and benchmarks: loopback only, free ports, all below one folder."""
+
+from tests.servers.etcd import EtcdServer
+from tests.servers.milvus import MilvusServer
+from tests.servers.ports import free_port
+from tests.servers.process import ManagedProcess, ServerStartError
+from tests.servers.stack import Stack
+
+__all__ = [
+    "EtcdServer",
+    "ManagedProcess",
+    "MilvusServer",
+    "ServerStartError",
+    "Stack",
+    "free_port",
+]

@@ -1,0 +1,105 @@
+"""One etcd, a source Milvus and a sink Milvus, started side by side and stopped in order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self, TypedDict
+
+from tests.servers.etcd import EtcdServer
+from tests.servers.milvus import MilvusServer
+from tests.servers.process import ManagedProcess
+
+SourceQueue = Literal["natsmq", "kafka"]
+
+
+class Addresses(TypedDict):
+    """What a client needs to reach a stack, as written to `addresses.json`."""
+
+    etcd_endpoint: str
+    source_uri: str
+    source_root_path: str
+    source_cluster: str
+    source_mq: str
+    nats_url: str | None
+    kafka_brokers: str | None
+    sink_uri: str
+    sink_root_path: str
+    sink_cluster: str
+    pids: dict[str, int]
+
+
+class Stack:
+    """A source Milvus writing to NATS or Kafka and a sink Milvus, sharing one etcd.
+
+    Law: the queue outlives its Milvus and etcd outlives both: a Milvus that lost either ignores
+    TERM.
+    """
+
+    def __init__(self, folder: Path, *, mq: SourceQueue = "natsmq") -> None:
+        self.folder = folder
+        self.mq = mq
+        self.etcd = EtcdServer(folder / "etcd")
+        self.source = MilvusServer(
+            folder / "source",
+            etcd_endpoint=self.etcd.endpoint,
+            root_path="source",
+            cluster="source",
+            mq=mq,
+            name="source",
+        )
+        self.sink = MilvusServer(
+            folder / "sink",
+            etcd_endpoint=self.etcd.endpoint,
+            root_path="sink",
+            cluster="sink",
+            name="sink",
+        )
+
+    @property
+    def servers(self) -> tuple[ManagedProcess, ...]:
+        """In the order of starting; stopping goes backwards."""
+        return (self.etcd, self.source, self.sink)
+
+    def start(self) -> Self:
+        """Start everything; ServerStartError if a part does not come up, with nothing left."""
+        try:
+            self.etcd.start()
+            self.source.spawn()
+            self.sink.spawn()
+            self.source.wait_ready()
+            self.sink.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def stop(self) -> None:
+        for server in reversed(self.servers):
+            server.stop()
+
+    def addresses(self) -> Addresses:
+        return {
+            "etcd_endpoint": self.etcd.url,
+            "source_uri": self.source.uri,
+            "source_root_path": self.source.root_path,
+            "source_cluster": self.source.cluster,
+            "source_mq": self.mq,
+            "nats_url": self.source.nats_url if self.mq == "natsmq" else None,
+            "kafka_brokers": None,
+            "sink_uri": self.sink.uri,
+            "sink_root_path": self.sink.root_path,
+            "sink_cluster": self.sink.cluster,
+            "pids": {server.name: server.pid for server in self.servers},
+        }
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
