@@ -1,0 +1,118 @@
+"""The `milvus-cdc-replicator` command: configuration, logs, health, metrics, signals."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import grpc
+import structlog
+import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from milvus_cdc import logs
+from milvus_cdc.errors import UserError
+from milvus_cdc.secrets import SecretResolver
+from milvus_cdc_replicator.connections import Connections
+from milvus_cdc_replicator.session import Replicator, run_until
+from milvus_cdc_replicator.settings import Settings, load
+
+log = structlog.get_logger()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="milvus-cdc-replicator",
+        description="Reads a Milvus source's message queue and writes its rows to the sink.",
+    )
+    parser.add_argument("--config", type=Path, help="YAML file; every key has a default")
+    parser.add_argument("--version", action="version", version=version("milvus-cdc"))
+    arguments = parser.parse_args(argv)
+    try:
+        settings = load(arguments.config)
+    except UserError as error:
+        print(f"milvus-cdc-replicator: {error.message}", file=sys.stderr)
+        return 2
+    logs.configure(settings.log.format, settings.log.level)
+    try:
+        return uvloop.run(_serve(settings))
+    except UserError as error:
+        print(f"milvus-cdc-replicator: {error.message}", file=sys.stderr)
+        return 2
+
+
+async def _serve(settings: Settings) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    metrics_host, _, metrics_port = settings.metrics.rpartition(":")
+    try:
+        metrics_server, _ = start_http_server(int(metrics_port), metrics_host)
+    except OSError as error:
+        raise UserError(
+            "ADDRESS_IN_USE", f"metrics: cannot listen on {settings.metrics}: {error.strerror}"
+        ) from error
+    server, health_servicer = await _health_server(settings.listen)
+    connections = Connections(
+        SecretResolver(
+            env_prefix=settings.secrets.env_prefix, folders=settings.secrets.folders
+        )
+    )
+    replicator = Replicator(settings, version("milvus-cdc"), connections)
+    watcher = asyncio.create_task(_report_health(replicator, health_servicer))
+    log.info(
+        "replicator started",
+        name=settings.name,
+        controller=settings.controller,
+        listen=settings.listen,
+        metrics=settings.metrics,
+    )
+    try:
+        await run_until(replicator, stop, settings.shutdown_seconds)
+    finally:
+        watcher.cancel()
+        await connections.close()
+        await server.stop(0.5)
+        metrics_server.shutdown()
+        log.info("replicator stopped")
+    return 0
+
+
+async def _health_server(listen: str) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
+    server = grpc.aio.server()
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection(
+        (health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
+    )
+    try:
+        server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise UserError("ADDRESS_IN_USE", f"listen: cannot listen on {listen}") from error
+    await server.start()
+    return server, servicer
+
+
+async def _report_health(replicator: Replicator, servicer: health.aio.HealthServicer) -> None:
+    """Live always ("" service), ready ("replicator" service) while connected to a controller."""
+    await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    while True:
+        ready = replicator.connected.is_set()
+        await servicer.set(
+            "replicator",
+            health_pb2.HealthCheckResponse.SERVING
+            if ready
+            else health_pb2.HealthCheckResponse.NOT_SERVING,
+        )
+        await asyncio.sleep(0.5)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Connections shared by all assignments: one per sink, one per queue, one reader hub per pchannel."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from milvus_cdc.errors import CdcError
+from milvus_cdc.secrets import SecretResolver
+from milvus_cdc.sink import Sink
+from milvus_cdc.sink.milvus import MilvusSink
+from milvus_cdc.source import LogSource
+from milvus_cdc.source.registry import open_source
+from milvus_cdc_replicator.reader import PchannelHub
+from milvus_cdc_replicator.spec import queue_config
+from milvuscdc.v1 import task_pb2
+
+
+class Connections:
+    """Opened on first use, closed with the process."""
+
+    def __init__(self, secrets: SecretResolver) -> None:
+        self._secrets = secrets
+        self._sinks: dict[bytes, Sink] = {}
+        self._sources: dict[object, LogSource] = {}
+        self._hubs: dict[tuple[object, str], PchannelHub] = {}
+        self._lock = asyncio.Lock()
+
+    async def sink(self, spec: task_pb2.Sink) -> Sink:
+        """Raises UserError for a secret that cannot be resolved."""
+        key = spec.SerializeToString(deterministic=True)
+        async with self._lock:
+            sink = self._sinks.get(key)
+            if sink is None:
+                token = self.token(spec.milvus, "sink.milvus.token")
+                sink = self._sinks[key] = MilvusSink(spec.milvus.uri, token)
+            return sink
+
+    def token(self, endpoint: task_pb2.MilvusEndpoint, field: str) -> str | None:
+        """The endpoint's resolved token."""
+        match endpoint.token.WhichOneof("ref"):
+            case "env":
+                return self._secrets.env(endpoint.token.env, field=field)
+            case "file":
+                return self._secrets.file(endpoint.token.file, field=field)
+            case _:
+                return None
+
+    async def source(self, spec: task_pb2.Source) -> LogSource:
+        config = queue_config(spec)
+        async with self._lock:
+            source = self._sources.get(config)
+            if source is None:
+                source = self._sources[config] = open_source(config)
+            return source
+
+    async def hub(self, spec: task_pb2.Source, pchannel: str) -> PchannelHub:
+        source = await self.source(spec)
+        key = (queue_config(spec), pchannel)
+        hub = self._hubs.get(key)
+        if hub is None:
+            hub = self._hubs[key] = PchannelHub(source, pchannel)
+        return hub
+
+    async def order(self, spec: task_pb2.Source, position: bytes) -> int:
+        return (await self.source(spec)).order(position)
+
+    async def log_end(self, spec: task_pb2.Source, pchannel: str) -> int:
+        """Order of the next entry to be written."""
+        source = await self.source(spec)
+        return source.order((await source.log_range(pchannel)).end)
+
+    def wake_readers(self) -> None:
+        for hub in self._hubs.values():
+            hub.wake()
+
+    async def close(self) -> None:
+        for hub in self._hubs.values():
+            await hub.close()
+        for sink in self._sinks.values():
+            with contextlib.suppress(CdcError):
+                await sink.close()
+        for source in self._sources.values():
+            with contextlib.suppress(CdcError):
+                await source.close()

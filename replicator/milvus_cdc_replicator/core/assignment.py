@@ -1,0 +1,305 @@
+"""The decisions of one collection assignment: what may be written when, and how far it is durable.
+
+Laws: a row beyond the granted horizon waits; a row at or below the horizon with which this owner began is upserted,
+because an earlier owner may have written it; a row whose partition the metadata does not know yet waits for it, a row
+of a dropped partition is left out and counted, nothing else is ever left out. A partition's drop is exact: every row
+before it is durable first, no lane passes it before it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from milvus_cdc.model import Collection, ObjectState, ms_to_tso
+from milvus_cdc_replicator.core.lane import Lane
+from milvus_cdc_replicator.core.ops import LogOp, Rank, Write, WriteKind
+from milvus_cdc_replicator.core.sequencer import Sequencer, WriteLimits
+
+HORIZON_STEP_MIN_MS = 2_000
+"""Source time granted ahead at least: a quiet collection asks about once a second."""
+HORIZON_STEP_MAX_MS = 30_000
+
+
+@dataclass(frozen=True, slots=True)
+class StartWrite:
+    write: Write
+
+
+@dataclass(frozen=True, slots=True)
+class CreatePartition:
+    partition_id: int
+    partition: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropPartition:
+    partition_id: int
+    partition: str
+
+
+@dataclass(frozen=True, slots=True)
+class QueryPartition:
+    """A row names a partition that the metadata does not list: ask the controller."""
+
+    partition_id: int
+
+
+Effect = StartWrite | CreatePartition | DropPartition | QueryPartition
+
+
+@dataclass(slots=True)
+class Counters:
+    rows_inserted: int = 0
+    rows_upserted: int = 0
+    rows_deleted: int = 0
+    rows_skipped: int = 0
+
+
+@dataclass(slots=True)
+class _Partitions:
+    """Which partition id holds a name at the sink."""
+
+    holders: dict[str, int] = field(default_factory=dict)
+    creating: set[int] = field(default_factory=set)
+    dropping: int | None = None
+    queried: set[int] = field(default_factory=set)
+    dropped: set[int] = field(default_factory=set)
+
+
+class AssignmentCore:
+    """One collection of one task, as this owner sees it. Owned by a single task; `step()` after every event."""
+
+    def __init__(
+        self, want: Collection, lanes: Iterable[Lane], limits: WriteLimits, *, partition_key: bool
+    ) -> None:
+        self.want = want
+        self.lanes = {lane.vchannel: lane for lane in lanes}
+        self.counters = Counters()
+        self.opened = False
+        self.sequencer = Sequencer(limits)
+        self._partition_key = partition_key
+        self._partitions = _Partitions()
+        self._known = {p.partition_id: p for p in want.partitions}
+        self._lane_of: dict[int, Lane] = {}
+        self._backlog_max = limits.in_flight
+        self._last_grant_ts: dict[str, int] = {}
+
+    # ---- events
+
+    def mark_opened(self, existing_rows_until_ts: int) -> None:
+        """The sink collection is there with the partitions of the metadata; `existing_rows_until_ts` is a TSO at or
+        after every row an adopted one can hold, 0 for an empty one."""
+        self.opened = True
+        for partition in self.want.partitions:
+            if partition.state is ObjectState.CREATED:
+                self._partitions.holders[partition.name] = partition.partition_id
+        for lane in self.lanes.values():
+            lane.upsert_until_ts = max(lane.upsert_until_ts, existing_rows_until_ts)
+
+    def update(self, want: Collection) -> None:
+        """The metadata changed. Partitions once known stay known."""
+        self.want = want
+        for partition in want.partitions:
+            self._known[partition.partition_id] = partition
+            self._partitions.queried.discard(partition.partition_id)
+
+    def grant(self, vchannel: str, horizon_ts: int) -> None:
+        lane = self.lanes.get(vchannel)
+        if lane is not None and horizon_ts > lane.horizon_ts:
+            self._last_grant_ts[vchannel] = lane.horizon_ts
+            lane.horizon_ts = horizon_ts
+
+    def write_done(self, write_id: int) -> Write:
+        write = self.sequencer.done(write_id)
+        for op in write.ops:
+            self._settle(op)
+        if write.kind is WriteKind.INSERT:
+            self.counters.rows_inserted += write.rows
+        elif write.kind is WriteKind.UPSERT:
+            self.counters.rows_upserted += write.rows
+        else:
+            self.counters.rows_deleted += write.rows
+        return write
+
+    def partition_created(self, partition_id: int) -> None:
+        self._partitions.creating.discard(partition_id)
+        self._partitions.holders[self._known[partition_id].name] = partition_id
+
+    def partition_dropped(self, partition_id: int) -> None:
+        state = self._partitions
+        state.dropping = None
+        state.dropped.add(partition_id)
+        for name, holder in list(state.holders.items()):
+            if holder == partition_id:
+                del state.holders[name]
+
+    # ---- decisions
+
+    def step(self) -> list[Effect]:
+        """Everything that may be done now."""
+        effects: list[Effect] = []
+        if not self.opened:
+            return effects
+        effects.extend(self._new_partitions())
+        if self._partitions.dropping is None:
+            for lane in self.lanes.values():
+                effects.extend(self._pump(lane))
+                if self._partitions.dropping is not None:
+                    break
+        effects.extend(StartWrite(write) for write in self.sequencer.start())
+        if self.sequencer.backlog == 0 and self._partitions.dropping is None:
+            effects.extend(self._ready_drop())
+        return effects
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory held for this assignment."""
+        return (
+            sum(lane.buffered_bytes for lane in self.lanes.values())
+            + self.staged_bytes
+            + self.sequencer.held_bytes
+        )
+
+    @property
+    def staged_bytes(self) -> int:
+        return sum(lane.staged_bytes for lane in self.lanes.values())
+
+    @property
+    def closed(self) -> bool:
+        return all(lane.closed for lane in self.lanes.values())
+
+    @property
+    def waiting_partitions(self) -> frozenset[int]:
+        """Partitions whose rows wait for the metadata."""
+        return frozenset(self._partitions.queried)
+
+    def wanted_horizon(self, lane: Lane) -> int:
+        """A TSO to ask for, or 0. The step follows the pace at which source time passes, so that a catch-up asks
+        about as often as a live stream, and a crash costs upserts for one step only."""
+        if lane.ended or not self.opened:
+            return 0
+        front = lane.staged[0].ts if lane.staged else lane.released_ts
+        last_step = lane.horizon_ts - self._last_grant_ts.get(lane.vchannel, lane.horizon_ts)
+        step = max(ms_to_tso(HORIZON_STEP_MIN_MS), min(last_step, ms_to_tso(HORIZON_STEP_MAX_MS)))
+        if front == 0 or front + step // 2 <= lane.horizon_ts:
+            return 0
+        if lane.horizon_ts and front > lane.horizon_ts and last_step:
+            step = min(2 * step, ms_to_tso(HORIZON_STEP_MAX_MS))  # it had to wait: ask further ahead
+        return front + step
+
+    def horizon_blocks(self) -> bool:
+        """Some lane cannot go on without a grant."""
+        return any(lane.staged and lane.staged[0].ts > lane.horizon_ts for lane in self.lanes.values())
+
+    # ---- inside
+
+    def _pump(self, lane: Lane) -> list[Effect]:
+        while lane.staged and self.sequencer.backlog < self._backlog_max:
+            op = lane.staged[0]
+            if op.rank is Rank.MARKER:
+                if op.drops_collection:
+                    lane.take()
+                    lane.durable(op)
+                    continue
+                if self._partitions.holders.get(op.partition) != op.partition_id:
+                    # Never at the sink, or dropped already to make room for its successor.
+                    self._partitions.dropped.add(op.partition_id)
+                    lane.take()
+                    lane.durable(op)
+                    continue
+                return []
+            if op.ts > lane.horizon_ts:
+                return []
+            if not self._partition_key and op.partition_id != -1:
+                verdict = self._admit(op)
+                if verdict is not None:
+                    if verdict:
+                        return verdict
+                    if op.partition_id not in self._partitions.dropped and not self._is_dropped(op.partition_id):
+                        return []
+                    lane.take()
+                    self.counters.rows_skipped += op.rows
+                    lane.durable(op)
+                    continue
+            lane.take()
+            self._lane_of[id(op)] = lane
+            self.sequencer.add(self._kind(lane, op), self._partition_name(op), op)
+        return []
+
+    def _admit(self, op: LogOp) -> list[Effect] | None:
+        """None = write it; an empty list = wait or leave out; effects = do these first."""
+        state = self._partitions
+        partition_id = op.partition_id
+        if partition_id in state.dropped or self._is_dropped(partition_id):
+            return []
+        known = self._known.get(partition_id)
+        if known is None:
+            if partition_id in state.queried:
+                return []
+            state.queried.add(partition_id)
+            return [QueryPartition(partition_id)]
+        holder = state.holders.get(known.name)
+        if holder == partition_id:
+            return None
+        if holder is not None and self._is_dropped(holder):
+            # The name was given anew before the old partition's drop message: make room first.
+            if self.sequencer.idle:
+                state.dropping = holder
+                return [DropPartition(holder, known.name)]
+            return []
+        return []
+
+    def _new_partitions(self) -> list[Effect]:
+        if self._partition_key:
+            return []
+        state = self._partitions
+        effects: list[Effect] = []
+        for partition in self._known.values():
+            if (
+                partition.state is ObjectState.CREATED
+                and partition.partition_id not in state.dropped
+                and partition.partition_id not in state.creating
+                and partition.name not in state.holders
+            ):
+                state.creating.add(partition.partition_id)
+                effects.append(CreatePartition(partition.partition_id, partition.name))
+        return effects
+
+    def _ready_drop(self) -> list[Effect]:
+        """The drop of a partition that every lane has reached, with everything before it durable."""
+        for lane in self.lanes.values():
+            if not lane.staged or lane.staged[0].rank is not Rank.MARKER:
+                continue
+            marker = lane.staged[0]
+            if self.sequencer.idle and all(self._reached(other, marker) for other in self.lanes.values()):
+                self._partitions.dropping = marker.partition_id
+                return [DropPartition(marker.partition_id, marker.partition)]
+        return []
+
+    def _reached(self, lane: Lane, marker: LogOp) -> bool:
+        if lane.ended and not lane.staged:
+            return True
+        if lane.staged:
+            head = lane.staged[0]
+            return head.ts > marker.ts or (
+                head.rank is Rank.MARKER and head.partition_id == marker.partition_id
+            )
+        return lane.released_ts >= marker.ts
+
+    def _is_dropped(self, partition_id: int) -> bool:
+        known = self._known.get(partition_id)
+        return known is not None and known.state is ObjectState.DROPPED
+
+    def _kind(self, lane: Lane, op: LogOp) -> WriteKind:
+        if op.rank is Rank.DELETE:
+            return WriteKind.DELETE
+        if op.replaces or op.ts <= lane.upsert_until_ts:
+            return WriteKind.UPSERT
+        return WriteKind.INSERT
+
+    def _partition_name(self, op: LogOp) -> str:
+        return "" if self._partition_key or op.partition_id == -1 else self._known[op.partition_id].name
+
+    def _settle(self, op: LogOp) -> None:
+        self._lane_of.pop(id(op)).durable(op)

@@ -1,0 +1,172 @@
+"""One vchannel: log order to timestamp order, and the checkpoint that follows durability.
+
+Laws: messages between two ticks are not sorted, so they wait for the tick and leave sorted by timestamp, deletes before
+inserts at an equal timestamp, log order for the rest (milvus `pkg/mq/msgstream/mq_msgstream.go`). The checkpoint
+(`read_from`, `resolved_ts`) is never derived from what was merely read: `resolved_ts` is a tick all of whose messages
+are durable, `read_from` the oldest message beyond it, which may lie before the tick in the log.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from milvus_cdc_replicator.core.ops import LogOp, Rank, TickBatch
+
+
+class Lane:
+    """Invariants: resolved_ts <= released_ts; staged operations are in timestamp order; nothing regresses."""
+
+    def __init__(
+        self, vchannel: str, pchannel: str, *, read_from: bytes, resolved_ts: int, horizon_ts: int, closed: bool
+    ) -> None:
+        self.vchannel = vchannel
+        self.pchannel = pchannel
+        self.read_from = read_from
+        self.resolved_ts = resolved_ts
+        self.horizon_ts = horizon_ts
+        self.upsert_until_ts = horizon_ts
+        """Rows at or below it may have been written by an earlier owner."""
+        self.closed = closed
+        """The log of this vchannel has ended and everything before is durable."""
+        self.released_ts = resolved_ts
+        """Newest tick seen."""
+        self.staged: deque[LogOp] = deque()
+        """Released by a tick, not yet taken by the sequencer."""
+        self.ended = closed
+        """The collection's drop was read: nothing after it matters."""
+        self.buffered_bytes = 0
+        self.staged_bytes = 0
+        self.duplicates = 0
+        self._start_ts = resolved_ts
+        self._buffer: list[LogOp] = []
+        self._batches: deque[TickBatch] = deque()
+        self._seen: dict[tuple[int, int, int], LogOp] = {}
+
+    def add(self, op: LogOp) -> bool:
+        """Buffers one message; False when it is not news (before the checkpoint, or a producer's retry)."""
+        if self.ended or op.ts <= self._start_ts:
+            return False
+        if op.msg_id:
+            twin_key = (op.msg_id, op.ts, op.rank)
+            twin = self._seen.get(twin_key)
+            if twin is not None and twin.payload == op.payload:
+                self.duplicates += 1
+                return False
+            self._seen[twin_key] = op
+        self._buffer.append(op)
+        self.buffered_bytes += op.size
+        return True
+
+    def tick(self, ts: int, position: bytes) -> bool:
+        """Releases everything at or below `ts`; True when something was released or the frontier moved."""
+        if self.ended or ts <= self.released_ts:
+            return False  # ticks may repeat; they never announce something new then
+        self.released_ts = ts
+        if not self._buffer:
+            self._push(TickBatch(ts, position, 0))
+            return True
+        due = [op for op in self._buffer if op.ts <= ts]
+        if len(due) == len(self._buffer):
+            self._buffer = []
+        else:
+            self._buffer = [op for op in self._buffer if op.ts > ts]
+        self._seen = {(op.msg_id, op.ts, op.rank): op for op in self._buffer if op.msg_id}
+        read_from = min(self._buffer, key=_log_order).position if self._buffer else position
+        batch = TickBatch(ts, read_from, 0)
+        due.sort(key=_apply_order)
+        for op in _pair_upserts(due):
+            op.batch = batch
+            batch.outstanding += 1
+            self.staged.append(op)
+            self.staged_bytes += op.size
+            if op.drops_collection:
+                self.ended = True
+                break
+        if self.ended:
+            self._buffer = []
+        self.buffered_bytes = sum(op.size for op in self._buffer)
+        self._push(batch)
+        return True
+
+    def take(self) -> LogOp:
+        """The next staged operation leaves."""
+        op = self.staged.popleft()
+        self.staged_bytes -= op.size
+        return op
+
+    def end_of_log(self) -> None:
+        """The collection is dropped and its log holds no more: what no tick released yet went with it."""
+        if not self.ended:
+            self.ended = True
+            self._buffer = []
+            self.buffered_bytes = 0
+            self._advance()
+
+    def durable(self, op: LogOp) -> None:
+        """`op` is in the sink, or was rightly left out."""
+        batch = op.batch
+        assert batch is not None
+        batch.outstanding -= 1
+        assert batch.outstanding >= 0
+        self._advance()
+
+    @property
+    def idle(self) -> bool:
+        """Everything released is durable."""
+        return not self._batches
+
+    def _push(self, batch: TickBatch) -> None:
+        self._batches.append(batch)
+        self._advance()
+
+    def _advance(self) -> None:
+        while self._batches and self._batches[0].outstanding == 0:
+            batch = self._batches.popleft()
+            assert batch.ts >= self.resolved_ts
+            self.resolved_ts = batch.ts
+            self.read_from = batch.read_from
+        if self.ended and not self._batches:
+            self.closed = True
+
+
+def _log_order(op: LogOp) -> int:
+    return op.order
+
+
+def _apply_order(op: LogOp) -> tuple[int, int, int]:
+    return (op.ts, op.rank, op.order)
+
+
+def _pair_upserts(due: list[LogOp]) -> list[LogOp]:
+    """Joins the delete and insert halves of a source upsert, which share a timestamp, so that no reader of the sink
+    sees the row gone in between. Only where the inserts bring back every deleted key; else both stay as they are."""
+    result: list[LogOp] = []
+    at = 0
+    while at < len(due):
+        end = at + 1
+        while end < len(due) and due[end].ts == due[at].ts:
+            end += 1
+        group = due[at:end]
+        deletes = [op for op in group if op.rank is Rank.DELETE]
+        inserts = [op for op in group if op.rank is Rank.INSERT]
+        if deletes and inserts and _replaces(deletes, inserts):
+            for op in inserts:
+                op.replaces = True
+            inserts[-1].paired.extend(deletes)
+            # A paired delete holds the memory of its message and nothing else.
+            result.extend(op for op in group if op.rank is not Rank.DELETE)
+        else:
+            result.extend(group)
+        at = end
+    return result
+
+
+def _replaces(deletes: list[LogOp], inserts: list[LogOp]) -> bool:
+    partitions = {op.partition_id for op in inserts}
+    for delete in deletes:
+        if delete.partition_id != -1 and delete.partition_id not in partitions:
+            return False
+    if len(inserts) == 1:
+        return all(inserts[0].keys() >= delete.keys() for delete in deletes)
+    # Split over messages: a delete must be covered by one of the inserts' key sets, whole.
+    return all(any(insert.keys() >= delete.keys() for insert in inserts) for delete in deletes)

@@ -1,0 +1,103 @@
+"""Turns operations in order into few large requests, several in flight, without ever reordering one key.
+
+Laws: a delete or upsert waits for everything in flight that shares a key with it, an insert for deletes and upserts;
+plain inserts never wait for each other. One Upsert request holds a key once (Milvus stores a key twice that stands
+twice in one request). Requests start in the order in which they were made.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from milvus_cdc_replicator.core.ops import LogOp, Write, WriteKind
+
+
+@dataclass(frozen=True, slots=True)
+class WriteLimits:
+    """Bounds of one request and of how many run at once."""
+
+    rows_per_request: int = 10_000
+    bytes_per_request: int = 16 * 1024 * 1024
+    in_flight: int = 4
+
+
+class Sequencer:
+    """Invariant: for each key, requests complete in the order of their operations."""
+
+    def __init__(self, limits: WriteLimits) -> None:
+        self._limits = limits
+        self._open: Write | None = None
+        self._sealed: deque[Write] = deque()
+        self._in_flight: dict[int, Write] = {}
+        self._next_id = 1
+        self.held_bytes = 0
+        """Bytes of everything taken and not yet durable."""
+
+    @property
+    def idle(self) -> bool:
+        return self._open is None and not self._sealed and not self._in_flight
+
+    @property
+    def backlog(self) -> int:
+        """Requests that are full and wait."""
+        return len(self._sealed)
+
+    def add(self, kind: WriteKind, partition: str, op: LogOp) -> None:
+        open_write = self._open
+        if open_write is not None and not self._joins(open_write, kind, partition, op):
+            self._seal()
+            open_write = None
+        if open_write is None:
+            open_write = Write(self._next_id, kind, partition)
+            self._next_id += 1
+            self._open = open_write
+        open_write.append(op)
+        self.held_bytes += op.size
+
+    def start(self) -> list[Write]:
+        """Requests that may go out now. An unfinished one goes too when there is room: lag before size."""
+        started: list[Write] = []
+        while len(self._in_flight) < self._limits.in_flight:
+            if not self._sealed:
+                if self._open is None:
+                    break
+                self._seal()
+            write = self._sealed[0]
+            if self._conflicts(write):
+                break
+            self._sealed.popleft()
+            self._in_flight[write.write_id] = write
+            started.append(write)
+        return started
+
+    def done(self, write_id: int) -> Write:
+        write = self._in_flight.pop(write_id)
+        self.held_bytes -= write.size
+        return write
+
+    def _joins(self, write: Write, kind: WriteKind, partition: str, op: LogOp) -> bool:
+        if write.kind is not kind or write.partition != partition:
+            return False
+        if write.rows + op.rows > self._limits.rows_per_request:
+            return False
+        if write.size + op.size > self._limits.bytes_per_request:
+            return False
+        if kind is WriteKind.UPSERT:
+            return write.keys().isdisjoint(op.keys())
+        return True
+
+    def _seal(self) -> None:
+        assert self._open is not None
+        self._sealed.append(self._open)
+        self._open = None
+
+    def _conflicts(self, write: Write) -> bool:
+        for other in self._in_flight.values():
+            if write.kind is WriteKind.INSERT and other.kind is WriteKind.INSERT:
+                continue
+            if write.kind is WriteKind.DELETE and other.kind is WriteKind.DELETE:
+                continue
+            if not write.keys().isdisjoint(other.keys()):
+                return True
+        return False

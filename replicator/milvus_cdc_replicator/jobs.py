@@ -1,0 +1,137 @@
+"""Work beside assignments: probe a source and sink, find log ends, compare source and sink."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from milvus_cdc.errors import BugError, CdcError, RetryableError
+from milvus_cdc.milvus_client import MilvusClient
+from milvus_cdc_replicator.connections import Connections
+from milvus_cdc_replicator.verifying import verify_targets
+from milvuscdc.v1 import replication_service_pb2 as pb
+from milvuscdc.v1 import task_pb2
+
+log = structlog.get_logger()
+
+
+class JobRunner:
+    """Runs jobs side by side; each ends with a result, a failure or its cancellation."""
+
+    def __init__(
+        self, connections: Connections, send: Callable[[pb.ConnectRequest], None]
+    ) -> None:
+        self._connections = connections
+        self._send = send
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, request: pb.JobRequest) -> None:
+        if request.job_id in self._tasks:
+            return
+        task = asyncio.create_task(self._run(request), name=f"job {request.job_id}")
+        self._tasks[request.job_id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(request.job_id, None))
+
+    def cancel(self, job_id: str) -> None:
+        task = self._tasks.get(job_id)
+        if task is not None:
+            task.cancel()
+
+    async def close(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, request: pb.JobRequest) -> None:
+        job_id = request.job_id
+        try:
+            match request.WhichOneof("job"):
+                case "probe":
+                    result = await self._probe(request.probe)
+                    self._update(pb.JobUpdate(job_id=job_id, probe=result))
+                case "resolve":
+                    resolved = await self._resolve(request.resolve)
+                    self._update(pb.JobUpdate(job_id=job_id, resolve=resolved))
+                case "verify":
+                    await self._verify(job_id, request.verify)
+                case other:
+                    raise BugError("UNKNOWN_JOB", f"this replicator does not know the job {other!r}")
+        except CdcError as error:
+            self._failed(job_id, error)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            log.exception("job failed unexpectedly", job_id=job_id)
+            self._failed(job_id, BugError("REPLICATOR_BUG", f"{type(error).__name__}: {error}"))
+
+    def _update(self, update: pb.JobUpdate) -> None:
+        self._send(pb.ConnectRequest(job_update=update))
+
+    def _failed(self, job_id: str, error: CdcError) -> None:
+        failed = pb.JobFailed(
+            reason=error.reason,
+            message=error.message,
+            field=error.field,
+            transient=isinstance(error, RetryableError),
+        )
+        self._update(pb.JobUpdate(job_id=job_id, failed=failed))
+
+    async def _probe(self, job: pb.ProbeJob) -> pb.ProbeResult:
+        sink = await self._connections.sink(job.sink)
+        with _blame("sink.milvus"):
+            sink_version = await sink.probe()
+        source = await self._connections.source(job.source)
+        with _blame(f"source.{job.source.WhichOneof('queue')}"):
+            await source.probe()
+        source_version = ""
+        if job.source.HasField("milvus"):
+            with _blame("source.milvus"):
+                async with self._source_client(job.source) as client:
+                    source_version = await client.get_version()
+        return pb.ProbeResult(source_version=source_version, sink_version=sink_version)
+
+    async def _resolve(self, job: pb.ResolveJob) -> pb.ResolveResult:
+        source = await self._connections.source(job.source)
+        result = pb.ResolveResult()
+        for pchannel in job.pchannels:
+            ends = await source.log_range(pchannel)
+            result.log_ends.append(pb.LogEnd(pchannel=pchannel, position=ends.end))
+        if job.source.HasField("milvus"):
+            async with self._source_client(job.source) as client:
+                result.source_ts = await client.alloc_timestamp()
+        return result
+
+    async def _verify(self, job_id: str, job: pb.VerifyJob) -> None:
+        sink_token = self._connections.token(job.sink.milvus, "sink.milvus.token")
+        async with (
+            self._source_client(job.source) as source,
+            MilvusClient(job.sink.milvus.uri, sink_token) as sink,
+        ):
+            await verify_targets(
+                source,
+                sink,
+                job,
+                lambda update: self._update(pb.JobUpdate(job_id=job_id, verify=update)),
+            )
+
+    def _source_client(self, source: task_pb2.Source) -> MilvusClient:
+        return MilvusClient(
+            source.milvus.uri, self._connections.token(source.milvus, "source.milvus.token")
+        )
+
+
+class _blame:
+    """Names the task field whose connection failed."""
+
+    def __init__(self, field: str) -> None:
+        self._field = field
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, CdcError) and not error.field:
+            error.field = self._field

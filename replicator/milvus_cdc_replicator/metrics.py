@@ -1,0 +1,38 @@
+"""Prometheus metrics of the replicator; labels are task and collection names, never row contents."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+BYTES_READ = Counter("milvus_cdc_replicator_read_bytes", "Payload bytes read from the log", ["pchannel"])
+READ_ERRORS = Counter("milvus_cdc_replicator_read_errors", "Interrupted or failed reads", ["error_class"])
+ROWS_WRITTEN = Counter(
+    "milvus_cdc_replicator_written_rows", "Rows durable in the sink", ["task", "collection", "op"]
+)
+BYTES_WRITTEN = Counter(
+    "milvus_cdc_replicator_written_bytes", "Log bytes durable in the sink", ["task", "collection"]
+)
+WRITES_IN_FLIGHT = Gauge("milvus_cdc_replicator_writes_in_flight", "Requests at the sink now")
+WRITE_SECONDS = Histogram(
+    "milvus_cdc_replicator_write_seconds",
+    "Duration of sink requests",
+    ["op"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
+WRITE_ERRORS = Counter(
+    "milvus_cdc_replicator_write_errors", "Sink requests that failed", ["task", "error_class", "reason"]
+)
+LAG_SECONDS = Gauge(
+    "milvus_cdc_replicator_lag_seconds",
+    "Source time last read minus source time durable in the sink",
+    ["task", "collection"],
+)
+CHECKPOINT_AGE = Gauge(
+    "milvus_cdc_replicator_checkpoint_timestamp_seconds",
+    "Source time up to which every row is durable, Unix seconds",
+    ["task", "collection"],
+)
+QUEUE_BYTES = Gauge("milvus_cdc_replicator_queue_bytes", "Bytes read and not yet durable")
+LEASE_SECONDS = Gauge("milvus_cdc_replicator_lease_seconds", "Time the process may still write")
+ASSIGNMENTS = Gauge("milvus_cdc_replicator_assignments", "Assignments held")
+CONNECTED = Gauge("milvus_cdc_replicator_connected", "1 while the stream to the controller is up")

@@ -1,0 +1,80 @@
+"""What an assignment tells the controller, and how it is put on the wire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from milvus_cdc_replicator.core.assignment import Counters
+from milvuscdc.v1 import replication_service_pb2 as pb
+from milvuscdc.v1 import task_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class LaneReport:
+    vchannel: str
+    read_from: bytes
+    resolved_ts: int
+    closed: bool
+    wanted_horizon_ts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One Progress, in this process' nouns."""
+
+    assignment_id: str
+    epoch: int
+    state: str
+    """RUNNING, RETRYING or FAILED."""
+    reason: str
+    message: str
+    lanes: tuple[LaneReport, ...]
+    counters: Counters
+    lag_ms: int
+    conditions: tuple[tuple[str, str], ...]
+    opened: tuple[int, bool, int] | None
+    """(sink collection id, adopted, horizon TSO)."""
+    dropped: bool
+    applied_version: int = 0
+
+
+_STATES = {
+    "RUNNING": pb.Progress.STATE_RUNNING,
+    "RETRYING": pb.Progress.STATE_RETRYING,
+    "FAILED": pb.Progress.STATE_FAILED,
+}
+
+
+def to_progress(report: Report, seq: int) -> pb.Progress:
+    message = pb.Progress(
+        assignment_id=report.assignment_id,
+        epoch=report.epoch,
+        seq=seq,
+        state=_STATES[report.state],
+        reason=report.reason,
+        message=report.message,
+        vchannels=[
+            pb.VchannelReport(
+                vchannel=lane.vchannel,
+                read_from=lane.read_from,
+                resolved_ts=lane.resolved_ts,
+                closed=lane.closed,
+                wanted_horizon_ts=lane.wanted_horizon_ts,
+            )
+            for lane in report.lanes
+        ],
+        rows_inserted=report.counters.rows_inserted,
+        rows_upserted=report.counters.rows_upserted,
+        rows_deleted=report.counters.rows_deleted,
+        rows_skipped=report.counters.rows_skipped,
+        lag_ms=report.lag_ms,
+        conditions=[task_pb2.Condition(type=t, message=m) for t, m in report.conditions],
+        dropped=report.dropped,
+        applied_version=report.applied_version,
+    )
+    if report.opened is not None:
+        sink_collection_id, adopted, horizon_ts = report.opened
+        message.opened.sink_collection_id = sink_collection_id
+        message.opened.adopted = adopted
+        message.opened.horizon_ts = horizon_ts
+    return message

@@ -1,0 +1,557 @@
+"""Runs one collection assignment: feeds its core from the log, carries out what the core decides, tells how far it is.
+
+Laws: one task owns the core, everything reaches it through the inbox. Nothing is written without the lease. A write
+whose outcome is unknown is repeated as an upsert. A failure that only a person can mend stops this collection and no
+other, after everything in flight has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import structlog
+
+from milvus_cdc.codec.messages import Tick
+from milvus_cdc.errors import BugError, CdcError, RetryableError, UnknownOutcomeError
+from milvus_cdc.model import ObjectState, ms_to_tso, tso_to_ms
+from milvus_cdc.sink import CollectionTarget, Sink
+from milvus_cdc_replicator import metrics
+from milvus_cdc_replicator.connections import Connections
+from milvus_cdc_replicator.convert import Converter
+from milvus_cdc_replicator.core import assignment as core
+from milvus_cdc_replicator.core.budget import Budget
+from milvus_cdc_replicator.core.lane import Lane
+from milvus_cdc_replicator.core.ops import Write, WriteKind
+from milvus_cdc_replicator.gate import Halted, WriteGate
+from milvus_cdc_replicator.reader import Item, PchannelHub, Subscription
+from milvus_cdc_replicator.report import LaneReport, Report
+from milvus_cdc_replicator.schema import key_field
+from milvus_cdc_replicator.settings import Limits
+from milvus_cdc_replicator.spec import CollectionAssignment
+
+log = structlog.get_logger()
+
+LOG_END_QUIET_SECONDS = 2.0
+PARTITION_UNKNOWN_SECONDS = 30.0
+RETRY_BACKOFF_SECONDS = (0.1, 0.3, 1.0, 2.0, 5.0)
+
+
+class CollectionRunner:
+    """Start with `start()`, end with `stop()`; in between `update`, `grant`, and `report` when asked."""
+
+    def __init__(
+        self,
+        assignment: CollectionAssignment,
+        *,
+        connections: Connections,
+        gate: WriteGate,
+        budget: Budget,
+        limits: Limits,
+        notify: Callable[[str], None],
+        query_partition: Callable[[str, int, int], None],
+        on_room: Callable[[], None],
+    ) -> None:
+        self.assignment = assignment
+        self._connections = connections
+        self._gate = gate
+        self._budget = budget
+        self._limits = limits
+        self._notify = notify
+        self._query_partition = query_partition
+        self._on_room = on_room
+        want = assignment.want
+        key = key_field(want.schema)
+        self._converter = Converter(key.field_id)
+        self._core = core.AssignmentCore(
+            want,
+            [
+                Lane(
+                    lane.vchannel,
+                    lane.pchannel,
+                    read_from=lane.read_from,
+                    resolved_ts=lane.resolved_ts,
+                    horizon_ts=lane.horizon_ts,
+                    closed=lane.closed,
+                )
+                for lane in assignment.lanes
+            ],
+            limits.writes,
+            partition_key=key.partition_key,
+        )
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox_bytes = 0
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._owner: asyncio.Task[None] | None = None
+        self._subscriptions: list[tuple[PchannelHub, Subscription]] = []
+        self._sink: Sink | None = None
+        self._target: CollectionTarget | None = None
+        self._stopping = False
+        self._halt = asyncio.Event()
+        self._failure: CdcError | None = None
+        self._troubles: dict[str, CdcError] = {}
+        self._opened: tuple[int, bool, int] | None = None
+        self._conditions: dict[str, str] = {}
+        self._dropped = False
+        self._accounted = (0, 0)
+        self._waiting_since: float | None = None
+        self._reconciled: object = None
+        self._reconciling = False
+        self._dropping = False
+        self._log = log.bind(
+            task=assignment.task, collection=want.full_name, epoch=assignment.epoch
+        )
+
+    # ---- from outside, all on the loop
+
+    def start(self) -> None:
+        self._owner = asyncio.create_task(self._run(), name=f"collection {self.assignment.want.full_name}")
+
+    def update(self, assignment: CollectionAssignment) -> None:
+        def apply() -> None:
+            self.assignment = assignment
+            self._core.update(assignment.want)
+
+        self._post(apply)
+
+    def grant(self, horizons: list[tuple[str, int]]) -> None:
+        self._post(lambda: [self._core.grant(v, ts) for v, ts in horizons].clear())
+
+    async def stop(self) -> None:
+        """Reading ends at once, requests in flight come to their end; then nothing of it runs any more."""
+        self._stopping = True
+        self._halt.set()
+        self._unsubscribe()
+        self._wake.set()
+        if self._owner is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._owner
+        self._account(final=True)
+
+    @property
+    def failed(self) -> bool:
+        return self._failure is not None
+
+    def wants_horizon_now(self) -> bool:
+        return not self.failed and self._core.horizon_blocks()
+
+    def report(self) -> Report:
+        state, reason, message = self._state()
+        lanes = tuple(
+            LaneReport(
+                lane.vchannel,
+                lane.read_from,
+                lane.resolved_ts,
+                lane.closed,
+                0 if self.failed else self._core.wanted_horizon(lane),
+            )
+            for lane in self._core.lanes.values()
+        )
+        want = self.assignment.want
+        labels = (self.assignment.task, want.full_name)
+        resolved = min((lane.resolved_ts for lane in lanes if not lane.closed), default=0)
+        lag_ms = self._lag_ms()
+        if lag_ms >= 0:
+            metrics.LAG_SECONDS.labels(*labels).set(lag_ms / 1000)
+        if resolved:
+            metrics.CHECKPOINT_AGE.labels(*labels).set(tso_to_ms(resolved) / 1000)
+        return Report(
+            assignment_id=self.assignment.assignment_id,
+            epoch=self.assignment.epoch,
+            state=state,
+            reason=reason,
+            message=message,
+            lanes=lanes,
+            counters=replace(self._core.counters),
+            lag_ms=lag_ms,
+            conditions=tuple(sorted(self._conditions.items())),
+            opened=self._opened,
+            dropped=self._dropped,
+        )
+
+    def _lag_ms(self) -> int:
+        lags = []
+        for lane in self._core.lanes.values():
+            if lane.closed:
+                continue
+            if lane.resolved_ts == 0 or lane.released_ts == 0:
+                return -1
+            lags.append(tso_to_ms(lane.released_ts) - tso_to_ms(lane.resolved_ts))
+        return max(lags, default=0)
+
+    def _state(self) -> tuple[str, str, str]:
+        if self._failure is not None:
+            return "FAILED", self._failure.reason, self._failure.message
+        for trouble in self._troubles.values():
+            return "RETRYING", trouble.reason, trouble.message
+        waiting = self._core.waiting_partitions
+        if waiting and self._waiting_since is not None:
+            waited = time.monotonic() - self._waiting_since
+            if waited > PARTITION_UNKNOWN_SECONDS:
+                return (
+                    "RETRYING",
+                    "PARTITION_UNKNOWN",
+                    f"rows wait for partitions {sorted(waiting)} that the source's metadata does not show",
+                )
+        return "RUNNING", "", ""
+
+    # ---- the owner
+
+    async def _run(self) -> None:
+        try:
+            await self._open()
+            if not self._stopping and self._failure is None:
+                await self._subscribe()
+            while not self._stopping and self._failure is None:
+                try:
+                    await asyncio.wait_for(self._wake.wait(), 1.0)
+                except TimeoutError:
+                    self._housekeeping()
+                self._wake.clear()
+                self._drain()
+                self._act()
+        except CdcError as error:
+            self._fail(error)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self._log.exception("assignment failed unexpectedly")
+            self._fail(BugError("REPLICATOR_BUG", f"{type(error).__name__}: {error}"))
+        finally:
+            self._unsubscribe()
+            while self._tasks:
+                await asyncio.wait(self._tasks)
+                self._drain()
+            self._account(final=self._failure is not None)
+            if self._failure is not None:
+                self._notify(self.assignment.assignment_id)
+
+    async def _open(self) -> None:
+        self._sink = await self._connections.sink(self.assignment.sink)
+        want = self.assignment.want
+        self._target = self._sink.target(want)
+        if self.assignment.drop_granted or self._core.closed:
+            # Only the drop is left; the collection may be gone from the sink already.
+            self._core.mark_opened(0)
+            self._act()
+            return
+        attempt = 0
+        while not self._stopping:
+            try:
+                await self._gate.lease(self._halt)
+                await self._sink.ensure_database(want.database)
+                opened = await self._sink.open_collection(
+                    want,
+                    opened=self.assignment.opened,
+                    adopt=self.assignment.adopt_existing,
+                    recreate=self.assignment.recreate,
+                    sink_collection_id=self.assignment.sink_collection_id,
+                )
+                break
+            except Halted:
+                return
+            except RetryableError as error:
+                self._trouble("open", error)
+                await self._backoff(attempt)
+                attempt += 1
+        else:
+            return
+        self._recover("open")
+        existing_until = ms_to_tso(int(time.time() * 1000) + 1_000) if opened.adopted else 0
+        self._opened = (opened.sink_collection_id, opened.adopted, existing_until)
+        self._conditions.update(opened.conditions)
+        self._core.mark_opened(existing_until)
+        self._log.info("collection opened", adopted=opened.adopted)
+        self._notify(self.assignment.assignment_id)
+
+    async def _subscribe(self) -> None:
+        for lane in self._core.lanes.values():
+            if lane.ended:
+                continue
+            hub = await self._connections.hub(self.assignment.source, lane.pchannel)
+            order = await self._connections.order(self.assignment.source, lane.read_from)
+            subscription = Subscription(
+                pchannel=lane.pchannel,
+                vchannel=lane.vchannel,
+                collection_id=self.assignment.want.collection_id,
+                position=lane.read_from,
+                last_order=order - 1,
+                deliver=self._deliver,
+                has_room=self._has_room,
+                on_error=lambda error, v=lane.vchannel: self._read_error(v, error),
+            )
+            self._subscriptions.append((hub, subscription))
+            hub.subscribe(subscription)
+
+    def _unsubscribe(self) -> None:
+        for hub, subscription in self._subscriptions:
+            hub.unsubscribe(subscription)
+        self._subscriptions.clear()
+
+    def _deliver(self, vchannel: str, items: list[Item]) -> None:
+        size = sum(getattr(item.message, "size", 0) for item in items)
+        self._inbox_bytes += size
+        self._account()
+
+        def feed() -> None:
+            self._inbox_bytes -= size
+            lane = self._core.lanes[vchannel]
+            for item in items:
+                op = self._converter.op(item.message, item.position, item.order)
+                if op is not None:
+                    lane.add(op)
+                elif isinstance(item.message, Tick):
+                    lane.tick(item.message.ts, item.position)
+
+        self._post(feed)
+
+    def _has_room(self) -> bool:
+        mine, _ = self._accounted
+        if mine == 0:
+            return True  # whoever holds nothing may always take one helping
+        return self._budget.may_read and mine < self._limits.assignment_bytes
+
+    def _read_error(self, vchannel: str, error: CdcError | None) -> None:
+        if error is None:
+            self._recover(f"read {vchannel}")
+        elif isinstance(error, RetryableError):
+            self._trouble(f"read {vchannel}", error)
+        else:
+            self._fail(error)
+
+    def _post(self, event: Callable[[], None]) -> None:
+        self._inbox.append(event)
+        self._wake.set()
+
+    def _drain(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _act(self) -> None:
+        for effect in self._core.step():
+            match effect:
+                case core.StartWrite(write):
+                    self._spawn(self._write(write))
+                case core.CreatePartition(partition_id, name):
+                    self._spawn(self._create_partition(partition_id, name))
+                case core.DropPartition(partition_id, name):
+                    self._spawn(self._drop_partition(partition_id, name))
+                case core.QueryPartition(partition_id):
+                    self._waiting_since = self._waiting_since or time.monotonic()
+                    self._query_partition(
+                        self.assignment.assignment_id, self.assignment.epoch, partition_id
+                    )
+        if not self._core.waiting_partitions:
+            self._waiting_since = None
+        self._account()
+        self._maybe_reconcile()
+        self._maybe_drop()
+        if self._core.horizon_blocks():
+            self._notify(self.assignment.assignment_id)
+
+    def _account(self, *, final: bool = False) -> None:
+        """Keeps the process' memory budget true."""
+        held = 0 if final else self._core.held_bytes + self._inbox_bytes
+        writable = 0 if final else self._core.staged_bytes + self._core.sequencer.held_bytes
+        before_held, before_writable = self._accounted
+        self._budget.update(held - before_held, writable - before_writable)
+        self._accounted = (held, writable)
+        if held < before_held:
+            self._on_room()
+
+    def _housekeeping(self) -> None:
+        want = self.assignment.want
+        if want.state is ObjectState.DROPPED and not self._core.closed:
+            for hub, subscription in self._subscriptions:
+                self._spawn(self._check_log_end(hub, subscription))
+        for partition_id in self._core.waiting_partitions:
+            self._query_partition(
+                self.assignment.assignment_id, self.assignment.epoch, partition_id
+            )
+
+    async def _check_log_end(self, hub: PchannelHub, subscription: Subscription) -> None:
+        """Ticks may stop with the last collection of a pchannel: then the log's end closes the lane."""
+        try:
+            end = await self._connections.log_end(self.assignment.source, subscription.pchannel)
+        except CdcError:
+            return  # the reader meets the same trouble and reports it
+        lane = self._core.lanes[subscription.vchannel]
+        if not lane.ended and subscription.last_order + 1 >= end and not self._inbox:
+            quiet_from = subscription.last_order
+            await asyncio.sleep(LOG_END_QUIET_SECONDS)
+            if subscription.last_order == quiet_from:
+                self._post(lane.end_of_log)
+
+    # ---- effects
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(self._guard(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except CdcError as error:
+            self._fail(error)
+        except Exception as error:
+            self._log.exception("unexpected failure")
+            self._fail(BugError("REPLICATOR_BUG", f"{type(error).__name__}: {error}"))
+
+    async def _write(self, write: Write) -> None:
+        assert self._sink is not None
+        assert self._target is not None
+        batch = self._converter.batch(write, as_upsert=False)
+        kind = write.kind
+        attempt = 0
+        labels = (self.assignment.task, self.assignment.want.full_name)
+        while True:
+            try:
+                async with self._gate.slot(self.assignment.sink, self._halt) as timeout:
+                    started = time.perf_counter()
+                    await self._sink.write(self._target, batch, timeout)
+                    metrics.WRITE_SECONDS.labels(kind).observe(time.perf_counter() - started)
+                break
+            except Halted:
+                return  # not durable: the next owner reads it again
+            except RetryableError as error:
+                metrics.WRITE_ERRORS.labels(self.assignment.task, "retry", error.reason).inc()
+                if isinstance(error, UnknownOutcomeError) and write.kind is WriteKind.INSERT:
+                    batch = self._converter.batch(write, as_upsert=True)
+                    kind = WriteKind.UPSERT
+                self._trouble(f"write {write.write_id}", error)
+                await self._backoff(attempt)
+                attempt += 1
+            except CdcError as error:
+                metrics.WRITE_ERRORS.labels(self.assignment.task, "user", error.reason).inc()
+                raise
+        if attempt:
+            self._recover(f"write {write.write_id}")
+        metrics.ROWS_WRITTEN.labels(*labels, kind).inc(write.rows)
+        metrics.BYTES_WRITTEN.labels(*labels).inc(write.size)
+
+        def settle() -> None:
+            self._core.write_done(write.write_id)
+
+        self._post(settle)
+
+    async def _create_partition(self, partition_id: int, name: str) -> None:
+        assert self._sink is not None
+        sink = self._sink
+        if await self._ddl(
+            f"create partition {name}", lambda: sink.create_partition(self.assignment.want, name)
+        ):
+            self._post(lambda: self._core.partition_created(partition_id))
+
+    async def _drop_partition(self, partition_id: int, name: str) -> None:
+        assert self._sink is not None
+        sink = self._sink
+        if await self._ddl(
+            f"drop partition {name}", lambda: sink.drop_partition(self.assignment.want, name)
+        ):
+            self._log.info("partition dropped", partition=name)
+            self._post(lambda: self._core.partition_dropped(partition_id))
+
+    async def _ddl(self, what: str, call: Callable[[], Awaitable[None]]) -> bool:
+        """Repeats an idempotent call until it succeeds; False when stopped before."""
+        attempt = 0
+        while True:
+            try:
+                await self._gate.lease(self._halt)
+                await call()
+            except Halted:
+                return False
+            except RetryableError as error:
+                self._trouble(what, error)
+                await self._backoff(attempt)
+                attempt += 1
+            else:
+                self._recover(what)
+                return True
+
+    def _maybe_reconcile(self) -> None:
+        """Indexes and load state follow once everything older than they is in the sink."""
+        if self._reconciling or self._stopping or not self._core.opened or self._dropping:
+            return
+        want = self.assignment.want
+        if want.state is ObjectState.DROPPED:
+            return
+        resolved = min(lane.resolved_ts for lane in self._core.lanes.values())
+        due = tuple(index for index in want.indexes if index.create_ts <= resolved)
+        if len(due) < len(want.indexes):
+            # What is loaded needs all its indexes: not yet.
+            want = replace(want, indexes=due, load=type(want.load)())
+            if not due:
+                return
+        if resolved == 0 or want == self._reconciled:
+            return
+        self._reconciling = True
+        sink = self._sink
+        assert sink is not None
+
+        async def reconcile() -> None:
+            try:
+                if await self._ddl("reconcile indexes and load state", lambda: sink.reconcile(want)):
+                    self._reconciled = want
+            finally:
+                self._reconciling = False
+
+        self._spawn(reconcile())
+
+    def _maybe_drop(self) -> None:
+        if (
+            self._dropping
+            or not self.assignment.drop_granted
+            or not self._core.sequencer.idle
+            or self._stopping
+        ):
+            return
+        self._dropping = True
+        sink = self._sink
+        assert sink is not None
+
+        async def drop() -> None:
+            if await self._ddl(
+                "drop collection",
+                lambda: sink.drop_collection(
+                    self.assignment.want, sink_collection_id=self.assignment.sink_collection_id
+                ),
+            ):
+                self._dropped = True
+                self._log.info("collection dropped")
+                self._notify(self.assignment.assignment_id)
+
+        self._spawn(drop())
+
+    # ---- trouble
+
+    def _trouble(self, where: str, error: CdcError) -> None:
+        if where not in self._troubles:
+            self._log.warning("retrying", where=where, reason=error.reason, error=error.message)
+            self._troubles[where] = error
+            self._notify(self.assignment.assignment_id)
+        self._troubles[where] = error
+
+    def _recover(self, where: str) -> None:
+        if self._troubles.pop(where, None) is not None:
+            self._log.info("recovered", where=where)
+            self._notify(self.assignment.assignment_id)
+
+    def _fail(self, error: CdcError) -> None:
+        if self._failure is None:
+            self._log.error("collection failed", reason=error.reason, error=error.message)
+            self._failure = error
+            self._halt.set()
+            self._wake.set()
+
+    async def _backoff(self, attempt: int) -> None:
+        delay = RETRY_BACKOFF_SECONDS[min(attempt, len(RETRY_BACKOFF_SECONDS) - 1)]
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._halt.wait(), delay * (0.5 + random.random()))

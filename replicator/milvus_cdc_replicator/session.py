@@ -1,0 +1,375 @@
+"""The stream to the controller: hello, assignments in, progress out, heartbeats; and again after every break.
+
+Laws: a lost stream stops nothing, only the end of the lease stops writing. What is sent is the newest state, so the
+outbox holds at most one Progress per assignment. After Released nothing of an assignment runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator
+
+import grpc
+import structlog
+
+from milvus_cdc_replicator import metrics
+from milvus_cdc_replicator.connections import Connections
+from milvus_cdc_replicator.core.budget import Budget
+from milvus_cdc_replicator.core.holdings import Holdings, Verdict
+from milvus_cdc_replicator.core.lease import Lease
+from milvus_cdc_replicator.gate import WriteGate, boottime
+from milvus_cdc_replicator.jobs import JobRunner
+from milvus_cdc_replicator.metadata import MetadataRunner
+from milvus_cdc_replicator.report import to_progress
+from milvus_cdc_replicator.runner import CollectionRunner
+from milvus_cdc_replicator.settings import MIB, Settings
+from milvus_cdc_replicator.spec import Assignment, CollectionAssignment, from_assign
+from milvuscdc.v1 import replication_service_pb2 as pb
+from milvuscdc.v1 import replication_service_pb2_grpc as pb_grpc
+
+log = structlog.get_logger()
+
+PROTOCOL = 1
+RECONNECT_SECONDS = (0.1, 0.3, 1.0, 2.0)
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 * MIB),
+    ("grpc.max_send_message_length", 64 * MIB),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]
+
+Runner = CollectionRunner | MetadataRunner
+
+
+class Replicator:
+    """Everything one process runs. `run()` until `drain()`."""
+
+    def __init__(self, settings: Settings, version: str, connections: Connections) -> None:
+        self._settings = settings
+        self._version = version
+        self._connections = connections
+        self._limits = settings.limits()
+        self._budget = Budget(settings.memory_mib * MIB)
+        self._lease = Lease()
+        self._gate = WriteGate(self._lease, settings.writes.in_flight_per_sink)
+        self._holdings = Holdings()
+        self._runners: dict[str, Runner] = {}
+        self._instance_id = str(uuid.uuid4())
+        self._wanted: dict[str, Assignment] = {}
+        self._jobs = JobRunner(connections, self._send)
+        self._outbox: deque[pb.ConnectRequest] = deque()
+        self._outbox_ready = asyncio.Event()
+        self._due: set[str] = set()
+        self._progress_seq = 0
+        self._heartbeat_seq = 0
+        self._heartbeat_seconds = 3.0
+        self._progress_seconds = 1.0
+        self._draining = False
+        self._closing = False
+        self._stopped: dict[str, tuple[int, asyncio.Task[None]]] = {}
+        self.connected = asyncio.Event()
+
+    async def run(self) -> None:
+        """Connects, serves, reconnects; returns after `drain()`."""
+        attempt = 0
+        housekeeping = asyncio.create_task(self._housekeeping())
+        try:
+            while not self._closing:
+                try:
+                    await self._serve()
+                    attempt = 0
+                except grpc.aio.AioRpcError as error:
+                    if self._closing:
+                        break
+                    if self.connected.is_set():
+                        attempt = 0
+                    log.warning(
+                        "stream to the controller lost" if self.connected.is_set() else "controller not reachable",
+                        controller=self._settings.controller,
+                        code=error.code().name,
+                        detail=error.details(),
+                    )
+                finally:
+                    self.connected.clear()
+                    metrics.CONNECTED.set(0)
+                if not self._closing:
+                    delay = RECONNECT_SECONDS[min(attempt, len(RECONNECT_SECONDS) - 1)]
+                    attempt += 1
+                    await asyncio.sleep(delay * (0.5 + random.random()))
+        finally:
+            housekeeping.cancel()
+            await self._jobs.close()
+            for runner in list(self._runners.values()):
+                await runner.stop()
+
+    async def drain(self) -> None:
+        """Lets go of everything in order: final checkpoints, releases, then the stream."""
+        self._draining = True
+        self._heartbeat()
+        held = self._holdings.all()
+        await asyncio.gather(
+            *(self._release(assignment_id, h.epoch) for assignment_id, h in held.items())
+        )
+        if self.connected.is_set():
+            deadline = asyncio.get_running_loop().time() + 2.0
+            while self._outbox and asyncio.get_running_loop().time() < deadline:
+                await asyncio.sleep(0.02)
+            await asyncio.sleep(0.2)  # let the last messages leave the transport
+        self._closing = True
+        self._outbox_ready.set()
+
+    # ---- one stream
+
+    async def _serve(self) -> None:
+        async with grpc.aio.insecure_channel(
+            self._settings.controller, options=CHANNEL_OPTIONS
+        ) as channel:
+            stub = pb_grpc.ReplicationServiceStub(channel)
+            self._outbox.clear()
+            call = stub.Connect(self._requests())
+            async for response in call:
+                self._receive(response)
+                if self._closing:
+                    call.cancel()
+                    return
+            if self._closing:
+                return
+            raise grpc.aio.AioRpcError(
+                grpc.StatusCode.UNAVAILABLE,
+                grpc.aio.Metadata(),
+                grpc.aio.Metadata(),
+                details="the controller ended the stream",
+            )
+
+    async def _requests(self) -> AsyncIterator[pb.ConnectRequest]:
+        hello = pb.Hello(
+            name=self._settings.name,
+            instance_id=self._instance_id,
+            version=self._version,
+            protocol_max=PROTOCOL,
+            protocol_min=PROTOCOL,
+            capacity=self._settings.capacity,
+            held=[
+                pb.HeldAssignment(assignment_id=a, epoch=h.epoch, version=h.version)
+                for a, h in self._holdings.all().items()
+            ],
+        )
+        yield pb.ConnectRequest(hello=hello)
+        while True:
+            while self._outbox:
+                yield self._outbox.popleft()
+            for assignment_id in list(self._due):
+                self._due.discard(assignment_id)
+                runner = self._runners.get(assignment_id)
+                if runner is not None and self.connected.is_set():
+                    yield pb.ConnectRequest(progress=self._progress(runner))
+            if self._closing and not self._outbox:
+                return
+            self._outbox_ready.clear()
+            if not self._outbox and not self._due:
+                await self._outbox_ready.wait()
+
+    def _progress(self, runner: Runner) -> pb.Progress:
+        self._progress_seq += 1
+        return to_progress(runner.report(), self._progress_seq)
+
+    def _send(self, message: pb.ConnectRequest) -> None:
+        self._outbox.append(message)
+        self._outbox_ready.set()
+
+    def _notify(self, assignment_id: str) -> None:
+        """This assignment has something to say before its turn."""
+        self._due.add(assignment_id)
+        self._outbox_ready.set()
+
+    def _receive(self, response: pb.ConnectResponse) -> None:
+        match response.WhichOneof("message"):
+            case "welcome":
+                self._welcome(response.welcome)
+            case "assign":
+                self._assign(response.assign)
+            case "revoke":
+                self._revoke(response.revoke)
+            case "heartbeat_ack":
+                self._lease.heartbeat_acked(response.heartbeat_ack.seq)
+                self._gate.renewed()
+            case "progress_ack":
+                ack = response.progress_ack
+                runner = self._runners.get(ack.assignment_id)
+                if runner is not None and runner.assignment.epoch == ack.epoch and ack.horizons:
+                    runner.grant([(h.vchannel, h.horizon_ts) for h in ack.horizons])
+            case "job_request":
+                self._jobs.start(response.job_request)
+            case "job_cancel":
+                self._jobs.cancel(response.job_cancel.job_id)
+            case _:
+                pass  # Synced, and what a newer controller may say
+
+    def _welcome(self, welcome: pb.Welcome) -> None:
+        log.info("connected to the controller", controller_id=welcome.controller_id)
+        self._lease.configure(welcome.lease_ttl.ToTimedelta().total_seconds())
+        self._heartbeat_seconds = welcome.heartbeat_interval.ToTimedelta().total_seconds()
+        self._progress_seconds = welcome.progress_interval.ToTimedelta().total_seconds()
+        self.connected.set()
+        metrics.CONNECTED.set(1)
+        self._heartbeat()
+        self._due.update(self._runners)
+        self._outbox_ready.set()
+
+    def _heartbeat(self) -> None:
+        self._heartbeat_seq += 1
+        self._lease.heartbeat_sent(self._heartbeat_seq, boottime())
+        self._send(
+            pb.ConnectRequest(
+                heartbeat=pb.Heartbeat(seq=self._heartbeat_seq, draining=self._draining)
+            )
+        )
+
+    async def _housekeeping(self) -> None:
+        """Heartbeats and progress by the clock."""
+        loop = asyncio.get_running_loop()
+        next_heartbeat = next_progress = loop.time()
+        while True:
+            await asyncio.sleep(0.05)
+            now = loop.time()
+            if self.connected.is_set():
+                if now >= next_heartbeat:
+                    next_heartbeat = now + self._heartbeat_seconds
+                    self._heartbeat()
+                if now >= next_progress:
+                    next_progress = now + self._progress_seconds
+                    self._due.update(self._runners)
+                    self._outbox_ready.set()
+            metrics.QUEUE_BYTES.set(self._budget.held)
+            metrics.LEASE_SECONDS.set(self._lease.remaining(boottime()))
+            metrics.ASSIGNMENTS.set(len(self._runners))
+            self._connections.wake_readers()
+
+    # ---- assignments
+
+    def _assign(self, message: pb.Assign) -> None:
+        ids = (message.assignment_id, message.epoch, message.version)
+        try:
+            assignment = from_assign(message)
+        except ValueError as error:
+            log.error("assignment refused", assignment_id=message.assignment_id, error=str(error))
+            self._send(_nack(ids, "UNSUPPORTED_ASSIGNMENT", str(error)))
+            return
+        if self._draining:
+            self._send(_nack(ids, "DRAINING", "this replicator is stopping"))
+            return
+        verdict = self._holdings.assign(*ids)
+        if verdict is not Verdict.STALE:
+            self._wanted[message.assignment_id] = assignment
+        match verdict:
+            case Verdict.STALE:
+                return
+            case Verdict.UPDATE:
+                runner = self._runners.get(message.assignment_id)
+                if isinstance(runner, CollectionRunner) and isinstance(assignment, CollectionAssignment):
+                    runner.update(assignment)
+                elif isinstance(runner, MetadataRunner) and not isinstance(assignment, CollectionAssignment):
+                    runner.update(assignment)
+            case Verdict.START | Verdict.REPLACE:
+                asyncio.get_running_loop().create_task(self._start(message.assignment_id))
+        assignment_id, epoch, version = ids
+        self._send(
+            pb.ConnectRequest(
+                ack=pb.Ack(assignment_id=assignment_id, epoch=epoch, version=version)
+            )
+        )
+
+    async def _start(self, assignment_id: str) -> None:
+        old = self._runners.pop(assignment_id, None)
+        if old is not None:
+            await old.stop()
+        stopping = self._stopped.get(assignment_id)
+        if stopping is not None:
+            await asyncio.wait({stopping[1]})
+        held = self._holdings.all().get(assignment_id)
+        if held is None or assignment_id in self._runners:
+            return  # revoked meanwhile, or started by a later word
+        assignment = self._wanted[assignment_id]
+        runner: Runner
+        if isinstance(assignment, CollectionAssignment):
+            runner = CollectionRunner(
+                assignment,
+                connections=self._connections,
+                gate=self._gate,
+                budget=self._budget,
+                limits=self._limits,
+                notify=self._notify,
+                query_partition=self._query_partition,
+                on_room=self._connections.wake_readers,
+            )
+        else:
+            runner = MetadataRunner(
+                assignment,
+                connections=self._connections,
+                gate=self._gate,
+                notify=self._notify,
+            )
+        self._runners[assignment_id] = runner
+        runner.start()
+
+    def _revoke(self, message: pb.Revoke) -> None:
+        log.info("revoked", assignment_id=message.assignment_id, epoch=message.epoch, reason=message.reason)
+        task = asyncio.get_running_loop().create_task(
+            self._release(message.assignment_id, message.epoch)
+        )
+        self._stopped[message.assignment_id] = (message.epoch, task)
+        task.add_done_callback(lambda _: self._stopped.pop(message.assignment_id, None))
+
+    async def _release(self, assignment_id: str, epoch: int) -> None:
+        """Stops it, tells the final checkpoint, lets go."""
+        if self._holdings.revoke(assignment_id, epoch):
+            runner = self._runners.pop(assignment_id, None)
+            if runner is not None:
+                await runner.stop()
+                self._due.discard(assignment_id)
+                self._send(pb.ConnectRequest(progress=self._progress(runner)))
+        self._send(
+            pb.ConnectRequest(released=pb.Released(assignment_id=assignment_id, epoch=epoch))
+        )
+
+    def _query_partition(self, assignment_id: str, epoch: int, partition_id: int) -> None:
+        self._send(
+            pb.ConnectRequest(
+                partition_query=pb.PartitionQuery(
+                    assignment_id=assignment_id, epoch=epoch, partition_id=partition_id
+                )
+            )
+        )
+
+
+def _nack(ids: tuple[str, int, int], reason: str, message: str) -> pb.ConnectRequest:
+    assignment_id, epoch, version = ids
+    return pb.ConnectRequest(
+        nack=pb.Nack(
+            assignment_id=assignment_id, epoch=epoch, version=version, reason=reason, message=message
+        )
+    )
+
+
+async def run_until(replicator: Replicator, stop: asyncio.Event, shutdown_seconds: float) -> None:
+    """Runs until `stop`, then drains within the grace period."""
+    running = asyncio.create_task(replicator.run())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if stop.is_set():
+        log.info("draining")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(replicator.drain(), shutdown_seconds)
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+    else:
+        stopping.cancel()
+        await running

@@ -1,0 +1,102 @@
+"""The replicator's configuration: one YAML file, every key checked, nothing unknown accepted."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from milvus_cdc.errors import UserError
+from milvus_cdc_replicator.core.sequencer import WriteLimits
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds that runners keep."""
+
+    writes: WriteLimits = field(default_factory=WriteLimits)
+    assignment_bytes: int = 48 * MIB
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, alias_generator=None)
+
+
+class LogSettings(_Strict):
+    """`format` console is for people, json for machines."""
+
+    format: Literal["console", "json"] = "console"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class WriteSettings(_Strict):
+    """Shape and number of requests to a sink."""
+
+    rows_per_request: Annotated[int, Field(ge=1, le=100_000, alias="rowsPerRequest")] = 10_000
+    bytes_per_request: Annotated[int, Field(ge=65_536, le=48 * MIB, alias="bytesPerRequest")] = 16 * MIB
+    in_flight_per_collection: Annotated[int, Field(ge=1, le=64, alias="inFlightPerCollection")] = 4
+    in_flight_per_sink: Annotated[int, Field(ge=1, le=256, alias="inFlightPerSink")] = 8
+
+
+class SecretSettings(_Strict):
+    """Which secrets a task may name: anything else could send any variable or file to any address."""
+
+    env_prefix: Annotated[str, Field(alias="envPrefix", min_length=1)] = "MILVUS_CDC_SECRET_"
+    folders: tuple[str, ...] = ()
+
+
+class Settings(_Strict):
+    """`controller` is the only key most installations set."""
+
+    controller: str = "127.0.0.1:7070"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?$")] = Field(
+        default_factory=socket.gethostname
+    )
+    listen: str = "127.0.0.1:7080"
+    """gRPC health and reflection."""
+    metrics: str = "127.0.0.1:7081"
+    capacity: Annotated[int, Field(ge=0)] = 0
+    memory_mib: Annotated[int, Field(ge=8, le=65_536, alias="memoryMiB")] = 64
+    """Rows in transit; the process itself needs about 100 MiB more."""
+    shutdown_seconds: Annotated[float, Field(gt=0, le=600, alias="shutdownSeconds")] = 20
+    writes: WriteSettings = WriteSettings()
+    secrets: SecretSettings = SecretSettings()
+    log: LogSettings = LogSettings()
+
+    def limits(self) -> Limits:
+        return Limits(
+            writes=WriteLimits(
+                rows_per_request=self.writes.rows_per_request,
+                bytes_per_request=self.writes.bytes_per_request,
+                in_flight=self.writes.in_flight_per_collection,
+            ),
+            assignment_bytes=self.memory_mib * MIB * 3 // 4,
+        )
+
+
+def load(path: Path | None) -> Settings:
+    """Raises UserError naming the key that is wrong."""
+    if path is None:
+        return Settings()
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError("CONFIG_UNREADABLE", f"{path}: {error.strerror}") from error
+    try:
+        data = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError("CONFIG_INVALID", f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError("CONFIG_INVALID", f"{path} must hold keys and values")
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError("CONFIG_INVALID", f"{path}: {key}: {first['msg']}", field=key) from error
