@@ -1,34 +1,34 @@
 """Cuts, joins and reads serialized schema.FieldData columns without one Python object per row.
 
-Laws: results are exact for every field type of Milvus 2.2 to 2.5 and a type not listed here raises, it is never passed
-on half understood; what leaves this module has the form that a write request takes. That form differs from the log's
-in one point: for a nullable column the log holds a placeholder for every null row, a request must not (milvus
-`validate_util.go`, `fillWithNullValueImpl`: the data is as long as the number of valid rows).
+Laws: results are exact for every field type of Milvus 2.2 to 2.5, and a type not listed here raises;
+what leaves this module has the form that a write request takes. That form differs from the log's in
+one point: for a nullable column the log holds a placeholder for every null row, a request must not
+(milvus `validate_util.go`, `fillWithNullValueImpl`: as many values as there are valid rows).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from itertools import accumulate
 
 import numpy as np
 from google.protobuf.message import DecodeError
+from milvuscdc.internal import milvus_log_pb2 as log_pb2
 from numpy.typing import NDArray
 from pymilvus.grpc_gen import schema_pb2
 
 from milvus_cdc.codec.messages import Keys
+from milvus_cdc.codec.wire import LEN, VARINT, BadWireError, delimited, encode_varint, varint, walk
 from milvus_cdc.errors import BugError
-from milvuscdc.internal import milvus_log_pb2 as log_pb2
-
-_VARINT, _FIXED64, _LEN, _FIXED32 = 0, 1, 2, 5
 
 # schema.FieldData
 _SCALARS, _VECTORS, _FIELD_ID, _VALID_DATA = 3, 4, 5, 7
 # schema.ScalarField, schema.VectorField
 _LONG_DATA, _STRING_DATA = 3, 6
 _DIM, _SPARSE = 1, 6
+# schema.SparseFloatArray
+_SPARSE_DIM = 2
 
 
 class _Layout(Enum):
@@ -40,7 +40,7 @@ class _Layout(Enum):
     DELIMITED = auto()
     """One occurrence of field 1 per row."""
     BYTES = auto()
-    """A fixed number of bytes per row in one byte string: protobuf's merge would keep the last string only."""
+    """A fixed number of bytes per row in one byte string (of several, protobuf keeps the last)."""
 
 
 _LAYOUTS: dict[tuple[int, int], tuple[_Layout, Callable[[int], int]]] = {
@@ -77,9 +77,7 @@ class _Column:
     """Field number of the data inside the group."""
     dim: int
     data: bytes
-    """Packed values or byte string without framing, or the whole repeated field (DELIMITED)."""
-    extra: bytes
-    """What else stands beside repeated rows: an array's element type."""
+    """Packed values or byte string without framing; DELIMITED: the whole message of the rows."""
 
     @property
     def layout(self) -> _Layout:
@@ -94,10 +92,10 @@ def field_id(column: bytes) -> int:
     """The field's id (`field_id`), 0 for RowID or when absent."""
     found = 0
     try:
-        for number, wire, start, _ in _walk(column, 0, len(column)):
-            if number == _FIELD_ID and wire == _VARINT:
-                found = _varint(column, start)[0]
-    except _BadWireError as error:
+        for number, wire, start, _ in walk(column, 0, len(column)):
+            if number == _FIELD_ID and wire == VARINT:
+                found = varint(column, start)[0]
+    except BadWireError as error:
         raise _undecodable(column, error) from error
     return found
 
@@ -111,16 +109,16 @@ def key_values(column: bytes) -> Keys:
             return np.fromiter(longs, np.int64, len(longs))
         if kind == _STRING_DATA:
             return tuple(log_pb2.LogStringArray.FromString(data).data)
-    except (_BadWireError, DecodeError) as error:
+    except (BadWireError, DecodeError) as error:
         raise _undecodable(column, error) from error
     raise BugError("UNSUPPORTED_COLUMN", f"a primary key column of scalar kind {kind}")
 
 
 def concat(columns: Sequence[bytes], *, mark_valid: bool = False) -> bytes:
-    """One column with the rows of several of the same field, in order, in the form of a write request.
+    """One column with the rows of several of the same field, in order, as a write request takes it.
 
-    `mark_valid` is for fields with a default value: requests must call each row valid or null (milvus
-    `fillWithDefaultValue`), while the log, where defaults are already filled in, says nothing.
+    `mark_valid` is for fields with a default value: a request must call each row valid or null
+    (milvus `fillWithDefaultValue`), while the log, with defaults filled in, says nothing.
     """
     parts = [_request_form(_parse(column)) for column in columns]
     joined = _join(parts) if len(parts) > 1 else parts[0]
@@ -150,80 +148,6 @@ def num_rows(column: bytes) -> int:
     return len(parsed.valid) or _count(parsed)
 
 
-# --- protobuf wire format -------------------------------------------------------------------------------------------
-
-
-class _BadWireError(Exception):
-    """Not protobuf, or not laid out as a column is."""
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Value and the position after it."""
-    byte = data[at]
-    if byte < 0x80:
-        return byte, at + 1
-    value = byte & 0x7F
-    shift = 7
-    while True:
-        at += 1
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value & 0xFFFFFFFFFFFFFFFF, at + 1
-        shift += 7
-        if shift > 63:
-            raise _BadWireError("a varint of more than ten bytes")
-
-
-def _walk(data: bytes, at: int, end: int) -> list[tuple[int, int, int, int]]:
-    """(field number, wire type, start and end of the value) of every field between two positions."""
-    fields = []
-    try:
-        while at < end:
-            tag = data[at]
-            at += 1
-            if tag >= 0x80:
-                tag, at = _varint(data, at - 1)
-            wire = tag & 7
-            if wire == _LEN:
-                size = data[at]
-                at += 1
-                if size >= 0x80:
-                    size, at = _varint(data, at - 1)
-                start, at = at, at + size
-            elif wire == _VARINT:
-                start, at = at, _varint(data, at)[1]
-            elif wire == _FIXED64:
-                start, at = at, at + 8
-            elif wire == _FIXED32:
-                start, at = at, at + 4
-            else:
-                raise _BadWireError(f"wire type {wire}")
-            fields.append((tag >> 3, wire, start, at))
-    except IndexError:
-        raise _BadWireError("the column ends inside a field") from None
-    if at != end:
-        raise _BadWireError("a field reaches beyond its message")
-    return fields
-
-
-def _encode_varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _delimited(number: int, *content: bytes) -> list[bytes]:
-    size = sum(map(len, content))
-    return [_encode_varint(number << 3 | _LEN) + _encode_varint(size), *content]
-
-
-# --- columns --------------------------------------------------------------------------------------------------------
-
-
 def _undecodable(column: bytes, error: Exception) -> BugError:
     return BugError("UNDECODABLE_COLUMN", f"{error}; column begins {column[:48].hex() or '(none)'}")
 
@@ -233,14 +157,14 @@ def _parse(column: bytes) -> _Column:
         try:
             return _parse_canonical(column)
         except _NotCanonicalError:
-            # Legal protobuf that no Milvus writes (unpacked numbers, split groups): let protobuf lay it out anew.
+            # Legal protobuf that no Milvus writes (unpacked numbers, split groups).
             message = schema_pb2.FieldData.FromString(column)
             return _parse_canonical(message.SerializeToString())
-    except (_BadWireError, DecodeError) as error:
+    except (BadWireError, DecodeError) as error:
         raise _undecodable(column, error) from error
 
 
-class _NotCanonicalError(_BadWireError):
+class _NotCanonicalError(BadWireError):
     pass
 
 
@@ -249,13 +173,13 @@ def _parse_canonical(column: bytes) -> _Column:
     valid_parts: list[bytes] = []
     group = kind = dim = group_start = group_end = 0
     at = 0
-    for number, wire, start, end in _walk(column, 0, len(column)):
-        if number in (_SCALARS, _VECTORS) and wire == _LEN:
+    for number, wire, start, end in walk(column, 0, len(column)):
+        if number in (_SCALARS, _VECTORS) and wire == LEN:
             if group:
                 raise _NotCanonicalError("the data occurs twice")
             group, group_start, group_end = number, start, end
         elif number == _VALID_DATA:
-            if wire != _LEN:
+            if wire != LEN:
                 raise _NotCanonicalError("valid_data is not packed")
             valid_parts.append(column[start:end])
         elif number == 8:
@@ -269,12 +193,12 @@ def _parse_canonical(column: bytes) -> _Column:
     valid = b"".join(valid_parts)
     if valid.strip(b"\x00\x01"):
         raise _NotCanonicalError("valid_data holds a bool that is not one byte of 0 or 1")
-    data = extra = b""
+    data = b""
     data_start = data_end = 0
-    for number, wire, start, end in _walk(column, group_start, group_end):
-        if group == _VECTORS and number == _DIM and wire == _VARINT:
-            dim = _varint(column, start)[0]
-        elif (group, number) not in _LAYOUTS or wire != _LEN:
+    for number, wire, start, end in walk(column, group_start, group_end):
+        if group == _VECTORS and number == _DIM and wire == VARINT:
+            dim = varint(column, start)[0]
+        elif (group, number) not in _LAYOUTS or wire != LEN:
             raise BugError(
                 "UNSUPPORTED_COLUMN", f"column data of kind {group}.{number} is not supported"
             )
@@ -283,46 +207,22 @@ def _parse_canonical(column: bytes) -> _Column:
         else:
             kind, data_start, data_end = number, start, end
     if not kind:
-        return _Column(head, valid, group=0, kind=0, dim=dim, data=b"", extra=b"")
+        return _Column(head, valid, group=0, kind=0, dim=dim, data=b"")
     layout = _LAYOUTS[group, kind][0]
     if layout is _Layout.BYTES:
         data = column[data_start:data_end]
     elif layout is _Layout.DELIMITED:
-        data, dim, extra = _delimited_rows(column, data_start, data_end, group, dim)
+        data = column[data_start:data_end]
+        if group == _VECTORS:
+            dim = max(dim, _sparse_dim(data))
     else:
         packed = []
-        for number, wire, start, end in _walk(column, data_start, data_end):
-            if number != 1 or wire != _LEN:
+        for number, wire, start, end in walk(column, data_start, data_end):
+            if number != 1 or wire != LEN:
                 raise _NotCanonicalError("the numbers are not packed")
             packed.append(column[start:end])
         data = packed[0] if len(packed) == 1 else b"".join(packed)
-    return _Column(head, valid, group, kind, dim, data, extra)
-
-
-def _delimited_rows(
-    column: bytes, start: int, end: int, group: int, dim: int
-) -> tuple[bytes, int, bytes]:
-    """The rows' fields, the largest dimension said, and the fields that are not rows."""
-    content = column[start:end]
-    # Most columns hold rows alone, but that shows only at the last one.
-    rows: list[bytes] = []
-    extra: list[bytes] = []
-    row_start = at = 0
-    for number, wire, value, stop in _walk(content, 0, len(content)):
-        if number != 1:
-            rows.append(content[row_start:at])
-            row_start = stop
-            if group == _VECTORS and number == 2 and wire == _VARINT:
-                dim = max(dim, _varint(content, value)[0])
-            else:
-                extra = [content[at:stop]]
-        elif wire != _LEN:
-            raise _BadWireError("a row that is not length-delimited")
-        at = stop
-    if not row_start:
-        return content, dim, b""
-    rows.append(content[row_start:])
-    return b"".join(rows), dim, b"".join(extra)
+    return _Column(head, valid, group, kind, dim, data)
 
 
 def _serialize(column: _Column) -> bytes:
@@ -331,35 +231,35 @@ def _serialize(column: _Column) -> bytes:
         content = [column.data]
         match column.layout:
             case _Layout.VARINTS | _Layout.FIXED:
-                content = _delimited(1, column.data) if column.data else []
-            case _Layout.DELIMITED if column.group == _VECTORS:
-                if column.dim:
-                    content.append(bytes((2 << 3,)) + _encode_varint(column.dim))
-            case _Layout.DELIMITED:
-                content.append(column.extra)
-        inner = _delimited(column.kind, *content)
+                content = delimited(1, column.data) if column.data else []
+            case _Layout.DELIMITED if column.group == _VECTORS and column.dim:
+                # Of a value said several times the last one counts.
+                content.append(bytes((_SPARSE_DIM << 3,)) + encode_varint(column.dim))
+        inner = delimited(column.kind, *content)
         if column.group == _VECTORS and column.dim:
-            inner.insert(0, bytes((_DIM << 3,)) + _encode_varint(column.dim))
-        parts += _delimited(column.group, *inner)
+            inner.insert(0, bytes((_DIM << 3,)) + encode_varint(column.dim))
+        parts += delimited(column.group, *inner)
     if column.valid:
-        parts += _delimited(_VALID_DATA, column.valid)
+        parts += delimited(_VALID_DATA, column.valid)
     return b"".join(parts)
 
 
 def _join(parts: Sequence[_Column]) -> _Column:
     first = next((part for part in parts if part.group), parts[0])
+    dims_differ = first.group == _VECTORS and first.kind == _SPARSE
     for part in parts:
-        if part.group and (part.group, part.kind) != (first.group, first.kind):
-            raise BugError("UNSUPPORTED_COLUMN", "chunks of one field hold data of different types")
-        if (
-            part.dim != first.dim
-            and part.group
-            and first.kind != _SPARSE
-            and part.group == _VECTORS
+        if part.head != first.head and field_id(part.head) != field_id(first.head):
+            raise BugError("MIXED_COLUMNS", "the chunks to be joined are of different fields")
+        if not part.group:
+            continue
+        if (part.group, part.kind) != (first.group, first.kind) or (
+            part.dim != first.dim and not dims_differ
         ):
             raise BugError(
-                "UNSUPPORTED_COLUMN",
-                f"chunks of one vector field have dimensions {first.dim} and {part.dim}",
+                "MIXED_COLUMNS",
+                f"chunks of field {field_id(first.head)} differ in type or dimension: "
+                f"{first.group}.{first.kind} dim {first.dim}, "
+                f"{part.group}.{part.kind} dim {part.dim}",
             )
     valid = b""
     if any(part.valid for part in parts):
@@ -369,35 +269,63 @@ def _join(parts: Sequence[_Column]) -> _Column:
         valid=valid,
         dim=max(part.dim for part in parts),
         data=b"".join(part.data for part in parts),
-        extra=max((part.extra for part in parts), key=len),
+    )
+
+
+def _sparse_dim(data: bytes) -> int:
+    return max(
+        (
+            varint(data, start)[0]
+            for number, wire, start, _ in walk(data, 0, len(data))
+            if number == _SPARSE_DIM and wire == VARINT
+        ),
+        default=0,
     )
 
 
 def _ends(column: _Column) -> NDArray[np.int64]:
-    """Where each row's bytes end in `data`."""
+    """Where each row's bytes end in `data`, for the layouts without gaps."""
     size = len(column.data)
-    if not size or not column.group:
+    if column.layout is _Layout.VARINTS:
+        ends = np.flatnonzero(np.frombuffer(column.data, np.uint8) < 0x80) + 1
+        if size and (not len(ends) or ends[-1] != size):
+            raise _undecodable(column.head, BadWireError("the last number is cut off"))
+        return ends
+    if not size:
         return np.zeros(0, np.int64)
-    match column.layout:
-        case _Layout.VARINTS:
-            ends = np.flatnonzero(np.frombuffer(column.data, np.uint8) < 0x80) + 1
-            if not len(ends) or ends[-1] != size:
-                raise _undecodable(column.head, _BadWireError("the last number is cut off"))
-            return ends
-        case _Layout.DELIMITED:
-            return np.fromiter((field[3] for field in _walk(column.data, 0, size)), np.int64)
-        case _:
-            width = column.width
-            if not width or size % width:
-                raise _undecodable(
-                    column.head,
-                    _BadWireError(f"{size} bytes of rows of {width} bytes, dimension {column.dim}"),
-                )
-            return np.arange(width, size + 1, width, dtype=np.int64)
+    width = column.width
+    if not width or size % width:
+        message = f"{size} bytes of rows of {width} bytes, dimension {column.dim}"
+        raise _undecodable(column.head, BadWireError(message))
+    return np.arange(width, size + 1, width, dtype=np.int64)
 
 
 def _count(column: _Column) -> int:
+    if not column.group:
+        return 0
+    if column.layout is _Layout.DELIMITED:
+        return len(_delimited_rows(column)[0])
     return len(_ends(column))
+
+
+def _delimited_rows(column: _Column) -> tuple[list[tuple[int, int]], list[bytes]]:
+    """Where each row begins and ends, and the fields that are no rows (an array's element type)."""
+    data = column.data
+    rows: list[tuple[int, int]] = []
+    others: list[bytes] = []
+    at = 0
+    try:
+        for number, wire, _, end in walk(data, 0, len(data)):
+            if number != 1:
+                others.append(data[at:end])
+            elif wire == LEN:
+                rows.append((at, end))
+            else:
+                raise BadWireError("a row that is not length-delimited")
+            at = end
+    except BadWireError as error:
+        raise _undecodable(column.head, error) from error
+    return rows, others
 
 
 def _check_rows(rows: NDArray[np.int64], count: int) -> None:
@@ -406,22 +334,23 @@ def _check_rows(rows: NDArray[np.int64], count: int) -> None:
 
 
 def _take(column: _Column, rows: NDArray[np.int64]) -> _Column:
+    if not column.group:
+        _check_rows(rows, 0)
+        return column
+    if column.layout is _Layout.DELIMITED:
+        places, others = _delimited_rows(column)
+        _check_rows(rows, len(places))
+        chosen = (places[row] for row in rows.tolist())
+        data = b"".join([column.data[start:end] for start, end in chosen] + others)
+        return replace(column, data=data)
     ends = _ends(column)
     _check_rows(rows, len(ends))
-    if not len(rows):
-        return replace(column, data=b"")
-    if len(rows) == len(ends) and np.array_equal(rows, np.arange(len(ends))):
-        return column
-    if column.layout in (_Layout.FIXED, _Layout.BYTES):
-        table = np.frombuffer(column.data, np.uint8).reshape(len(ends), column.width)
-        return replace(column, data=table[rows].tobytes())
-    starts = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
-    view = memoryview(column.data)
-    pieces: Iterable[memoryview] = (
-        view[start:end]
-        for start, end in zip(starts[rows].tolist(), ends[rows].tolist(), strict=True)
-    )
-    return replace(column, data=b"".join(pieces))
+    if column.layout is _Layout.VARINTS:
+        starts = np.concatenate((np.zeros(1, np.int64), ends[:-1]))[rows].tolist()
+        spans = zip(starts, ends[rows].tolist(), strict=True)
+        return replace(column, data=b"".join([column.data[start:end] for start, end in spans]))
+    table = np.frombuffer(column.data, np.uint8).reshape(len(ends), column.width)
+    return replace(column, data=table[rows].tobytes())
 
 
 def _request_form(column: _Column) -> _Column:
@@ -435,17 +364,17 @@ def _request_form(column: _Column) -> _Column:
     if count != len(valid):
         raise _undecodable(
             column.head,
-            _BadWireError(f"{count} values for {len(valid)} rows of which some are null"),
+            BadWireError(f"{count} values for {len(valid)} rows of which some are null"),
         )
     return _take(column, np.flatnonzero(valid))
 
 
 def _leaf(column: bytes) -> tuple[bytes, int]:
     """Content and kind of a scalar column's data."""
-    parsed = [f for f in _walk(column, 0, len(column)) if f[0] == _SCALARS and f[1] == _LEN]
+    parsed = [f for f in walk(column, 0, len(column)) if f[0] == _SCALARS and f[1] == LEN]
     if len(parsed) == 1:
-        inner = _walk(column, parsed[0][2], parsed[0][3])
-        if len(inner) == 1 and inner[0][1] == _LEN:
+        inner = walk(column, parsed[0][2], parsed[0][3])
+        if len(inner) == 1 and inner[0][1] == LEN:
             number, _, start, end = inner[0]
             return column[start:end], number
     canonical = _parse(column)

@@ -20,7 +20,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Insert:
-    """Rows of one vchannel and partition. `columns` are serialized schema.FieldData, one per field."""
+    """Rows of one vchannel and partition. `columns`: one serialized schema.FieldData per field."""
 
     vchannel: str
     collection_id: int

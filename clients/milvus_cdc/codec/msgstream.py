@@ -1,14 +1,15 @@
-"""Decodes log entries of the msgstream format (Milvus 2.2 to 2.5) into messages, without touching columns.
+"""Decodes log entries of the msgstream format (Milvus 2.2 to 2.5), leaving columns untouched.
 
-Laws: an entry either becomes the message it is or raises; nothing decodes as something weaker. Row times come from
-`timestamps[]`: the insert half of an upsert carries a base timestamp of 0 (seen on 2.3.5). Field numbers are those of
-milvus-proto `msg.proto`, v2.2.16 to v2.5.27.
+Laws: an entry either becomes the message it is or raises; nothing decodes as something weaker. Row
+times come from `timestamps[]`: the insert half of an upsert carries a base timestamp of 0 (seen on
+2.3.5). Field numbers are those of milvus-proto `msg.proto`, v2.2.16 to v2.5.27.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from google.protobuf.message import DecodeError
+from milvuscdc.internal import milvus_log_pb2 as log_pb2
 from pymilvus.grpc_gen import common_pb2, msg_pb2
 
 from milvus_cdc.codec.messages import (
@@ -24,7 +25,6 @@ from milvus_cdc.codec.messages import (
 )
 from milvus_cdc.errors import BugError, UserError
 from milvus_cdc.source import LogEntry
-from milvuscdc.internal import milvus_log_pb2 as log_pb2
 
 _INSERT = 400
 _DELETE = 401
@@ -40,7 +40,8 @@ NO_ROW_TYPES = frozenset(
     for name in (
         # On the DML topics of 2.5: marks the end of a mirrored collection or database.
         "Replicate",
-        # On the operations topic `{cluster}-replicate-msg` (`SendReplicateMessagePack`, 2.3.2 to 2.5).
+        # On the operations topic `{cluster}-replicate-msg` (2.3.2 to 2.5, milvus
+        # `internal/proxy/util.go`, `SendReplicateMessagePack`).
         "CreateIndex",
         "DropIndex",
         "AlterIndex",
@@ -71,7 +72,7 @@ NO_ROW_TYPES = frozenset(
         "OperatePrivilegeGroup",
     )
 )
-"""Types that change no rows of a collection and become `Other`; any type not known to be one is an error."""
+"""Types that change no rows of a collection and become `Other`; all others unknown here raise."""
 
 _HEX_PREFIX_BYTES = 48
 
@@ -79,14 +80,14 @@ _HEX_PREFIX_BYTES = 48
 def decode(entry: LogEntry) -> Message:
     """The message of one log entry.
 
-    Raises UserError STREAMING_FORMAT, BugError UNDECODABLE_MESSAGE, ROW_BASED_INSERT or PREDICATE_DELETE. The caller
-    knows topic and position and adds them.
+    Raises UserError STREAMING_FORMAT, BugError UNDECODABLE_MESSAGE, ROW_BASED_INSERT or
+    PREDICATE_DELETE. The caller knows topic and position and adds them.
     """
     if entry.streaming:
         raise UserError(
             "STREAMING_FORMAT",
-            "the source writes the streaming format of Milvus 2.6 and later, which this version does not read; "
-            "it reads sources of Milvus 2.2 to 2.5",
+            "the source writes the streaming format of Milvus 2.6 and later; this version of "
+            "milvus-cdc reads sources of Milvus 2.2 to 2.5: use one that reads the source's",
         )
     payload = entry.payload
     try:
@@ -127,8 +128,8 @@ class _Malformed(Exception):
 
 
 def _base(payload: bytes) -> log_pb2.LogBase:
-    # Every writer puts field 1 first, and the base is short: parsing only its slice spares copying the columns
-    # as unknown fields. Any other layout takes the slow and complete way.
+    # Every writer puts field 1 first, and the base is short: parsing only its slice spares copying
+    # the columns as unknown fields. Any other layout takes the slow and complete way.
     if len(payload) > 2 and payload[0] == 0x0A and (size := payload[1]) < 0x80:
         if size + 2 > len(payload):
             raise _Malformed("the message is cut off inside its base")
@@ -144,8 +145,8 @@ def _insert(payload: bytes) -> Insert:
     if message.version != _COLUMN_BASED or message.row_data:
         raise BugError(
             "ROW_BASED_INSERT",
-            "an insert in the row-based format, which only clusters older than Milvus 2.2 write, is not supported; "
-            "upgrade the source and start the task at `latest`",
+            "an insert in the row-based format, which only clusters older than Milvus 2.2 write, "
+            "is not supported: upgrade the source and start the task at `latest`",
         )
     num_rows = message.num_rows
     timestamps = message.timestamps
