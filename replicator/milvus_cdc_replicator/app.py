@@ -14,11 +14,11 @@ import structlog
 import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
-
 from milvus_cdc import logs
 from milvus_cdc.errors import UserError
 from milvus_cdc.secrets import SecretResolver
+from prometheus_client import start_http_server
+
 from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.session import Replicator, run_until
 from milvus_cdc_replicator.settings import Settings, load
@@ -61,9 +61,7 @@ async def _serve(settings: Settings) -> int:
         ) from error
     server, health_servicer = await _health_server(settings.listen)
     connections = Connections(
-        SecretResolver(
-            env_prefix=settings.secrets.env_prefix, folders=settings.secrets.folders
-        )
+        SecretResolver(env_prefix=settings.secrets.env_prefix, folders=settings.secrets.folders)
     )
     replicator = Replicator(settings, version("milvus-cdc"), connections)
     watcher = asyncio.create_task(_report_health(replicator, health_servicer))
@@ -90,7 +88,8 @@ async def _health_server(listen: str) -> tuple[grpc.aio.Server, health.aio.Healt
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection(
-        (health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
+        (health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
+        server,
     )
     try:
         server.add_insecure_port(listen)

@@ -1,4 +1,6 @@
-"""Connections shared by all assignments: one per sink, one per queue, one reader hub per pchannel."""
+"""Connections shared by all assignments: one per sink, one per queue, one reader hub per
+pchannel.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,10 @@ from milvus_cdc.sink import Sink
 from milvus_cdc.sink.milvus import MilvusSink
 from milvus_cdc.source import LogSource
 from milvus_cdc.source.registry import open_source
+from milvuscdc.v1 import task_pb2
+
 from milvus_cdc_replicator.reader import PchannelHub
 from milvus_cdc_replicator.spec import queue_config
-from milvuscdc.v1 import task_pb2
 
 
 class Connections:

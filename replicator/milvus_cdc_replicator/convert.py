@@ -1,15 +1,17 @@
-"""Log messages to operations of the core, operations to batches of the sink; columns pass as they are."""
+"""Log messages to operations of the core, operations to batches of the sink; columns pass as
+they are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import numpy as np
-
 from milvus_cdc.codec.columns import field_id, key_values
 from milvus_cdc.codec.messages import Delete, DropCollection, DropPartition, Insert, Keys, Message
 from milvus_cdc.errors import BugError
 from milvus_cdc.sink import DeleteBatch, Op, RowBatch, RowChunk
+
 from milvus_cdc_replicator.core.ops import Key, LogOp, Rank, Write, WriteKind
 
 
@@ -82,7 +84,9 @@ class Converter:
         return RowBatch(Op.UPSERT, write.partition, self._unique_chunks(write))
 
     def _unique_chunks(self, write: Write) -> tuple[RowChunk, ...]:
-        """A key once per request, the last wins: Milvus stores a key twice that one Upsert names twice."""
+        """A key once per request, the last wins: Milvus stores a key twice that one Upsert names
+        twice.
+        """
         if len(write.keys()) == write.rows:
             return tuple(RowChunk(op.payload.columns, op.rows) for op in write.ops)
         seen: set[Key] = set()

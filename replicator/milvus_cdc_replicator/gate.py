@@ -1,6 +1,8 @@
-"""The one door to every sink: nothing passes without the lease, nor more at once than a sink may have.
+"""The one door to every sink: nothing passes without the lease, nor more at once than a sink may
+have.
 
-The clock counts suspend (CLOCK_BOOTTIME), so a process that was frozen finds its lease expired when it wakes.
+The clock counts suspend (CLOCK_BOOTTIME), so a process that was frozen finds its lease expired when
+it wakes.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 
+from milvuscdc.v1 import task_pb2
+
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.core.lease import Lease
-from milvuscdc.v1 import task_pb2
 
 WRITE_TIMEOUT_SECONDS = 8.0
 LEAST_TIMEOUT_SECONDS = 1.0

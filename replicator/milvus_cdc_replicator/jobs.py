@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Callable
 
 import structlog
-
 from milvus_cdc.errors import BugError, CdcError, RetryableError
 from milvus_cdc.milvus_client import MilvusClient
-from milvus_cdc_replicator.connections import Connections
-from milvus_cdc_replicator.verifying import verify_targets
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import task_pb2
+
+from milvus_cdc_replicator.connections import Connections
+from milvus_cdc_replicator.verifying import verify_targets
 
 log = structlog.get_logger()
 
@@ -20,9 +20,7 @@ log = structlog.get_logger()
 class JobRunner:
     """Runs jobs side by side; each ends with a result, a failure or its cancellation."""
 
-    def __init__(
-        self, connections: Connections, send: Callable[[pb.ConnectRequest], None]
-    ) -> None:
+    def __init__(self, connections: Connections, send: Callable[[pb.ConnectRequest], None]) -> None:
         self._connections = connections
         self._send = send
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -58,7 +56,9 @@ class JobRunner:
                 case "verify":
                     await self._verify(job_id, request.verify)
                 case other:
-                    raise BugError("UNKNOWN_JOB", f"this replicator does not know the job {other!r}")
+                    raise BugError(
+                        "UNKNOWN_JOB", f"this replicator does not know the job {other!r}"
+                    )
         except CdcError as error:
             self._failed(job_id, error)
         except asyncio.CancelledError:

@@ -8,8 +8,8 @@ import random
 from collections.abc import Callable
 
 import structlog
-
 from milvus_cdc.errors import CdcError, RetryableError
+
 from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.core.assignment import Counters
 from milvus_cdc_replicator.gate import Halted, WriteGate
@@ -99,7 +99,10 @@ class MetadataRunner:
             except CdcError as error:
                 if self._trouble is None or self._trouble.reason != error.reason:
                     log.warning(
-                        "retrying databases", task=wanted.task, reason=error.reason, error=error.message
+                        "retrying databases",
+                        task=wanted.task,
+                        reason=error.reason,
+                        error=error.message,
                     )
                 self._trouble = error
                 self._changed.set()

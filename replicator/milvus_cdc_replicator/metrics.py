@@ -1,11 +1,17 @@
-"""Prometheus metrics of the replicator; labels are task and collection names, never row contents."""
+"""Prometheus metrics of the replicator; labels are task and collection names, never row
+contents.
+"""
 
 from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
-BYTES_READ = Counter("milvus_cdc_replicator_read_bytes", "Payload bytes read from the log", ["pchannel"])
-READ_ERRORS = Counter("milvus_cdc_replicator_read_errors", "Interrupted or failed reads", ["error_class"])
+BYTES_READ = Counter(
+    "milvus_cdc_replicator_read_bytes", "Payload bytes read from the log", ["pchannel"]
+)
+READ_ERRORS = Counter(
+    "milvus_cdc_replicator_read_errors", "Interrupted or failed reads", ["error_class"]
+)
 ROWS_WRITTEN = Counter(
     "milvus_cdc_replicator_written_rows", "Rows durable in the sink", ["task", "collection", "op"]
 )
@@ -20,7 +26,9 @@ WRITE_SECONDS = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
 WRITE_ERRORS = Counter(
-    "milvus_cdc_replicator_write_errors", "Sink requests that failed", ["task", "error_class", "reason"]
+    "milvus_cdc_replicator_write_errors",
+    "Sink requests that failed",
+    ["task", "error_class", "reason"],
 )
 LAG_SECONDS = Gauge(
     "milvus_cdc_replicator_lag_seconds",

@@ -1,9 +1,11 @@
-"""One read of a pchannel for all who want it: cursors over the log, subscribers with a place of their own.
+"""One read of a pchannel for all who want it: cursors over the log, subscribers with a place of
+their own.
 
-Laws: a message is read and decoded once for all subscribers that are near each other. A subscriber without room holds
-back a shared cursor only shortly; then it loses its place and is served again from where it stopped by a cursor of its
-own, which melts into another when it catches up. Nothing is ever left out: a subscriber remembers the last entry it was
-given, and takes only what lies beyond.
+Laws: a message is read and decoded once for all subscribers that are near each other. A subscriber
+without room holds back a shared cursor only shortly; then it loses its place and is served again
+from where it stopped by a cursor of its own, which melts into another when it catches up. Nothing
+is ever left out: a subscriber remembers the last entry it was given, and takes only what lies
+beyond.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
-
 from milvus_cdc.codec.messages import (
     Delete,
     DropCollection,
@@ -27,6 +28,7 @@ from milvus_cdc.codec.messages import (
 from milvus_cdc.codec.msgstream import decode
 from milvus_cdc.errors import BugError, CdcError, RetryableError, UserError
 from milvus_cdc.source import LogEntry, LogReader, LogSource
+
 from milvus_cdc_replicator.metrics import BYTES_READ, READ_ERRORS
 
 log = structlog.get_logger()
@@ -63,7 +65,9 @@ class Subscription:
     deliver: Callable[[str, list[Item]], None]
     has_room: Callable[[], bool]
     on_error: Callable[[CdcError | None], None]
-    """A RetryableError while reading is interrupted, None when it works again, any other error for good."""
+    """A RetryableError while reading is interrupted, None when it works again, any other error
+    for good.
+    """
     interrupted: bool = False
 
 
@@ -239,7 +243,9 @@ class PchannelHub:
                     if message.vchannel in wanted:
                         by_vchannel[message.vchannel].append(Item(message, entry.position, order))
                 case DropCollection() | DropPartition():
-                    by_collection[message.collection_id].append(Item(message, entry.position, order))
+                    by_collection[message.collection_id].append(
+                        Item(message, entry.position, order)
+                    )
                 case _:
                     pass
         BYTES_READ.labels(self._pchannel).inc(size)
@@ -261,7 +267,9 @@ class PchannelHub:
                 subscription.deliver(subscription.vchannel, items)
 
     def _interrupted(self, cursor: _Cursor, error: RetryableError) -> None:
-        log.warning("reading interrupted", pchannel=self._pchannel, reason=error.reason, error=error.message)
+        log.warning(
+            "reading interrupted", pchannel=self._pchannel, reason=error.reason, error=error.message
+        )
         for subscription in cursor.subscribers:
             subscription.interrupted = True
             subscription.on_error(error)

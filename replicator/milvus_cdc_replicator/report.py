@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from milvus_cdc_replicator.core.assignment import Counters
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import task_pb2
+
+from milvus_cdc_replicator.core.assignment import Counters
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
-"""Runs one collection assignment: feeds its core from the log, carries out what the core decides, tells how far it is.
+"""Runs one collection assignment: feeds its core from the log, carries out what the core decides,
+tells how far it is.
 
-Laws: one task owns the core, everything reaches it through the inbox. Nothing is written without the lease. A write
-whose outcome is unknown is repeated as an upsert. A failure that only a person can mend stops this collection and no
-other, after everything in flight has ended.
+Laws: one task owns the core, everything reaches it through the inbox. Nothing is written without
+the lease. A write whose outcome is unknown is repeated as an upsert. A failure that only a person
+can mend stops this collection and no other, after everything in flight has ended.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from dataclasses import replace
 from typing import Any
 
 import structlog
-
 from milvus_cdc.codec.messages import Tick
 from milvus_cdc.errors import BugError, CdcError, RetryableError, UnknownOutcomeError
 from milvus_cdc.model import ObjectState, ms_to_tso, tso_to_ms
 from milvus_cdc.sink import CollectionTarget, Sink
+
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.convert import Converter
@@ -44,7 +45,9 @@ RETRY_BACKOFF_SECONDS = (0.1, 0.3, 1.0, 2.0, 5.0)
 
 
 class CollectionRunner:
-    """Start with `start()`, end with `stop()`; in between `update`, `grant`, and `report` when asked."""
+    """Start with `start()`, end with `stop()`; in between `update`, `grant`, and `report` when
+    asked.
+    """
 
     def __init__(
         self,
@@ -112,7 +115,9 @@ class CollectionRunner:
     # ---- from outside, all on the loop
 
     def start(self) -> None:
-        self._owner = asyncio.create_task(self._run(), name=f"collection {self.assignment.want.full_name}")
+        self._owner = asyncio.create_task(
+            self._run(), name=f"collection {self.assignment.want.full_name}"
+        )
 
     def update(self, assignment: CollectionAssignment) -> None:
         def apply() -> None:
@@ -122,10 +127,16 @@ class CollectionRunner:
         self._post(apply)
 
     def grant(self, horizons: list[tuple[str, int]]) -> None:
-        self._post(lambda: [self._core.grant(v, ts) for v, ts in horizons].clear())
+        def apply() -> None:
+            for vchannel, horizon_ts in horizons:
+                self._core.grant(vchannel, horizon_ts)
+
+        self._post(apply)
 
     async def stop(self) -> None:
-        """Reading ends at once, requests in flight come to their end; then nothing of it runs any more."""
+        """Reading ends at once, requests in flight come to their end; then nothing of it runs
+        any more.
+        """
         self._stopping = True
         self._halt.set()
         self._unsubscribe()
@@ -198,7 +209,8 @@ class CollectionRunner:
                 return (
                     "RETRYING",
                     "PARTITION_UNKNOWN",
-                    f"rows wait for partitions {sorted(waiting)} that the source's metadata does not show",
+                    f"rows wait for partitions {sorted(waiting)}, "
+                    "which the source's metadata does not show",
                 )
         return "RUNNING", "", ""
 
@@ -377,7 +389,9 @@ class CollectionRunner:
             )
 
     async def _check_log_end(self, hub: PchannelHub, subscription: Subscription) -> None:
-        """Ticks may stop with the last collection of a pchannel: then the log's end closes the lane."""
+        """Ticks may stop with the last collection of a pchannel: then the log's end closes the
+        lane.
+        """
         try:
             end = await self._connections.log_end(self.assignment.source, subscription.pchannel)
         except CdcError:
@@ -498,7 +512,9 @@ class CollectionRunner:
 
         async def reconcile() -> None:
             try:
-                if await self._ddl("reconcile indexes and load state", lambda: sink.reconcile(want)):
+                if await self._ddl(
+                    "reconcile indexes and load state", lambda: sink.reconcile(want)
+                ):
                     self._reconciled = want
             finally:
                 self._reconciling = False

@@ -1,7 +1,9 @@
-"""The stream to the controller: hello, assignments in, progress out, heartbeats; and again after every break.
+"""The stream to the controller: hello, assignments in, progress out, heartbeats; and again after
+every break.
 
-Laws: a lost stream stops nothing, only the end of the lease stops writing. What is sent is the newest state, so the
-outbox holds at most one Progress per assignment. After Released nothing of an assignment runs.
+Laws: a lost stream stops nothing, only the end of the lease stops writing. What is sent is the
+newest state, so the outbox holds at most one Progress per assignment. After Released nothing of an
+assignment runs.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from collections.abc import AsyncIterator
 
 import grpc
 import structlog
+from milvuscdc.v1 import replication_service_pb2 as pb
+from milvuscdc.v1 import replication_service_pb2_grpc as pb_grpc
 
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.connections import Connections
@@ -28,8 +32,6 @@ from milvus_cdc_replicator.report import to_progress
 from milvus_cdc_replicator.runner import CollectionRunner
 from milvus_cdc_replicator.settings import MIB, Settings
 from milvus_cdc_replicator.spec import Assignment, CollectionAssignment, from_assign
-from milvuscdc.v1 import replication_service_pb2 as pb
-from milvuscdc.v1 import replication_service_pb2_grpc as pb_grpc
 
 log = structlog.get_logger()
 
@@ -66,6 +68,7 @@ class Replicator:
         self._jobs = JobRunner(connections, self._send)
         self._outbox: deque[pb.ConnectRequest] = deque()
         self._outbox_ready = asyncio.Event()
+        self._flushed = asyncio.Event()
         self._due: set[str] = set()
         self._progress_seq = 0
         self._heartbeat_seq = 0
@@ -91,7 +94,9 @@ class Replicator:
                     if self.connected.is_set():
                         attempt = 0
                     log.warning(
-                        "stream to the controller lost" if self.connected.is_set() else "controller not reachable",
+                        "stream to the controller lost"
+                        if self.connected.is_set()
+                        else "controller not reachable",
                         controller=self._settings.controller,
                         code=error.code().name,
                         detail=error.details(),
@@ -118,9 +123,10 @@ class Replicator:
             *(self._release(assignment_id, h.epoch) for assignment_id, h in held.items())
         )
         if self.connected.is_set():
-            deadline = asyncio.get_running_loop().time() + 2.0
-            while self._outbox and asyncio.get_running_loop().time() < deadline:
-                await asyncio.sleep(0.02)
+            self._flushed.clear()
+            self._outbox_ready.set()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._flushed.wait(), 2.0)
             await asyncio.sleep(0.2)  # let the last messages leave the transport
         self._closing = True
         self._outbox_ready.set()
@@ -174,6 +180,7 @@ class Replicator:
                 return
             self._outbox_ready.clear()
             if not self._outbox and not self._due:
+                self._flushed.set()
                 await self._outbox_ready.wait()
 
     def _progress(self, runner: Runner) -> pb.Progress:
@@ -273,17 +280,19 @@ class Replicator:
                 return
             case Verdict.UPDATE:
                 runner = self._runners.get(message.assignment_id)
-                if isinstance(runner, CollectionRunner) and isinstance(assignment, CollectionAssignment):
+                if isinstance(runner, CollectionRunner) and isinstance(
+                    assignment, CollectionAssignment
+                ):
                     runner.update(assignment)
-                elif isinstance(runner, MetadataRunner) and not isinstance(assignment, CollectionAssignment):
+                elif isinstance(runner, MetadataRunner) and not isinstance(
+                    assignment, CollectionAssignment
+                ):
                     runner.update(assignment)
             case Verdict.START | Verdict.REPLACE:
                 asyncio.get_running_loop().create_task(self._start(message.assignment_id))
         assignment_id, epoch, version = ids
         self._send(
-            pb.ConnectRequest(
-                ack=pb.Ack(assignment_id=assignment_id, epoch=epoch, version=version)
-            )
+            pb.ConnectRequest(ack=pb.Ack(assignment_id=assignment_id, epoch=epoch, version=version))
         )
 
     async def _start(self, assignment_id: str) -> None:
@@ -320,7 +329,12 @@ class Replicator:
         runner.start()
 
     def _revoke(self, message: pb.Revoke) -> None:
-        log.info("revoked", assignment_id=message.assignment_id, epoch=message.epoch, reason=message.reason)
+        log.info(
+            "revoked",
+            assignment_id=message.assignment_id,
+            epoch=message.epoch,
+            reason=message.reason,
+        )
         task = asyncio.get_running_loop().create_task(
             self._release(message.assignment_id, message.epoch)
         )
@@ -353,7 +367,11 @@ def _nack(ids: tuple[str, int, int], reason: str, message: str) -> pb.ConnectReq
     assignment_id, epoch, version = ids
     return pb.ConnectRequest(
         nack=pb.Nack(
-            assignment_id=assignment_id, epoch=epoch, version=version, reason=reason, message=message
+            assignment_id=assignment_id,
+            epoch=epoch,
+            version=version,
+            reason=reason,
+            message=message,
         )
     )
 

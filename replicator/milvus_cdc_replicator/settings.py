@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
+from milvus_cdc.errors import UserError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from milvus_cdc.errors import UserError
 from milvus_cdc_replicator.core.sequencer import WriteLimits
 
 MIB = 1024 * 1024
@@ -25,7 +25,9 @@ class Limits:
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, alias_generator=None)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, alias_generator=None
+    )
 
 
 class LogSettings(_Strict):
@@ -39,13 +41,17 @@ class WriteSettings(_Strict):
     """Shape and number of requests to a sink."""
 
     rows_per_request: Annotated[int, Field(ge=1, le=100_000, alias="rowsPerRequest")] = 10_000
-    bytes_per_request: Annotated[int, Field(ge=65_536, le=48 * MIB, alias="bytesPerRequest")] = 16 * MIB
+    bytes_per_request: Annotated[int, Field(ge=65_536, le=48 * MIB, alias="bytesPerRequest")] = (
+        16 * MIB
+    )
     in_flight_per_collection: Annotated[int, Field(ge=1, le=64, alias="inFlightPerCollection")] = 4
     in_flight_per_sink: Annotated[int, Field(ge=1, le=256, alias="inFlightPerSink")] = 8
 
 
 class SecretSettings(_Strict):
-    """Which secrets a task may name: anything else could send any variable or file to any address."""
+    """Which secrets a task may name: anything else could send any variable or file to any
+    address.
+    """
 
     env_prefix: Annotated[str, Field(alias="envPrefix", min_length=1)] = "MILVUS_CDC_SECRET_"
     folders: tuple[str, ...] = ()
@@ -55,8 +61,8 @@ class Settings(_Strict):
     """`controller` is the only key most installations set."""
 
     controller: str = "127.0.0.1:7070"
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?$")] = Field(
-        default_factory=socket.gethostname
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?$")] = (
+        Field(default_factory=socket.gethostname)
     )
     listen: str = "127.0.0.1:7080"
     """gRPC health and reflection."""

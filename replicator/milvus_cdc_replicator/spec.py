@@ -105,9 +105,7 @@ def from_assign(message: pb.Assign) -> Assignment:
         sink=message.sink,
         want=_collection(spec),
         lanes=tuple(
-            LaneStart(
-                v.vchannel, v.pchannel, v.read_from, v.resolved_ts, v.horizon_ts, v.closed
-            )
+            LaneStart(v.vchannel, v.pchannel, v.read_from, v.resolved_ts, v.horizon_ts, v.closed)
             for v in spec.vchannels
         ),
         opened=spec.opened,
@@ -161,8 +159,6 @@ def _collection(spec: pb.CollectionSpec) -> Collection:
             )
             for i in spec.indexes
         ),
-        load=Load(
-            _LOAD_KINDS[spec.load.kind], tuple(spec.load.partition_ids), spec.load.replicas
-        ),
+        load=Load(_LOAD_KINDS[spec.load.kind], tuple(spec.load.partition_ids), spec.load.replicas),
         vchannels=tuple(Vchannel(v.vchannel, v.pchannel, v.read_from) for v in spec.vchannels),
     )

@@ -1,9 +1,10 @@
 """The decisions of one collection assignment: what may be written when, and how far it is durable.
 
-Laws: a row beyond the granted horizon waits; a row at or below the horizon with which this owner began is upserted,
-because an earlier owner may have written it; a row whose partition the metadata does not know yet waits for it, a row
-of a dropped partition is left out and counted, nothing else is ever left out. A partition's drop is exact: every row
-before it is durable first, no lane passes it before it is done.
+Laws: a row beyond the granted horizon waits; a row at or below the horizon with which this owner
+began is upserted, because an earlier owner may have written it; a row whose partition the metadata
+does not know yet waits for it, a row of a dropped partition is left out and counted, nothing else
+is ever left out. A partition's drop is exact: every row before it is durable first, no lane passes
+it before it is done.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from milvus_cdc.model import Collection, ObjectState, ms_to_tso
+
 from milvus_cdc_replicator.core.lane import Lane
 from milvus_cdc_replicator.core.ops import LogOp, Rank, Write, WriteKind
 from milvus_cdc_replicator.core.sequencer import Sequencer, WriteLimits
@@ -68,7 +70,9 @@ class _Partitions:
 
 
 class AssignmentCore:
-    """One collection of one task, as this owner sees it. Owned by a single task; `step()` after every event."""
+    """One collection of one task, as this owner sees it. Owned by a single task; `step()` after
+    every event.
+    """
 
     def __init__(
         self, want: Collection, lanes: Iterable[Lane], limits: WriteLimits, *, partition_key: bool
@@ -88,8 +92,10 @@ class AssignmentCore:
     # ---- events
 
     def mark_opened(self, existing_rows_until_ts: int) -> None:
-        """The sink collection is there with the partitions of the metadata; `existing_rows_until_ts` is a TSO at or
-        after every row an adopted one can hold, 0 for an empty one."""
+        """The sink collection is there with the partitions of the metadata;
+        `existing_rows_until_ts` is a TSO at or after every row an adopted one can hold, 0 for an
+        empty one.
+        """
         self.opened = True
         for partition in self.want.partitions:
             if partition.state is ObjectState.CREATED:
@@ -175,8 +181,10 @@ class AssignmentCore:
         return frozenset(self._partitions.queried)
 
     def wanted_horizon(self, lane: Lane) -> int:
-        """A TSO to ask for, or 0. The step follows the pace at which source time passes, so that a catch-up asks
-        about as often as a live stream, and a crash costs upserts for one step only."""
+        """A TSO to ask for, or 0. The step follows the pace at which source time passes, so that
+        a catch-up asks about as often as a live stream, and a crash costs upserts for one step
+        only.
+        """
         if lane.ended or not self.opened:
             return 0
         front = lane.staged[0].ts if lane.staged else lane.released_ts
@@ -185,12 +193,16 @@ class AssignmentCore:
         if front == 0 or front + step // 2 <= lane.horizon_ts:
             return 0
         if lane.horizon_ts and front > lane.horizon_ts and last_step:
-            step = min(2 * step, ms_to_tso(HORIZON_STEP_MAX_MS))  # it had to wait: ask further ahead
+            step = min(
+                2 * step, ms_to_tso(HORIZON_STEP_MAX_MS)
+            )  # it had to wait: ask further ahead
         return front + step
 
     def horizon_blocks(self) -> bool:
         """Some lane cannot go on without a grant."""
-        return any(lane.staged and lane.staged[0].ts > lane.horizon_ts for lane in self.lanes.values())
+        return any(
+            lane.staged and lane.staged[0].ts > lane.horizon_ts for lane in self.lanes.values()
+        )
 
     # ---- inside
 
@@ -216,7 +228,9 @@ class AssignmentCore:
                 if verdict is not None:
                     if verdict:
                         return verdict
-                    if op.partition_id not in self._partitions.dropped and not self._is_dropped(op.partition_id):
+                    if op.partition_id not in self._partitions.dropped and not self._is_dropped(
+                        op.partition_id
+                    ):
                         return []
                     lane.take()
                     self.counters.rows_skipped += op.rows
@@ -267,12 +281,16 @@ class AssignmentCore:
         return effects
 
     def _ready_drop(self) -> list[Effect]:
-        """The drop of a partition that every lane has reached, with everything before it durable."""
+        """The drop of a partition that every lane has reached, with everything before it
+        durable.
+        """
         for lane in self.lanes.values():
             if not lane.staged or lane.staged[0].rank is not Rank.MARKER:
                 continue
             marker = lane.staged[0]
-            if self.sequencer.idle and all(self._reached(other, marker) for other in self.lanes.values()):
+            if self.sequencer.idle and all(
+                self._reached(other, marker) for other in self.lanes.values()
+            ):
                 self._partitions.dropping = marker.partition_id
                 return [DropPartition(marker.partition_id, marker.partition)]
         return []
@@ -299,7 +317,11 @@ class AssignmentCore:
         return WriteKind.INSERT
 
     def _partition_name(self, op: LogOp) -> str:
-        return "" if self._partition_key or op.partition_id == -1 else self._known[op.partition_id].name
+        return (
+            ""
+            if self._partition_key or op.partition_id == -1
+            else self._known[op.partition_id].name
+        )
 
     def _settle(self, op: LogOp) -> None:
         self._lane_of.pop(id(op)).durable(op)

@@ -1,7 +1,7 @@
 """Memory held by rows in transit, over all assignments of the process.
 
-Laws: reading pauses at 100 % and resumes at 80 %. Rows that wait for their tick do not pause reading by themselves,
-because only reading on brings the tick; the hard limit bounds them.
+Laws: reading pauses at 100 % and resumes at 80 %. Rows that wait for their tick do not pause
+reading by themselves, because only reading on brings the tick; the hard limit bounds them.
 """
 
 from __future__ import annotations

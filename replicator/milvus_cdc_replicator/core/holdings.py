@@ -1,7 +1,7 @@
 """Which assignments this process runs, and what a word of the controller does to them.
 
-Law: epochs decide. The same epoch is news about what runs already; a newer one replaces it and starts from the
-checkpoints that came with it; an older one is an echo and changes nothing.
+Law: epochs decide. The same epoch is news about what runs already; a newer one replaces it and
+starts from the checkpoints that came with it; an older one is an echo and changes nothing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """One vchannel: log order to timestamp order, and the checkpoint that follows durability.
 
-Laws: messages between two ticks are not sorted, so they wait for the tick and leave sorted by timestamp, deletes before
-inserts at an equal timestamp, log order for the rest (milvus `pkg/mq/msgstream/mq_msgstream.go`). The checkpoint
-(`read_from`, `resolved_ts`) is never derived from what was merely read: `resolved_ts` is a tick all of whose messages
-are durable, `read_from` the oldest message beyond it, which may lie before the tick in the log.
+Laws: messages between two ticks are not sorted, so they wait for the tick and leave sorted by
+timestamp, deletes before inserts at an equal timestamp, log order for the rest (milvus
+`pkg/mq/msgstream/mq_msgstream.go`). The checkpoint (`read_from`, `resolved_ts`) is never derived
+from what was merely read: `resolved_ts` is a tick all of whose messages are durable, `read_from`
+the oldest message beyond it, which may lie before the tick in the log.
 """
 
 from __future__ import annotations
@@ -14,10 +15,19 @@ from milvus_cdc_replicator.core.ops import LogOp, Rank, TickBatch
 
 
 class Lane:
-    """Invariants: resolved_ts <= released_ts; staged operations are in timestamp order; nothing regresses."""
+    """Invariants: resolved_ts <= released_ts; staged operations are in timestamp order; nothing
+    regresses.
+    """
 
     def __init__(
-        self, vchannel: str, pchannel: str, *, read_from: bytes, resolved_ts: int, horizon_ts: int, closed: bool
+        self,
+        vchannel: str,
+        pchannel: str,
+        *,
+        read_from: bytes,
+        resolved_ts: int,
+        horizon_ts: int,
+        closed: bool,
     ) -> None:
         self.vchannel = vchannel
         self.pchannel = pchannel
@@ -43,7 +53,9 @@ class Lane:
         self._seen: dict[tuple[int, int, int], LogOp] = {}
 
     def add(self, op: LogOp) -> bool:
-        """Buffers one message; False when it is not news (before the checkpoint, or a producer's retry)."""
+        """Buffers one message; False when it is not news (before the checkpoint, or a producer's
+        retry).
+        """
         if self.ended or op.ts <= self._start_ts:
             return False
         if op.msg_id:
@@ -58,7 +70,9 @@ class Lane:
         return True
 
     def tick(self, ts: int, position: bytes) -> bool:
-        """Releases everything at or below `ts`; True when something was released or the frontier moved."""
+        """Releases everything at or below `ts`; True when something was released or the frontier
+        moved.
+        """
         if self.ended or ts <= self.released_ts:
             return False  # ticks may repeat; they never announce something new then
         self.released_ts = ts
@@ -95,7 +109,9 @@ class Lane:
         return op
 
     def end_of_log(self) -> None:
-        """The collection is dropped and its log holds no more: what no tick released yet went with it."""
+        """The collection is dropped and its log holds no more: what no tick released yet went
+        with it.
+        """
         if not self.ended:
             self.ended = True
             self._buffer = []
@@ -138,8 +154,10 @@ def _apply_order(op: LogOp) -> tuple[int, int, int]:
 
 
 def _pair_upserts(due: list[LogOp]) -> list[LogOp]:
-    """Joins the delete and insert halves of a source upsert, which share a timestamp, so that no reader of the sink
-    sees the row gone in between. Only where the inserts bring back every deleted key; else both stay as they are."""
+    """Joins the delete and insert halves of a source upsert, which share a timestamp, so that no
+    reader of the sink sees the row gone in between. Only where the inserts bring back every
+    deleted key; else both stay as they are.
+    """
     result: list[LogOp] = []
     at = 0
     while at < len(due):

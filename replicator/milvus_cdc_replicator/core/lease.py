@@ -1,7 +1,8 @@
 """May this process still write? The arithmetic of the lease, on a clock that the shell provides.
 
-Law: a write starts only if its deadline ends before the lease. The lease runs from the moment at which an acknowledged
-heartbeat was *sent*, on a clock that counts suspend (CLOCK_BOOTTIME), so a frozen process finds it expired.
+Law: a write starts only if its deadline ends before the lease. The lease runs from the moment at
+which an acknowledged heartbeat was *sent*, on a clock that counts suspend (CLOCK_BOOTTIME), so a
+frozen process finds it expired.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Lease:
         return max(0.0, self._expires_at - now)
 
     def write_timeout(self, now: float, wanted: float, least: float) -> float | None:
-        """The deadline a write that starts now may have, in seconds; None when too little is left to start one."""
+        """The deadline a write that starts now may have, in seconds; None when too little is
+        left to start one.
+        """
         left = self.remaining(now)
         return None if left < least else min(wanted, left)

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
 
-
 Key = int | str
 
 
-
-
 class Rank(IntEnum):
-    """Order at equal timestamps: a delete removes only what is older than itself, so it goes first."""
+    """Order at equal timestamps: a delete removes only what is older than itself, so it goes
+    first.
+    """
 
     DELETE = 0
     INSERT = 1
@@ -28,7 +27,8 @@ class Rank(IntEnum):
 class LogOp:
     """Rows or keys of one log message, or a drop marker.
 
-    `payload` is the shell's message. `size` counts against the memory budget until the operation is durable.
+    `payload` is the shell's message. `size` counts against the memory budget until the operation is
+    durable.
     """
 
     rank: Rank

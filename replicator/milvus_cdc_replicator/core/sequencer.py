@@ -1,8 +1,10 @@
-"""Turns operations in order into few large requests, several in flight, without ever reordering one key.
+"""Turns operations in order into few large requests, several in flight, without ever reordering one
+key.
 
-Laws: a delete or upsert waits for everything in flight that shares a key with it, an insert for deletes and upserts;
-plain inserts never wait for each other. One Upsert request holds a key once (Milvus stores a key twice that stands
-twice in one request). Requests start in the order in which they were made.
+Laws: a delete or upsert waits for everything in flight that shares a key with it, an insert for
+deletes and upserts; plain inserts never wait for each other. One Upsert request holds a key once
+(Milvus stores a key twice that stands twice in one request). Requests start in the order in which
+they were made.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ class Sequencer:
         self.held_bytes += op.size
 
     def start(self) -> list[Write]:
-        """Requests that may go out now. An unfinished one goes too when there is room: lag before size."""
+        """Requests that may go out now. An unfinished one goes too when there is room: lag
+        before size.
+        """
         started: list[Write] = []
         while len(self._in_flight) < self._limits.in_flight:
             if not self._sealed:

@@ -1,6 +1,8 @@
-"""Whatever is interrupted wherever, the sink ends with exactly the source's rows: none missing, extra, different, doubled.
+"""Whatever is interrupted wherever, the sink ends with exactly the source's rows: none missing,
+extra, different, doubled.
 
-The source's log, the sink and the controller's store are models of a few lines; the core is the shipped one.
+The source's log, the sink and the controller's store are models of a few lines; the core is the
+shipped one.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from milvus_cdc.model import Collection, Partition, ms_to_tso
 from milvus_cdc_replicator.core.assignment import (
     AssignmentCore,
@@ -37,8 +38,12 @@ def position(order: int) -> bytes:
     return order.to_bytes(8, "little")
 
 
-def make_log(rng: random.Random, lane: int, lanes: int, steps: int) -> tuple[list[Entry], dict[int, str]]:
-    """A log as Milvus writes it: unsorted between ticks, upserts as insert then delete at one timestamp."""
+def make_log(
+    rng: random.Random, lane: int, lanes: int, steps: int
+) -> tuple[list[Entry], dict[int, str]]:
+    """A log as Milvus writes it: unsorted between ticks, upserts as insert then delete at one
+    timestamp.
+    """
     live: dict[int, str] = {}
     keys = [k for k in range(40) if k % lanes == lane]
     ts = ms_to_tso(1_000)
@@ -118,7 +123,14 @@ def run(seed: int, lanes: int, steps: int, crash_rate: float) -> None:
         core = AssignmentCore(
             want,
             [
-                Lane(v, v.split("_")[0], read_from=s[0], resolved_ts=s[1], horizon_ts=s[2], closed=False)
+                Lane(
+                    v,
+                    v.split("_")[0],
+                    read_from=s[0],
+                    resolved_ts=s[1],
+                    horizon_ts=s[2],
+                    closed=False,
+                )
                 for v, s in store.items()
             ],
             limits,
@@ -224,8 +236,15 @@ def _core(partitions: tuple[Partition, ...], lanes: int = 2) -> AssignmentCore:
 
 def _insert(ts: int, order: int, partition_id: int, key: int = 1) -> LogOp:
     return LogOp(
-        Rank.INSERT, ts, order, position(order), ("row", key), size=10, rows=1,
-        partition_id=partition_id, load_keys=lambda: frozenset({key}),
+        Rank.INSERT,
+        ts,
+        order,
+        position(order),
+        ("row", key),
+        size=10,
+        rows=1,
+        partition_id=partition_id,
+        load_keys=lambda: frozenset({key}),
     )
 
 
