@@ -1,9 +1,9 @@
 """Cuts, joins and reads serialized schema.FieldData columns without one Python object per row.
 
-Laws: results are exact for every field type of Milvus 2.2 to 2.5, and a type not listed here raises;
-what leaves this module has the form that a write request takes. That form differs from the log's in
-one point: for a nullable column the log holds a placeholder for every null row, a request must not
-(milvus `validate_util.go`, `fillWithNullValueImpl`: as many values as there are valid rows).
+Laws: results are exact for every field type of Milvus 2.2 to 2.5, and a type not listed here
+raises; what leaves this module has the form that a write request takes. That form differs from the
+log's in one point: for a nullable column the log holds a placeholder for every null row, a request
+must not (milvus `validate_util.go`, `fillWithNullValueImpl`: as many values as valid rows).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class _Column:
     kind: int
     """Field number of the data inside the group."""
     dim: int
-    data: bytes
+    data: bytes | memoryview
     """Packed values or byte string without framing; DELIMITED: the whole message of the rows."""
 
     @property
@@ -121,10 +121,10 @@ def concat(columns: Sequence[bytes], *, mark_valid: bool = False) -> bytes:
     (milvus `fillWithDefaultValue`), while the log, with defaults filled in, says nothing.
     """
     parts = [_request_form(_parse(column)) for column in columns]
-    joined = _join(parts) if len(parts) > 1 else parts[0]
-    if mark_valid and not joined.valid:
-        joined = replace(joined, valid=b"\x01" * _count(joined))
-    return _serialize(joined)
+    merged = _merged(parts)
+    if mark_valid and not merged.valid:
+        merged = replace(merged, valid=b"\x01" * sum(map(_count, parts)))
+    return _serialize(merged, [part.data for part in parts])
 
 
 def select_rows(column: bytes, keep: Sequence[int]) -> bytes:
@@ -139,7 +139,8 @@ def select_rows(column: bytes, keep: Sequence[int]) -> bytes:
         chosen = valid[rows]
         parsed = replace(parsed, valid=chosen.tobytes())
         rows = places[rows[chosen != 0]]
-    return _serialize(_take(parsed, rows))
+    taken = _take(parsed, rows)
+    return _serialize(taken, [taken.data])
 
 
 def num_rows(column: bytes) -> int:
@@ -193,7 +194,6 @@ def _parse_canonical(column: bytes) -> _Column:
     valid = b"".join(valid_parts)
     if valid.strip(b"\x00\x01"):
         raise _NotCanonicalError("valid_data holds a bool that is not one byte of 0 or 1")
-    data = b""
     data_start = data_end = 0
     for number, wire, start, end in walk(column, group_start, group_end):
         if group == _VECTORS and number == _DIM and wire == VARINT:
@@ -209,32 +209,31 @@ def _parse_canonical(column: bytes) -> _Column:
     if not kind:
         return _Column(head, valid, group=0, kind=0, dim=dim, data=b"")
     layout = _LAYOUTS[group, kind][0]
-    if layout is _Layout.BYTES:
-        data = column[data_start:data_end]
-    elif layout is _Layout.DELIMITED:
-        data = column[data_start:data_end]
-        if group == _VECTORS:
-            dim = max(dim, _sparse_dim(data))
-    else:
+    view = memoryview(column)
+    data: bytes | memoryview = view[data_start:data_end]
+    if layout is _Layout.DELIMITED and group == _VECTORS:
+        dim = max(dim, _sparse_dim(data))
+    elif layout in (_Layout.VARINTS, _Layout.FIXED):
         packed = []
         for number, wire, start, end in walk(column, data_start, data_end):
             if number != 1 or wire != LEN:
                 raise _NotCanonicalError("the numbers are not packed")
-            packed.append(column[start:end])
+            packed.append(view[start:end])
         data = packed[0] if len(packed) == 1 else b"".join(packed)
     return _Column(head, valid, group, kind, dim, data)
 
 
-def _serialize(column: _Column) -> bytes:
-    parts = [column.head]
+def _serialize(column: _Column, pieces: Sequence[bytes | memoryview]) -> bytes:
+    """The column with the data of all `pieces`."""
+    parts: list[bytes | memoryview] = [column.head]
     if column.group:
-        content = [column.data]
-        match column.layout:
-            case _Layout.VARINTS | _Layout.FIXED:
-                content = delimited(1, column.data) if column.data else []
-            case _Layout.DELIMITED if column.group == _VECTORS and column.dim:
-                # Of a value said several times the last one counts.
-                content.append(bytes((_SPARSE_DIM << 3,)) + encode_varint(column.dim))
+        content = list(pieces)
+        layout = column.layout
+        if layout in (_Layout.VARINTS, _Layout.FIXED):
+            content = delimited(1, *pieces) if any(pieces) else []
+        elif layout is _Layout.DELIMITED and column.group == _VECTORS and column.dim:
+            # Of a value said several times the last one counts.
+            content.append(bytes((_SPARSE_DIM << 3,)) + encode_varint(column.dim))
         inner = delimited(column.kind, *content)
         if column.group == _VECTORS and column.dim:
             inner.insert(0, bytes((_DIM << 3,)) + encode_varint(column.dim))
@@ -244,7 +243,8 @@ def _serialize(column: _Column) -> bytes:
     return b"".join(parts)
 
 
-def _join(parts: Sequence[_Column]) -> _Column:
+def _merged(parts: Sequence[_Column]) -> _Column:
+    """What holds for all parts together; its `data` is that of the first alone."""
     first = next((part for part in parts if part.group), parts[0])
     dims_differ = first.group == _VECTORS and first.kind == _SPARSE
     for part in parts:
@@ -264,15 +264,10 @@ def _join(parts: Sequence[_Column]) -> _Column:
     valid = b""
     if any(part.valid for part in parts):
         valid = b"".join(part.valid or b"\x01" * _count(part) for part in parts)
-    return replace(
-        first,
-        valid=valid,
-        dim=max(part.dim for part in parts),
-        data=b"".join(part.data for part in parts),
-    )
+    return replace(first, valid=valid, dim=max(part.dim for part in parts))
 
 
-def _sparse_dim(data: bytes) -> int:
+def _sparse_dim(data: bytes | memoryview) -> int:
     return max(
         (
             varint(data, start)[0]
@@ -308,11 +303,11 @@ def _count(column: _Column) -> int:
     return len(_ends(column))
 
 
-def _delimited_rows(column: _Column) -> tuple[list[tuple[int, int]], list[bytes]]:
+def _delimited_rows(column: _Column) -> tuple[list[tuple[int, int]], list[bytes | memoryview]]:
     """Where each row begins and ends, and the fields that are no rows (an array's element type)."""
     data = column.data
     rows: list[tuple[int, int]] = []
-    others: list[bytes] = []
+    others: list[bytes | memoryview] = []
     at = 0
     try:
         for number, wire, _, end in walk(data, 0, len(data)):

@@ -13,7 +13,7 @@ class BadWireError(Exception):
     """Not protobuf, or not laid out as a column is."""
 
 
-def varint(data: bytes, at: int) -> tuple[int, int]:
+def varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
     """Value and the position after it."""
     byte = data[at]
     if byte < 0x80:
@@ -31,7 +31,7 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
             raise BadWireError("a varint of more than ten bytes")
 
 
-def walk(data: bytes, at: int, end: int) -> list[tuple[int, int, int, int]]:
+def walk(data: bytes | memoryview, at: int, end: int) -> list[tuple[int, int, int, int]]:
     """(field number, wire type, start and end of value) of every field between two positions."""
     fields = []
     try:
@@ -72,6 +72,7 @@ def encode_varint(value: int) -> bytes:
     return bytes(out)
 
 
-def delimited(number: int, *content: bytes) -> list[bytes]:
+def delimited(number: int, *content: bytes | memoryview) -> list[bytes | memoryview]:
+    """A field of that number around the content."""
     size = sum(map(len, content))
     return [encode_varint(number << 3 | LEN) + encode_varint(size), *content]
