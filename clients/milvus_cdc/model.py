@@ -1,7 +1,8 @@
 """Shared nouns, standard library only: the words of the design as types.
 
 A TSO (timestamp oracle) is Milvus' 64-bit hybrid time: Unix milliseconds << 18 | logical counter
-(milvus `pkg/util/tsoutil`). Positions are opaque bytes that only the queue adapter which made them can compare.
+(milvus `pkg/util/tsoutil`). Positions are opaque bytes that only the queue adapter which made them
+can compare.
 """
 
 from __future__ import annotations
@@ -97,14 +98,18 @@ class Vchannel:
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """A source collection as its metadata shows it; up to Milvus 2.5 the schema of an id never changes."""
+    """A source collection as its metadata shows it; up to Milvus 2.5 the schema of an id never
+    changes.
+    """
 
     collection_id: int
     database_id: int
     database: str
     name: str
     schema: bytes
-    """Serialized milvus.proto.schema.CollectionSchema, fields joined in, by field id, system fields included."""
+    """Serialized milvus.proto.schema.CollectionSchema, fields joined in, by field id, system fields
+    included.
+    """
     shards: int
     consistency_level: int
     create_ts: int
@@ -133,3 +138,9 @@ class Catalogue:
     databases: tuple[Database, ...]
     collections: tuple[Collection, ...]
     """Only collections in state Created, or Dropping while their keys are still there."""
+    databases_keyed: bool = True
+    """The source keeps a key for every database; False for the layout of Milvus 2.2."""
+    incarnation: int = 0
+    """Creation time of the default database in Unix nanoseconds: another one means that the
+    source's metadata was made anew, even in the same etcd. 0 when unknown.
+    """

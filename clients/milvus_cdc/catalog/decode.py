@@ -1,0 +1,185 @@
+"""A source's keys and values as a `Catalogue`, whole or kept up to date change by change; pure.
+
+Laws: the result depends on the keys and values alone, in whatever order they came (only a dropped
+collection keeps the schema and partitions it was last seen with while Milvus clears their keys
+away); only collections whose keys changed are decoded again, and an unchanged one stays the same
+object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from milvus_cdc.catalog.layout import (
+    DEFAULT_DATABASE,
+    DEFAULT_DATABASE_ID,
+    TOMBSTONE,
+    Kind,
+    Layout,
+    Place,
+    locate,
+)
+from milvus_cdc.catalog.values import (
+    Entry,
+    Parts,
+    decode_collection,
+    decode_database,
+    decode_incarnation,
+    decode_tso,
+)
+from milvus_cdc.model import Catalogue, Collection, Database, ObjectState, Partition
+
+_CHILDREN = {
+    Kind.PARTITION: "partitions",
+    Kind.FIELD: "fields",
+    Kind.FUNCTION: "functions",
+    Kind.INDEX: "indexes",
+    Kind.PARTITION_LOAD: "partition_loads",
+}
+
+
+class Assembly:
+    """The keys of one source as last heard, and the Catalogue they make."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._meta = layout.meta
+        self._tso: Entry | None = None
+        self._databases: dict[int, Entry] = {}
+        self._gone_names: dict[int, str] = {}
+        self._users: set[str] = set()
+        self._parts: dict[int, Parts] = {}
+        self._changed: set[int] = set()
+        self._collections: dict[int, Collection] = {}
+
+    def apply(self, key: str, value: bytes | None) -> None:
+        """Takes one key's value; None and the tombstone mean that it is gone."""
+        if key == self._layout.tso_key:
+            self._tso = None if value is None else Entry(key, value)
+            return
+        place = locate(key.removeprefix(self._meta)) if key.startswith(self._meta) else None
+        if place is None:
+            return
+        entry = None if value is None or value == TOMBSTONE else Entry(key, value)
+        match place.kind:
+            case Kind.DATABASE:
+                _put(self._databases, place.database_id, entry)
+                self._changed.update(self._parts)
+            case Kind.DATABASE_SNAPSHOT:
+                self._note_database_name(place, entry)
+            case Kind.USER:
+                if entry is None:
+                    self._users.discard(key)
+                else:
+                    self._users.add(key)
+            case _:
+                self._apply_to_collection(place, entry)
+
+    def catalogue(self, cluster_id: int, revision: int) -> Catalogue:
+        """What the keys say now. Raises BugError SOURCE_METADATA_UNDECODABLE naming a key."""
+        databases = self._decode_databases()
+        names = self._gone_names | {each.database_id: each.name for each in databases}
+        names.setdefault(DEFAULT_DATABASE_ID, DEFAULT_DATABASE)
+        for collection_id in sorted(self._changed):
+            self._decode(collection_id, names)
+            # Only now: an error leaves it to be decoded again.
+            self._changed.discard(collection_id)
+        default = self._databases.get(DEFAULT_DATABASE_ID)
+        keyed = bool(self._databases) or not self._without_databases()
+        return Catalogue(
+            cluster_id=cluster_id,
+            revision=revision,
+            tso=0 if self._tso is None else decode_tso(self._tso),
+            databases=databases,
+            collections=tuple(
+                self._collections[collection_id] for collection_id in sorted(self._collections)
+            ),
+            databases_keyed=keyed,
+            incarnation=0 if default is None else decode_incarnation(default),
+        )
+
+    def _note_database_name(self, place: Place, entry: Entry | None) -> None:
+        # A collection that is still being dropped may outlive the key of its database.
+        if entry is not None:
+            database = decode_database(entry, place.database_id)
+            if database is not None and self._gone_names.get(place.database_id) != database.name:
+                self._gone_names[place.database_id] = database.name
+                self._changed.update(self._parts)
+
+    def _apply_to_collection(self, place: Place, entry: Entry | None) -> None:
+        parts = self._parts.get(place.collection_id)
+        if parts is None:
+            parts = self._parts[place.collection_id] = Parts()
+        self._changed.add(place.collection_id)
+        match place.kind:
+            case Kind.COLLECTION:
+                _put(parts.infos, place.database_id, entry)
+            case Kind.COLLECTION_LOAD:
+                parts.load = entry
+            case Kind.COLLECTION_SNAPSHOT:
+                parts.info_ts = max(parts.info_ts, place.ts)
+            case Kind.PARTITION_SNAPSHOT:
+                newest = max(parts.partition_ts.get(place.object_id, 0), place.ts)
+                parts.partition_ts[place.object_id] = newest
+            case _:
+                _put(getattr(parts, _CHILDREN[place.kind]), place.object_id, entry)
+
+    def _without_databases(self) -> bool:
+        """It looks like 2.2, which has no databases; users are there from its first start on."""
+        infos = [database_id for parts in self._parts.values() for database_id in parts.infos]
+        return not any(infos) and bool(infos or self._users)
+
+    def _decode_databases(self) -> tuple[Database, ...]:
+        if not self._databases and self._without_databases():
+            return (Database(DEFAULT_DATABASE_ID, DEFAULT_DATABASE),)
+        decoded = (decode_database(entry, each) for each, entry in sorted(self._databases.items()))
+        return tuple(database for database in decoded if database is not None)
+
+    def _decode(self, collection_id: int, names: Mapping[int, str]) -> None:
+        parts = self._parts[collection_id]
+        if parts.empty():
+            del self._parts[collection_id]
+        known = self._collections.get(collection_id)
+        collection = decode_collection(collection_id, parts, names)
+        if collection is None:
+            self._collections.pop(collection_id, None)
+            return
+        if known is not None and collection.state is ObjectState.DROPPED:
+            collection = _as_last_seen(collection, known)
+        if collection != known:
+            self._collections[collection_id] = collection
+
+
+def decode_catalogue(
+    keys: Mapping[str, bytes], layout: Layout, *, cluster_id: int = 0, revision: int = 0
+) -> Catalogue:
+    """The Catalogue of a listing. Raises BugError SOURCE_METADATA_UNDECODABLE naming a key."""
+    assembly = Assembly(layout)
+    for key, value in keys.items():
+        assembly.apply(key, value)
+    return assembly.catalogue(cluster_id, revision)
+
+
+def _put(entries: dict[int, Entry], number: int, entry: Entry | None) -> None:
+    if entry is None:
+        entries.pop(number, None)
+    else:
+        entries[number] = entry
+
+
+def _as_last_seen(now: Collection, known: Collection) -> Collection:
+    """Milvus removes a dropped collection's fields and partitions one by one, before the collection
+    itself.
+    """
+    partitions: dict[int, Partition] = {each.partition_id: each for each in now.partitions}
+    for each in known.partitions:
+        partitions.setdefault(
+            each.partition_id,
+            replace(each, state=ObjectState.DROPPED, drop_ts=each.drop_ts or now.drop_ts),
+        )
+    return replace(
+        now,
+        schema=max(known.schema, now.schema, key=len),
+        partitions=tuple(partitions[each] for each in sorted(partitions)),
+    )

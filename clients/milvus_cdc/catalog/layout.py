@@ -1,0 +1,151 @@
+"""Where a source keeps what: keys below `{root}/{meta}/` and the TSO key beside it.
+
+Prefixes are those of Milvus `internal/metastore/kv/{rootcoord,datacoord,querycoord}` and were seen
+on a 2.3.5 server: `root-coord/` with `snapshots/root-coord/` for every earlier value,
+`field-index/` (indexes) and `querycoord-{collection,partition}-loadinfo/` (what is loaded). 2.2
+keeps collections of its only database below `root-coord/collection/`; later versions still read
+that for the default database.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from milvus_cdc.etcd import KeyRange
+
+TOMBSTONE = b"\xe2\x9b\xbc"
+"""Milvus' "deleted" as a value (`suffix_snapshot.go`)."""
+
+DEFAULT_DATABASE_ID = 1
+DEFAULT_DATABASE = "default"
+
+
+class Kind(StrEnum):
+    DATABASE = "DATABASE"
+    COLLECTION = "COLLECTION"
+    PARTITION = "PARTITION"
+    FIELD = "FIELD"
+    FUNCTION = "FUNCTION"
+    INDEX = "INDEX"
+    COLLECTION_LOAD = "COLLECTION_LOAD"
+    PARTITION_LOAD = "PARTITION_LOAD"
+    USER = "USER"
+    DATABASE_SNAPSHOT = "DATABASE_SNAPSHOT"
+    COLLECTION_SNAPSHOT = "COLLECTION_SNAPSHOT"
+    PARTITION_SNAPSHOT = "PARTITION_SNAPSHOT"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a key stands for. Ids that the kind does not have are 0."""
+
+    kind: Kind
+    database_id: int = 0
+    """0 for a collection in the layout without databases."""
+    collection_id: int = 0
+    object_id: int = 0
+    """Of the partition, field, function or index."""
+    ts: int = 0
+    """TSO of a snapshot."""
+
+
+_PLACES = (
+    (Kind.FIELD, re.compile(r"root-coord/fields/(?P<collection_id>\d+)/(?P<object_id>\d+)")),
+    (
+        Kind.PARTITION,
+        re.compile(r"root-coord/partitions/(?P<collection_id>\d+)/(?P<object_id>\d+)"),
+    ),
+    (
+        Kind.COLLECTION,
+        re.compile(
+            r"root-coord/database/collection-info/(?P<database_id>\d+)/(?P<collection_id>\d+)"
+        ),
+    ),
+    (Kind.DATABASE, re.compile(r"root-coord/database/db-info/(?P<database_id>\d+)")),
+    (Kind.COLLECTION, re.compile(r"root-coord/collection/(?P<collection_id>\d+)")),
+    (Kind.FUNCTION, re.compile(r"root-coord/functions/(?P<collection_id>\d+)/(?P<object_id>\d+)")),
+    (Kind.INDEX, re.compile(r"field-index/(?P<collection_id>\d+)/(?P<object_id>\d+)")),
+    (Kind.COLLECTION_LOAD, re.compile(r"querycoord-collection-loadinfo/(?P<collection_id>\d+)")),
+    (
+        Kind.PARTITION_LOAD,
+        re.compile(r"querycoord-partition-loadinfo/(?P<collection_id>\d+)/(?P<object_id>\d+)"),
+    ),
+    (Kind.USER, re.compile(r"root-coord/credential/users/[^/]+")),
+)
+_SNAPSHOT = re.compile(r"snapshots/(?P<key>.+)_ts(?P<ts>\d+)", re.DOTALL)
+_SNAPSHOT_KINDS = {
+    Kind.DATABASE: Kind.DATABASE_SNAPSHOT,
+    Kind.COLLECTION: Kind.COLLECTION_SNAPSHOT,
+    Kind.PARTITION: Kind.PARTITION_SNAPSHOT,
+}
+
+
+def locate(key: str) -> Place | None:
+    """The place of a key, relative to `{root}/{meta}/`; None for keys that say nothing here."""
+    if key.startswith("snapshots/"):
+        snapshot = _SNAPSHOT.fullmatch(key)
+        place = locate(snapshot["key"]) if snapshot else None
+        if snapshot is None or place is None or place.kind not in _SNAPSHOT_KINDS:
+            return None
+        return Place(
+            _SNAPSHOT_KINDS[place.kind],
+            place.database_id,
+            place.collection_id,
+            place.object_id,
+            int(snapshot["ts"]),
+        )
+    for kind, pattern in _PLACES:
+        match = pattern.fullmatch(key)
+        if match is not None:
+            return Place(kind, **{name: int(number) for name, number in match.groupdict().items()})
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The keys of one source: `etcd.rootPath` and `etcd.metaSubPath` of its configuration."""
+
+    root_path: str
+    meta_sub_path: str = "meta"
+
+    @property
+    def meta(self) -> str:
+        return "/".join(part.strip("/") for part in (self.root_path, self.meta_sub_path)) + "/"
+
+    @property
+    def tso_key(self) -> str:
+        return f"{self.root_path.strip('/')}/kv/gid/timestamp"
+
+    def to_list(self) -> tuple[KeyRange, ...]:
+        """What a listing needs: of most snapshots only the key, whose `_ts` dates a drop."""
+        snapshots = f"{self.meta}snapshots/root-coord/"
+        return (
+            KeyRange.key(self.tso_key),
+            KeyRange.prefix(f"{self.meta}root-coord/"),
+            KeyRange.prefix(f"{self.meta}field-index/"),
+            KeyRange.prefix(f"{self.meta}querycoord-collection-loadinfo/"),
+            KeyRange.prefix(f"{self.meta}querycoord-partition-loadinfo/"),
+            KeyRange.prefix(f"{snapshots}database/db-info/"),
+            KeyRange.prefix(f"{snapshots}database/collection-info/", keys_only=True),
+            KeyRange.prefix(f"{snapshots}collection/", keys_only=True),
+            KeyRange.prefix(f"{snapshots}partitions/", keys_only=True),
+        )
+
+    def to_watch(self) -> tuple[KeyRange, ...]:
+        """What a watch needs.
+
+        A value and its snapshot are one transaction, and etcd keeps a revision together only within
+        one range: hence one range from `root-coord/` to the end of `snapshots/root-coord/`,
+        although it brings other keys too.
+        """
+        root_coord = KeyRange.prefix(f"{self.meta}root-coord/")
+        snapshots = KeyRange.prefix(f"{self.meta}snapshots/root-coord/")
+        return (
+            KeyRange(root_coord.start, snapshots.end),
+            KeyRange.prefix(f"{self.meta}field-index/"),
+            KeyRange.prefix(f"{self.meta}querycoord-collection-loadinfo/"),
+            KeyRange.prefix(f"{self.meta}querycoord-partition-loadinfo/"),
+            KeyRange.key(self.tso_key),
+        )

@@ -1,0 +1,280 @@
+"""The values below a source's keys, read into the nouns of `milvus_cdc.model`; pure.
+
+Laws: a value that does not parse, or that speaks of another object than its key, is a BugError that
+names the key; an object in state Creating does not exist yet; everything about a dropped object
+that Milvus has already removed is simply missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+from milvuscdc.internal import milvus_meta_pb2 as meta_pb
+from pymilvus.grpc_gen import schema_pb2
+
+from milvus_cdc.errors import BugError
+from milvus_cdc.model import (
+    Collection,
+    Database,
+    Index,
+    Load,
+    LoadKind,
+    ObjectState,
+    Partition,
+    Vchannel,
+    ms_to_tso,
+)
+
+M = TypeVar("M", bound=Message)
+
+_CREATED, _CREATING, _DROPPING, _DROPPED = 0, 1, 2, 3
+# milvus.proto.etcd.DatabaseState: unknown, created, creating, dropping, dropped.
+_DATABASE_CREATING, _DATABASE_STATES = 2, 5
+_LOAD_KINDS = {1: LoadKind.PARTITIONS, 2: LoadKind.COLLECTION}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A key, in full so that an error can name it, and its value."""
+
+    key: str
+    value: bytes
+
+
+@dataclass(slots=True)
+class Parts:
+    """All keys of one collection id, undecoded. `infos` is by database id, 0 in the layout without
+    databases.
+    """
+
+    infos: dict[int, Entry] = field(default_factory=dict)
+    partitions: dict[int, Entry] = field(default_factory=dict)
+    fields: dict[int, Entry] = field(default_factory=dict)
+    functions: dict[int, Entry] = field(default_factory=dict)
+    indexes: dict[int, Entry] = field(default_factory=dict)
+    load: Entry | None = None
+    partition_loads: dict[int, Entry] = field(default_factory=dict)
+    info_ts: int = 0
+    """TSO of the newest snapshot of the collection's own key."""
+    partition_ts: dict[int, int] = field(default_factory=dict)
+
+    def empty(self) -> bool:
+        """Nothing is left of the collection but old snapshots."""
+        children = (self.partitions, self.fields, self.functions, self.indexes)
+        return not (self.infos or self.load or self.partition_loads or any(children))
+
+
+def undecodable(key: str, why: str) -> BugError:
+    return BugError(
+        "SOURCE_METADATA_UNDECODABLE",
+        f"etcd key {key}: {why}; is it written by a Milvus between 2.2 and 2.5?",
+    )
+
+
+def _parse(message: type[M], entry: Entry) -> M:
+    try:
+        return message.FromString(entry.value)
+    except DecodeError as error:
+        head = entry.value[:16].hex()
+        raise undecodable(
+            entry.key, f"not a {message.DESCRIPTOR.name} ({len(entry.value)} bytes, {head}…)"
+        ) from error
+
+
+def _check_id(entry: Entry, wanted: int, found: int) -> None:
+    if wanted != found:
+        raise undecodable(entry.key, f"its value is that of id {found}")
+
+
+def _state(entry: Entry, state: int) -> ObjectState | None:
+    """None: not created yet."""
+    if state == _CREATING:
+        return None
+    if state == _CREATED:
+        return ObjectState.CREATED
+    if state in (_DROPPING, _DROPPED):
+        return ObjectState.DROPPED
+    raise undecodable(entry.key, f"unknown state {state}")
+
+
+def decode_tso(entry: Entry) -> int:
+    """TSO of `kv/gid/timestamp`: Unix nanoseconds, 8 bytes big-endian (seen on 2.3.5).
+
+    It is the end of the time that the source has reserved (about 3 s ahead), so it only grows.
+    """
+    if len(entry.value) != 8:
+        raise undecodable(entry.key, f"{len(entry.value)} bytes instead of 8")
+    return ms_to_tso(int.from_bytes(entry.value, "big") // 1_000_000)
+
+
+def decode_database(entry: Entry, database_id: int) -> Database | None:
+    """None while it is being created."""
+    info = _parse(meta_pb.DatabaseInfo, entry)
+    _check_id(entry, database_id, info.id)
+    if info.state >= _DATABASE_STATES or not info.name:
+        raise undecodable(entry.key, f"unknown state {info.state}, or no name")
+    if info.state == _DATABASE_CREATING:
+        return None
+    created = info.state < _DATABASE_CREATING
+    return Database(info.id, info.name, ObjectState.CREATED if created else ObjectState.DROPPED)
+
+
+def decode_incarnation(entry: Entry) -> int:
+    """Creation time of a database, Unix nanoseconds."""
+    return _parse(meta_pb.DatabaseInfo, entry).created_time
+
+
+def decode_collection(
+    collection_id: int, parts: Parts, databases: Mapping[int, str]
+) -> Collection | None:
+    """None when it does not exist (yet). `databases` has names, also of databases gone by now."""
+    if not parts.infos:
+        return None
+    database_id, entry = max(parts.infos.items())
+    info = _parse(meta_pb.CollectionInfo, entry)
+    _check_id(entry, collection_id, info.id)
+    state = _state(entry, info.state)
+    if state is None:
+        return None
+    dropped = state is ObjectState.DROPPED
+    drop_ts = parts.info_ts if dropped else 0
+    database_id = database_id or 1
+    if database_id not in databases and not dropped:
+        raise undecodable(entry.key, f"there is no database {database_id}")
+    schema = _schema(entry, info, parts)
+    names = {each.fieldID: each.name for each in schema.fields}
+    if not names and not dropped:
+        raise undecodable(entry.key, "it has no fields")
+    return Collection(
+        collection_id=collection_id,
+        database_id=database_id,
+        database=databases.get(database_id, ""),
+        name=schema.name,
+        schema=schema.SerializeToString(deterministic=True),
+        shards=info.shards_num,
+        consistency_level=info.consistency_level,
+        create_ts=info.create_time,
+        properties=_pairs(info.properties),
+        state=state,
+        drop_ts=drop_ts,
+        partitions=_partitions(parts, dropped, drop_ts),
+        indexes=() if dropped else _indexes(parts, schema),
+        load=Load() if dropped else _load(parts),
+        vchannels=_vchannels(entry, info),
+    )
+
+
+def _pairs(pairs: Iterable[meta_pb.KeyValue]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((pair.key, pair.value) for pair in pairs))
+
+
+def _schema(
+    entry: Entry, info: meta_pb.CollectionInfo, parts: Parts
+) -> schema_pb2.CollectionSchema:
+    schema = _parse(schema_pb2.CollectionSchema, Entry(entry.key, info.schema))
+    if not schema.name:
+        raise undecodable(entry.key, "its schema has no name")
+    if parts.fields:
+        del schema.fields[:]
+    for field_id, field_entry in sorted(parts.fields.items()):
+        one = _parse(schema_pb2.FieldSchema, field_entry)
+        _check_id(field_entry, field_id, one.fieldID)
+        schema.fields.append(one)
+    if parts.functions:
+        del schema.functions[:]
+    for function_id, function_entry in sorted(parts.functions.items()):
+        function = _parse(schema_pb2.FunctionSchema, function_entry)
+        _check_id(function_entry, function_id, function.id)
+        schema.functions.append(function)
+    return schema
+
+
+def _partitions(parts: Parts, all_dropped: bool, drop_ts: int) -> tuple[Partition, ...]:
+    partitions = []
+    for partition_id, entry in sorted(parts.partitions.items()):
+        info = _parse(meta_pb.PartitionInfo, entry)
+        _check_id(entry, partition_id, info.partition_id)
+        state = _state(entry, info.state)
+        if state is None:
+            continue
+        own_ts = parts.partition_ts.get(partition_id, 0) if state is ObjectState.DROPPED else 0
+        partitions.append(
+            Partition(
+                partition_id,
+                info.partition_name,
+                info.partition_created_timestamp,
+                ObjectState.DROPPED if all_dropped else state,
+                own_ts or (drop_ts if all_dropped else 0),
+            )
+        )
+    return tuple(partitions)
+
+
+def _indexes(parts: Parts, schema: schema_pb2.CollectionSchema) -> tuple[Index, ...]:
+    fields = {each.fieldID: each for each in schema.fields}
+    indexes = []
+    for index_id, entry in sorted(parts.indexes.items()):
+        value = _parse(meta_pb.FieldIndex, entry)
+        info = value.index_info
+        _check_id(entry, index_id, info.index_id)
+        if value.deleted:
+            continue
+        if info.field_id not in fields:
+            raise undecodable(entry.key, f"its collection has no field {info.field_id}")
+        of_field = fields[info.field_id]
+        indexes.append(
+            Index(
+                index_id,
+                info.index_name,
+                info.field_id,
+                of_field.name,
+                _index_params(info, {(pair.key, pair.value) for pair in of_field.type_params}),
+                value.create_time,
+            )
+        )
+    return tuple(indexes)
+
+
+def _index_params(
+    info: meta_pb.IndexInfo, field_params: set[tuple[str, str]]
+) -> tuple[tuple[str, str], ...]:
+    """What the user gave to CreateIndex where Milvus kept it, so AUTOINDEX stays AUTOINDEX.
+
+    The flag is_auto_index is not to be relied on: 2.3.5 leaves it unset for AUTOINDEX on vectors.
+    Type parameters that repeat the field's own (dim, max_length) are no part of the request.
+    """
+    types = {pair.key: pair.value for pair in info.type_params}
+    own = {key: value for key, value in types.items() if (key, value) not in field_params}
+    given = info.user_index_params or info.index_params
+    return tuple(sorted({**own, **{pair.key: pair.value for pair in given}}.items()))
+
+
+def _load(parts: Parts) -> Load:
+    if parts.load is None:
+        return Load()
+    info = _parse(meta_pb.CollectionLoadInfo, parts.load)
+    if info.load_type not in _LOAD_KINDS:
+        raise undecodable(parts.load.key, f"unknown load type {info.load_type}")
+    kind = _LOAD_KINDS[info.load_type]
+    partition_ids: tuple[int, ...] = ()
+    if kind is LoadKind.PARTITIONS:
+        for partition_id, entry in parts.partition_loads.items():
+            loaded = _parse(meta_pb.PartitionLoadInfo, entry)
+            _check_id(entry, partition_id, loaded.partition_id)
+        partition_ids = tuple(sorted(parts.partition_loads))
+    return Load(kind, partition_ids, info.replica_number)
+
+
+def _vchannels(entry: Entry, info: meta_pb.CollectionInfo) -> tuple[Vchannel, ...]:
+    """A start position is empty where the source has stored none."""
+    names, topics = info.virtual_channel_names, info.physical_channel_names
+    if len(names) != len(topics):
+        raise undecodable(entry.key, f"{len(names)} vchannels for {len(topics)} pchannels")
+    starts = {start.key: start.data for start in info.start_positions}
+    return tuple(
+        Vchannel(vchannel, pchannel, starts.get(pchannel, b""))
+        for vchannel, pchannel in zip(names, topics, strict=True)
+    )
