@@ -1,0 +1,293 @@
+"""Giving out, changing and taking back assignments.
+
+Laws: an assignment changes hands only when its owner has released it or the owner's lease has
+certainly ended; every new owner gets a new epoch, saved before it hears of it; what is held and
+healthy stays where it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from milvus_cdc.model import metadata_assignment_id, split_assignment_id
+
+from milvus_cdc_controller.core.collection import (
+    CollectionProgress,
+    CollectionRecord,
+    start_checkpoints,
+)
+from milvus_cdc_controller.core.effects import Assign, Revoke
+from milvus_cdc_controller.core.grant import Grant
+from milvus_cdc_controller.core.liveness import Session
+from milvus_cdc_controller.core.names import Claim, winners
+from milvus_cdc_controller.core.placement import Candidate, Need, place
+from milvus_cdc_controller.core.task import StartAt, TaskRecord
+from milvus_cdc_controller.core.world import World
+
+
+def wanted(task: TaskRecord, record: CollectionRecord) -> str:
+    """Empty when the collection should be running; else why not."""
+    if task.deleting:
+        return "DELETING"
+    if task.failure is not None:
+        return "TASK_FAILED"
+    if task.paused:
+        return "PAUSED"
+    if not task.probed:
+        return "NOT_PROBED"
+    if record.deselected:
+        return "DESELECTED"
+    if record.failure is not None:
+        return "FAILED"
+    if record.resync:
+        return "RESYNC"
+    if not record.started:
+        return "WAITING_FOR_START"
+    if not record.holds_name:
+        return "WAITING_FOR_NAME"
+    return ""
+
+
+def metadata_wanted(world: World, task: TaskRecord) -> str:
+    if not task.active:
+        return "DELETING" if task.deleting else "PAUSED" if task.paused else "TASK_FAILED"
+    metadata = world.metadata[task.uid]
+    if not task.probed:
+        return "NOT_PROBED"
+    if metadata.failure is not None:
+        return "FAILED"
+    if not metadata.databases and not metadata.applied_version:
+        return "EMPTY"
+    return ""
+
+
+def send_assign(world: World, grant: Grant) -> None:
+    """The whole resource to its owner, if it is connected."""
+    session = world.owner(grant)
+    if session is None or not session.stream:
+        return
+    uid, _ = split_assignment_id(grant.assignment_id)
+    task = world.tasks[uid]
+    record = world.record_of(grant.assignment_id)
+    observed = world.seen(grant.assignment_id)
+    if record is None:
+        metadata = world.metadata[uid]
+        observed.sent_version = metadata.version
+        message = Assign(
+            grant.assignment_id, grant.epoch, metadata.version, task, metadata=metadata
+        )
+    else:
+        observed.sent_version = record.version
+        message = Assign(
+            grant.assignment_id,
+            grant.epoch,
+            record.version,
+            task,
+            collection=record,
+            progress=world.progress[grant.assignment_id],
+        )
+    world.send(session.stream, message)
+
+
+def revoke(world: World, grant: Grant, reason: str) -> None:
+    """Asks the owner to let go; once per epoch and stream. The grant stays until it does or its
+    lease ends.
+    """
+    observed = world.seen(grant.assignment_id)
+    if observed.revoking:
+        return
+    observed.revoking = reason
+    world.touch(split_assignment_id(grant.assignment_id)[0])
+    session = world.owner(grant)
+    if session is not None:
+        world.send(session.stream, Revoke(grant.assignment_id, grant.epoch, reason))
+
+
+def let_go(world: World, grant: Grant) -> None:
+    """Nobody holds it any more; the epoch stays spent."""
+    world.put_grant(replace(grant, owner="", instance=""))
+
+
+def settle(world: World) -> set[str]:
+    """Brings every dirty task's assignments towards what is wanted, places what waits, and names
+    the tasks.
+    """
+    looked_at: set[str] = set()
+    rounds = 0
+    while world.dirty:
+        rounds += 1
+        assert rounds < 100, "settling does not settle"
+        for uid in sorted(world.dirty):
+            world.dirty.discard(uid)
+            looked_at.add(uid)
+            if uid in world.tasks:
+                _settle_task(world, world.tasks[uid])
+        if not world.dirty:
+            place_waiting(world)
+    return looked_at
+
+
+def _settle_task(world: World, task: TaskRecord) -> None:
+    take_names(world, task)
+    for record in list(world.collections[task.uid].values()):
+        _settle_collection(world, task, record)
+    grant = world.grants.get(metadata_assignment_id(task.uid))
+    if grant is not None and grant.instance:
+        _settle_grant(world, grant, metadata_wanted(world, task), world.metadata[task.uid].version)
+    if task.deleting and not any(grant.instance for grant in world.grants_of(task.uid)):
+        world.drop_task(task)
+
+
+def _settle_collection(world: World, task: TaskRecord, record: CollectionRecord) -> None:
+    if not record.started and _start_is_known(task, record):
+        record = replace(record, started=True)
+        _reset(world, record, CollectionProgress(task.uid, record.collection_id))
+        world.put_collection(record)
+    grant = world.grants.get(record.assignment_id)
+    held = grant is not None and bool(grant.instance)
+    if not held:
+        # A replicator that had it may have made the sink object without living to say so: only what
+        # nobody ever had, or what failed before it was ours, needs no drop at the sink.
+        untried = grant is None or record.failure is not None
+        never_ours = not record.opened and not record.recreate and untried
+        if record.deselected or (record.dropping and never_ours):
+            world.drop_collection(record)
+            return
+        if record.resync:
+            record = replace(
+                record,
+                version=record.version + 1,
+                resync=False,
+                recreate=True,
+                opened=False,
+                sink_collection_id=0,
+                failure=None,
+                started=True,
+                drop_granted=False,
+            )
+            _reset(world, record, world.progress[record.assignment_id])
+            world.put_collection(record)
+    if not record.drop_granted and record.dropping and record.opened:
+        if world.progress[record.assignment_id].closed:
+            record = replace(record, version=record.version + 1, drop_granted=True)
+            world.put_collection(record)
+    if held:
+        assert grant is not None
+        _settle_grant(world, grant, wanted(task, record), record.version)
+
+
+def _start_is_known(task: TaskRecord, record: CollectionRecord) -> bool:
+    """From the metadata alone: EARLIEST, or created after the task."""
+    if task.baseline is None or not record.want.vchannels:
+        return False
+    return task.spec.start is StartAt.EARLIEST or record.collection_id not in task.baseline
+
+
+def _reset(world: World, record: CollectionRecord, progress: CollectionProgress) -> None:
+    world.put_progress(replace(progress, checkpoints=start_checkpoints(record.want)))
+
+
+def _settle_grant(world: World, grant: Grant, unwanted: str, version: int) -> None:
+    session = world.owner(grant)
+    if unwanted:
+        revoke(world, grant, unwanted)
+    elif session is not None and session.draining:
+        revoke(world, grant, "DRAINING")
+    else:
+        observed = world.seen(grant.assignment_id)
+        if not observed.revoking and observed.sent_version != version:
+            send_assign(world, grant)
+
+
+def take_names(world: World, task: TaskRecord) -> None:
+    """Gives the names that are free at this task's sink."""
+    names = {r.sink_name for r in world.collections[task.uid].values() if not r.holds_name}
+    if not names:
+        return
+    claims = []
+    for other in world.tasks.values():
+        if other.spec.sink_id != task.spec.sink_id:
+            continue
+        for record in world.collections[other.uid].values():
+            if record.sink_name in names:
+                claims.append(
+                    Claim(
+                        (other.uid, record.collection_id),
+                        other.spec.sink_id,
+                        record.sink_name,
+                        record.want.create_ts,
+                        record.holds_name,
+                    )
+                )
+    for uid, collection_id in sorted(winners(claims)):
+        record = world.collections[uid][collection_id]
+        if not record.holds_name and not record.deselected:
+            world.put_collection(replace(record, holds_name=True))
+
+
+def place_waiting(world: World) -> None:
+    """Finds owners for everything that is wanted and held by nobody."""
+    sessions = world.alive()
+    if not sessions:
+        return
+    needs: list[Need] = []
+    for task in sorted(world.tasks.values(), key=lambda t: (t.create_time_ms, t.uid)):
+        if not task.active:
+            continue
+        key = metadata_assignment_id(task.uid)
+        if not _held(world, key) and not metadata_wanted(world, task):
+            needs.append(Need(key, barred=_barred(sessions, key)))
+        for record in world.collections[task.uid].values():
+            key = record.assignment_id
+            if not _held(world, key) and not wanted(task, record):
+                logs = frozenset((task.spec.source_id, v.pchannel) for v in record.want.vchannels)
+                needs.append(Need(key, logs, _barred(sessions, key)))
+    if not needs:
+        return
+    for assignment_id, instance in place(needs, _candidates(world, sessions)).items():
+        give(world, assignment_id, world.sessions[instance])
+
+
+def give(world: World, assignment_id: str, session: Session) -> None:
+    """A new owner: next epoch, saved, then sent."""
+    old = world.grants.get(assignment_id) or Grant(assignment_id)
+    assert not old.instance, "an assignment has one owner"
+    grant = Grant(assignment_id, old.epoch + 1, session.name, session.instance, world.now.wall_ms)
+    world.put_grant(grant)
+    send_assign(world, grant)
+
+
+def _held(world: World, assignment_id: str) -> bool:
+    grant = world.grants.get(assignment_id)
+    return grant is not None and bool(grant.instance)
+
+
+def _barred(sessions: list[Session], assignment_id: str) -> frozenset[str]:
+    return frozenset(
+        s.instance for s in sessions if any(stale[0] == assignment_id for stale in s.stale)
+    )
+
+
+def _candidates(world: World, sessions: list[Session]) -> list[Candidate]:
+    held: dict[str, list[CollectionRecord]] = {s.instance: [] for s in sessions}
+    count: dict[str, int] = {s.instance: 0 for s in sessions}
+    logs: dict[str, set[tuple[str, str]]] = {s.instance: set() for s in sessions}
+    for grant in world.grants.values():
+        if grant.instance not in held:
+            continue
+        count[grant.instance] += 1
+        record = world.record_of(grant.assignment_id)
+        if record is not None:
+            held[grant.instance].append(record)
+            source = world.tasks[record.task_uid].spec.source_id
+            logs[grant.instance].update((source, v.pchannel) for v in record.want.vchannels)
+    return [
+        Candidate(
+            s.instance,
+            s.capacity,
+            count[s.instance],
+            len(held[s.instance]),
+            frozenset(logs[s.instance]),
+        )
+        for s in sessions
+    ]

@@ -1,0 +1,134 @@
+"""One collection of one task: what is wanted at the sink, and how far its log has come.
+
+Law: the wish (`CollectionRecord`) and the progress (`CollectionProgress`) are stored apart,
+because the second changes every second; a progress is always stored before a wish that relies on
+it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from milvus_cdc.model import Collection, collection_assignment_id
+
+from milvus_cdc_controller.core.task import Failure
+
+
+class CollectionState(StrEnum):
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    RETRYING = "RETRYING"
+    PAUSED = "PAUSED"
+    FAILED = "FAILED"
+    DROPPING = "DROPPING"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Place in one shard's log: everything at or below `resolved_ts` is durable in the sink,
+    nothing beyond `horizon_ts` can have been written.
+    """
+
+    vchannel: str
+    pchannel: str
+    read_from: bytes
+    resolved_ts: int = 0
+    horizon_ts: int = 0
+    closed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    rows_inserted: int = 0
+    rows_upserted: int = 0
+    rows_deleted: int = 0
+    rows_skipped: int = 0
+
+    def plus(self, other: Counters) -> Counters:
+        return Counters(
+            self.rows_inserted + other.rows_inserted,
+            self.rows_upserted + other.rows_upserted,
+            self.rows_deleted + other.rows_deleted,
+            self.rows_skipped + other.rows_skipped,
+        )
+
+
+NO_ROWS = Counters()
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionProgress:
+    """Checkpoints and counters. `past` sums the epochs before `epoch`, `current` counts in it."""
+
+    task_uid: str
+    collection_id: int
+    checkpoints: tuple[Checkpoint, ...] = ()
+    epoch: int = 0
+    past: Counters = NO_ROWS
+    current: Counters = NO_ROWS
+    conditions: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def totals(self) -> Counters:
+        return self.past.plus(self.current)
+
+    @property
+    def resolved_ts(self) -> int:
+        """The collection's watermark: the smallest over its open vchannels (over all once all are
+        closed).
+        """
+        still_open = [point.resolved_ts for point in self.checkpoints if not point.closed]
+        if still_open:
+            return min(still_open)
+        return max((point.resolved_ts for point in self.checkpoints), default=0)
+
+    @property
+    def closed(self) -> bool:
+        return bool(self.checkpoints) and all(point.closed for point in self.checkpoints)
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionRecord:
+    """A collection as wanted at the sink.
+
+    `want` keeps the database and name under which it was first seen, because that is its name at
+    the sink; `source_name` follows renames at the source.
+    """
+
+    task_uid: str
+    collection_id: int
+    version: int
+    want: Collection
+    source_name: str
+    """`database.collection` at the source now."""
+    started: bool = False
+    """Its checkpoints hold real start positions."""
+    holds_name: bool = False
+    opened: bool = False
+    sink_collection_id: int = 0
+    recreate: bool = False
+    resync: bool = False
+    """Asked for; takes effect once nobody holds the assignment."""
+    dropping: bool = False
+    drop_granted: bool = False
+    deselected: bool = False
+    failure: Failure | None = None
+
+    @property
+    def assignment_id(self) -> str:
+        return collection_assignment_id(self.task_uid, self.collection_id)
+
+    @property
+    def sink_name(self) -> str:
+        return self.want.full_name
+
+
+def changed(record: CollectionRecord, **fields: object) -> CollectionRecord:
+    """The record with other contents and the next version: its holder must hear of it."""
+    return replace(record, version=record.version + 1, **fields)  # type: ignore[arg-type]
+
+
+def start_checkpoints(want: Collection) -> tuple[Checkpoint, ...]:
+    """From each shard's CreateCollection message on: nothing of it can be in the sink."""
+    return tuple(Checkpoint(v.vchannel, v.pchannel, v.start_position) for v in want.vchannels)

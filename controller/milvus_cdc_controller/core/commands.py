@@ -1,0 +1,281 @@
+"""What users ask for: checked, stored, answered."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from milvus_cdc_controller.core.effects import Effect, RefreshSource, Refusal, Reply
+from milvus_cdc_controller.core.events import (
+    Command,
+    CreateTask,
+    DeleteTask,
+    PauseTask,
+    ResumeTask,
+    ResyncCollection,
+    RetryTask,
+    UpdateTask,
+)
+from milvus_cdc_controller.core.selection import Selection, overlap
+from milvus_cdc_controller.core.sources import adopt_catalogue
+from milvus_cdc_controller.core.task import TaskRecord
+from milvus_cdc_controller.core.world import World
+
+
+def create_task(world: World, command: CreateTask) -> None:
+    repeated = _repeated(world, command)
+    if repeated is not None:
+        world.effects.append(repeated)
+        return
+    refusal = check_create(world, command)
+    if refusal is not None:
+        world.effects.append(Reply(command.call, refusal=refusal))
+        return
+    now = world.now.wall_ms
+    task = TaskRecord(
+        command.uid,
+        command.spec,
+        request_id=command.request_id,
+        fingerprint=command.fingerprint,
+        probed=command.probed,
+        state_time_ms=now,
+        create_time_ms=now,
+        update_time_ms=now,
+    )
+    if not command.validate_only:
+        world.put_task(task)
+        world.watch_sources()
+        adopt_catalogue(world, task.uid)
+        world.touch(task.uid)
+    _answer(world, command, task)
+
+
+def _repeated(world: World, command: CreateTask) -> Effect | None:
+    """The answer to a request id seen before."""
+    if not command.request_id:
+        return None
+    for task in world.tasks.values():
+        if task.request_id == command.request_id:
+            if task.fingerprint == command.fingerprint:
+                return Reply(command.call, task)
+            return Reply(
+                command.call,
+                refusal=Refusal(
+                    "ALREADY_EXISTS",
+                    "REQUEST_ID_REUSED",
+                    f"The request id was used for {task.spec.name} with other contents; "
+                    "use a new one.",
+                    "request_id",
+                ),
+            )
+    return None
+
+
+def check_create(world: World, command: CreateTask) -> Refusal | None:
+    if command.spec.name in world.uid_by_name:
+        return Refusal(
+            "ALREADY_EXISTS",
+            "TASK_EXISTS",
+            f"{command.spec.name} exists already; choose another name or update it.",
+            "task.name",
+        )
+    return _overlap(world, command.spec.sink_id, command.spec.selection, own_uid="")
+
+
+def _overlap(world: World, sink_id: str, selection: Selection, own_uid: str) -> Refusal | None:
+    for task in world.tasks.values():
+        if task.uid == own_uid or task.spec.sink_id != sink_id:
+            continue
+        pair = overlap(selection, task.spec.selection)
+        if pair is None:
+            continue
+        mine, theirs = pair
+        return Refusal(
+            "FAILED_PRECONDITION",
+            "SINK_OVERLAP",
+            f"{task.spec.name} writes to the same sink, and its {theirs!r} can select what "
+            f"{mine!r} selects: two tasks may not own one sink collection. Narrow one of them, "
+            "for example by exclude.",
+            "task.selection.include",
+            (("task", task.spec.name), ("pattern", mine), ("other_pattern", theirs)),
+        )
+    return None
+
+
+def _find(world: World, command: Command, name: str, etag: str = "") -> TaskRecord | None:
+    """The task, or None once a refusal has been answered."""
+    uid = world.uid_by_name.get(name)
+    if uid is None:
+        refusal = Refusal("NOT_FOUND", "TASK_NOT_FOUND", f"There is no {name}.", "name")
+    elif etag and etag != world.tasks[uid].etag:
+        refusal = Refusal(
+            "ABORTED",
+            "ETAG_MISMATCH",
+            f"{name} has changed since it was read; get it again and repeat.",
+            "etag",
+        )
+    else:
+        return world.tasks[uid]
+    world.effects.append(Reply(command.call, refusal=refusal))
+    return None
+
+
+def _not_deleting(world: World, command: Command, task: TaskRecord) -> bool:
+    if task.deleting:
+        _refuse(
+            world,
+            command,
+            Refusal(
+                "FAILED_PRECONDITION",
+                "TASK_DELETING",
+                f"{task.spec.name} is being deleted.",
+                "name",
+            ),
+        )
+    return not task.deleting
+
+
+def _refuse(world: World, command: Command, refusal: Refusal) -> None:
+    world.effects.append(Reply(command.call, refusal=refusal))
+
+
+def _answer(world: World, command: Command, task: TaskRecord) -> None:
+    world.effects.append(Reply(command.call, task))
+
+
+def _change(world: World, task: TaskRecord, **fields: object) -> TaskRecord:
+    new = replace(
+        task,
+        generation=task.generation + 1,
+        update_time_ms=world.now.wall_ms,
+        **fields,  # type: ignore[arg-type]
+    )
+    world.put_task(new)
+    world.touch(task.uid)
+    return new
+
+
+def update_task(world: World, command: UpdateTask) -> None:
+    task = _find(world, command, command.name, command.etag)
+    if task is None or not _not_deleting(world, command, task):
+        return
+    spec = task.spec
+    if command.labels is not None:
+        spec = replace(spec, labels=command.labels)
+    if command.selection is not None:
+        refusal = _overlap(world, spec.sink_id, command.selection, own_uid=task.uid)
+        if refusal is not None:
+            _refuse(world, command, refusal)
+            return
+        spec = replace(spec, selection=command.selection)
+    if command.validate_only:
+        _answer(world, command, replace(task, spec=spec))
+        return
+    if spec != task.spec:
+        task = _change(world, task, spec=spec)
+        adopt_catalogue(world, task.uid)
+    _answer(world, command, task)
+
+
+def pause_task(world: World, command: PauseTask) -> None:
+    task = _find(world, command, command.name, command.etag)
+    if task is None or not _not_deleting(world, command, task):
+        return
+    if not task.paused:
+        task = _change(world, task, paused=True)
+    _answer(world, command, task)
+
+
+def resume_task(world: World, command: ResumeTask) -> None:
+    task = _find(world, command, command.name, command.etag)
+    if task is None or not _not_deleting(world, command, task):
+        return
+    if task.paused:
+        task = _change(world, task, paused=False)
+        adopt_catalogue(world, task.uid)
+    _answer(world, command, task)
+
+
+def delete_task(world: World, command: DeleteTask) -> None:
+    if command.allow_missing and command.name not in world.uid_by_name:
+        world.effects.append(Reply(command.call))
+        return
+    task = _find(world, command, command.name, command.etag)
+    if task is None:
+        return
+    if not task.deleting:
+        task = _change(world, task, deleting=True)
+    _answer(world, command, task)
+
+
+def retry_task(world: World, command: RetryTask) -> None:
+    task = _find(world, command, command.name)
+    if task is None or not _not_deleting(world, command, task):
+        return
+    records = list(world.collections[task.uid].values())
+    if command.collection:
+        records = [r for r in records if command.collection in (r.sink_name, r.source_name)]
+        if not records:
+            _refuse(world, command, _no_collection(task, command.collection))
+            return
+    failed = [record for record in records if record.failure is not None]
+    if command.collection and not failed and task.failure is None:
+        _refuse(
+            world,
+            command,
+            Refusal(
+                "FAILED_PRECONDITION",
+                "COLLECTION_NOT_FAILED",
+                f"{command.collection} has not failed.",
+                "collection",
+            ),
+        )
+        return
+    for record in failed:
+        world.put_collection(replace(record, failure=None))
+    metadata = world.metadata[task.uid]
+    if metadata.failure is not None:
+        world.put_metadata(replace(metadata, failure=None))
+    task = _change(world, task, failure=None)
+    world.work[task.uid].not_before_ms = 0
+    world.effects.append(RefreshSource(task.spec.source_id))
+    _answer(world, command, task)
+
+
+def resync_collection(world: World, command: ResyncCollection) -> None:
+    task = _find(world, command, command.name)
+    if task is None or not _not_deleting(world, command, task):
+        return
+    matching = [
+        record
+        for record in world.collections[task.uid].values()
+        if command.collection in (record.sink_name, record.source_name)
+    ]
+    # The holder of the name, when one of the same name waits behind it.
+    record = next(iter(sorted(matching, key=lambda r: not r.holds_name)), None)
+    if record is None:
+        _refuse(world, command, _no_collection(task, command.collection))
+        return
+    if record.dropping:
+        _refuse(
+            world,
+            command,
+            Refusal(
+                "FAILED_PRECONDITION",
+                "COLLECTION_DROPPING",
+                f"{command.collection} is dropped at the source; there is nothing to fill it from.",
+                "collection",
+            ),
+        )
+        return
+    world.put_collection(replace(record, resync=True, failure=None))
+    task = _change(world, task)
+    _answer(world, command, task)
+
+
+def _no_collection(task: TaskRecord, collection: str) -> Refusal:
+    return Refusal(
+        "NOT_FOUND",
+        "COLLECTION_NOT_FOUND",
+        f"{task.spec.name} follows no collection {collection!r}.",
+        "collection",
+    )

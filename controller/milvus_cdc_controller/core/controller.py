@@ -1,0 +1,117 @@
+"""The one door to the controller's core: an event goes in, effects come out.
+
+Laws: no clock, no randomness, no I/O; within one step everything to be stored stands before
+everything to be sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from milvus_cdc_controller.core import commands, events, sessions, sources
+from milvus_cdc_controller.core.assigning import settle
+from milvus_cdc_controller.core.effects import Effect, Forget, Publish, Record, Save
+from milvus_cdc_controller.core.liveness import Leases, SessionState
+from milvus_cdc_controller.core.status import refresh
+from milvus_cdc_controller.core.world import World
+
+PUBLISH_EVERY_MS = 1_000
+
+_HANDLERS: dict[type[events.Event], Callable[[World, Any], None]] = {
+    events.CreateTask: commands.create_task,
+    events.UpdateTask: commands.update_task,
+    events.PauseTask: commands.pause_task,
+    events.ResumeTask: commands.resume_task,
+    events.DeleteTask: commands.delete_task,
+    events.RetryTask: commands.retry_task,
+    events.ResyncCollection: commands.resync_collection,
+    events.CatalogueSeen: sources.catalogue_seen,
+    events.SourceUnavailable: sources.source_unavailable,
+    events.PartitionRead: sources.partition_read,
+    events.PartitionAsked: sources.partition_asked,
+    events.Hello: sessions.hello,
+    events.StreamLost: sessions.stream_lost,
+    events.Heartbeat: sessions.heartbeat,
+    events.Acked: sessions.acked,
+    events.Nacked: sessions.nacked,
+    events.Released: sessions.released,
+    events.ProgressReported: sessions.progress_reported,
+    events.JobAsked: sessions.job_asked,
+    events.JobCancelled: sessions.job_cancelled,
+    events.JobUpdated: sessions.job_updated,
+}
+
+
+class Controller:
+    """Owns the world. `world` may be read between steps, never changed from outside."""
+
+    def __init__(self, leases: Leases, records: Iterable[Record] = ()) -> None:
+        self.world = World(leases)
+        self.world.restore(records)
+        self._published_ms = 0
+        self._faces: dict[str, tuple[SessionState, bool]] = {}
+
+    def step(self, event: events.Event) -> list[Effect]:
+        world = self.world
+        assert event.at.mono_ms >= world.now.mono_ms, "monotonic time went back"
+        world.now = event.at
+        world.effects = []
+        match event:
+            case events.Started():
+                sessions.started(world)
+            case events.Ticked():
+                self._tick()
+            case _:
+                _HANDLERS[type(event)](world, event)
+        looked_at = settle(world)
+        if looked_at:
+            sources.advance_work(world)
+            looked_at |= settle(world)
+        for uid in sorted(looked_at):
+            refresh(world, uid)
+        assert not world.dirty
+        return ordered(world.effects)
+
+    def _tick(self) -> None:
+        world = self.world
+        sessions.expire(world)
+        now_ms = world.now.mono_ms
+        faces = {
+            instance: (
+                session.state(world.leases, now_ms),
+                session.takes_work(world.leases, now_ms),
+            )
+            for instance, session in world.sessions.items()
+        }
+        if faces != self._faces:
+            self._faces = faces
+            world.touch_all()
+        for uid, task in world.tasks.items():
+            if task.active and not (task.probed and task.created):
+                world.touch(uid)
+            elif world.work[uid].resolve_job or world.work[uid].not_before_ms:
+                world.touch(uid)
+        if world.now.mono_ms - self._published_ms >= PUBLISH_EVERY_MS:
+            self._published_ms = world.now.mono_ms
+            for uid in sorted(world.stirred & world.tasks.keys()):
+                world.effects.append(Publish(uid))
+            world.stirred.clear()
+
+
+def ordered(effects: list[Effect]) -> list[Effect]:
+    """Saves first, each key once with its last contents; then the rest, each task published once."""
+    saves: dict[str, Effect] = {}
+    published: dict[str, Publish] = {}
+    rest: list[Effect] = []
+    for effect in effects:
+        match effect:
+            case Save(key=key) | Forget(key=key):
+                saves.pop(key, None)
+                saves[key] = effect
+            case Publish(uid=uid):
+                published.pop(uid, None)
+                published[uid] = effect
+            case _:
+                rest.append(effect)
+    return [*saves.values(), *rest, *published.values()]

@@ -1,0 +1,247 @@
+"""Everything that can happen to the controller. Time arrives inside: `at` of every event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from milvus_cdc.model import Catalogue
+
+from milvus_cdc_controller.core.collection import NO_ROWS, Counters
+from milvus_cdc_controller.core.grant import ReportedState
+from milvus_cdc_controller.core.jobs import JobPayload, JobResult
+from milvus_cdc_controller.core.selection import Selection
+from milvus_cdc_controller.core.task import SourceRecord, TaskSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """`mono_ms` never goes back and counts suspend: leases. `wall_ms` is Unix time: for people."""
+
+    mono_ms: int
+    wall_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    at: Instant
+
+
+@dataclass(frozen=True, slots=True)
+class Started(Event):
+    """The store has been loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked(Event):
+    """Time has passed."""
+
+
+# Commands of the API. `call` comes back in effects.Reply.
+
+
+@dataclass(frozen=True, slots=True)
+class Command(Event):
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
+class CreateTask(Command):
+    uid: str
+    spec: TaskSpec
+    request_id: str
+    fingerprint: str
+    probed: bool
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateTask(Command):
+    name: str
+    etag: str
+    labels: tuple[tuple[str, str], ...] | None
+    selection: Selection | None
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PauseTask(Command):
+    name: str
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeTask(Command):
+    name: str
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteTask(Command):
+    name: str
+    etag: str
+    allow_missing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RetryTask(Command):
+    name: str
+    collection: str
+    """`database.collection`; every failed one when empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResyncCollection(Command):
+    name: str
+    collection: str
+
+
+# The source's metadata.
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueSeen(Event):
+    """A whole reading. Not `trusted`: it must not be taken as evidence of anything."""
+
+    source_id: str
+    catalogue: Catalogue
+    trusted: bool = True
+    reason: str = ""
+    message: str = ""
+    record: SourceRecord | None = None
+    """What the guard wants remembered for the next judgement."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceUnavailable(Event):
+    source_id: str
+    reason: str
+    message: str
+    fatal: bool = False
+    """Only a person can mend it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionRead(Event):
+    """The reading asked for by effects.ReadPartition has been delivered as CatalogueSeen."""
+
+    assignment_id: str
+    partition_id: int
+
+
+# Replicators. `stream` numbers one connection.
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    assignment_id: str
+    epoch: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent(Event):
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(StreamEvent):
+    name: str
+    instance: str
+    version: str
+    peer: str
+    protocol: int
+    capacity: int
+    held: tuple[Held, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLost(StreamEvent):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat(StreamEvent):
+    seq: int
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Acked(StreamEvent):
+    assignment_id: str
+    epoch: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Nacked(StreamEvent):
+    assignment_id: str
+    epoch: int
+    version: int
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Released(StreamEvent):
+    assignment_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class VchannelReport:
+    vchannel: str
+    read_from: bytes
+    resolved_ts: int
+    closed: bool = False
+    wanted_horizon_ts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SinkOpened:
+    sink_collection_id: int
+    adopted: bool = False
+    horizon_ts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressReported(StreamEvent):
+    assignment_id: str
+    epoch: int
+    seq: int
+    state: ReportedState
+    reason: str = ""
+    message: str = ""
+    vchannels: tuple[VchannelReport, ...] = ()
+    counters: Counters = NO_ROWS
+    lag_ms: int = -1
+    conditions: tuple[tuple[str, str], ...] = ()
+    opened: SinkOpened | None = None
+    dropped: bool = False
+    applied_version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionAsked(StreamEvent):
+    assignment_id: str
+    epoch: int
+    partition_id: int
+
+
+# Jobs asked for by the API; those of the core itself begin inside.
+
+
+@dataclass(frozen=True, slots=True)
+class JobAsked(Event):
+    job_id: str
+    payload: JobPayload
+
+
+@dataclass(frozen=True, slots=True)
+class JobCancelled(Event):
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobUpdated(StreamEvent):
+    job_id: str
+    result: JobResult

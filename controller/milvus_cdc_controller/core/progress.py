@@ -1,0 +1,75 @@
+"""Merging what a replicator reports into what is stored.
+
+Laws: monotone. `resolved_ts` and `read_from` never go back, a closed vchannel stays closed, a
+horizon only grows; and a horizon is granted only for a collection whose ownership of the sink
+object is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from milvus_cdc_controller.core.collection import (
+    Checkpoint,
+    CollectionProgress,
+    CollectionRecord,
+    Counters,
+)
+from milvus_cdc_controller.core.events import ProgressReported, VchannelReport
+
+
+def merge_checkpoint(point: Checkpoint, report: VchannelReport, *, grant: bool) -> Checkpoint:
+    if report.resolved_ts >= point.resolved_ts:
+        point = replace(
+            point,
+            resolved_ts=report.resolved_ts,
+            read_from=report.read_from or point.read_from,
+        )
+    if grant and report.wanted_horizon_ts > point.horizon_ts:
+        point = replace(point, horizon_ts=report.wanted_horizon_ts)
+    if report.closed and not point.closed:
+        point = replace(point, closed=True)
+    return point
+
+
+def merge(
+    progress: CollectionProgress, report: ProgressReported, *, opened: bool
+) -> CollectionProgress:
+    """The progress after a report of the grant's own epoch. `opened`: the sink object is (now)
+    known as ours.
+    """
+    adopted = report.opened.horizon_ts if report.opened and report.opened.adopted else 0
+    by_name = {v.vchannel: v for v in report.vchannels}
+    points = []
+    for point in progress.checkpoints:
+        if adopted > point.horizon_ts:
+            point = replace(point, horizon_ts=adopted)
+        if point.vchannel in by_name:
+            point = merge_checkpoint(point, by_name[point.vchannel], grant=opened)
+        points.append(point)
+    past, current = progress.past, progress.current
+    if report.epoch > progress.epoch:
+        past, current = past.plus(current), Counters()
+    return replace(
+        progress,
+        checkpoints=tuple(points),
+        epoch=report.epoch,
+        past=past,
+        current=report.counters,
+        conditions=report.conditions,
+    )
+
+
+def apply_opened(record: CollectionRecord, report: ProgressReported) -> CollectionRecord:
+    """The wish once the sink object is known as ours; the next version tells the holder that it
+    is stored.
+    """
+    if report.opened is None or (record.opened and not record.recreate):
+        return record
+    return replace(
+        record,
+        version=record.version + 1,
+        opened=True,
+        recreate=False,
+        sink_collection_id=report.opened.sink_collection_id,
+    )

@@ -1,0 +1,287 @@
+"""Replicators coming, going, and reporting.
+
+Law: a report counts only from the instance that the grant names and with the grant's epoch;
+anything else is answered with a revoke, so that a stale holder learns of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from milvus_cdc.model import split_assignment_id
+
+from milvus_cdc_controller.core.assigning import let_go, revoke, send_assign
+from milvus_cdc_controller.core.effects import (
+    CloseStream,
+    HeartbeatAck,
+    JobCancel,
+    JobOutput,
+    ProgressAck,
+    Revoke,
+    Synced,
+    Welcome,
+)
+from milvus_cdc_controller.core.events import (
+    Acked,
+    Heartbeat,
+    Hello,
+    JobAsked,
+    JobCancelled,
+    JobUpdated,
+    Nacked,
+    ProgressReported,
+    Released,
+    StreamLost,
+)
+from milvus_cdc_controller.core.grant import Grant, ReportedState
+from milvus_cdc_controller.core.jobs import Job, JobFailed, VerifyEvent
+from milvus_cdc_controller.core.liveness import Session
+from milvus_cdc_controller.core.progress import apply_opened, merge
+from milvus_cdc_controller.core.sources import adopt_catalogue, job_done, send_job
+from milvus_cdc_controller.core.task import Failure
+from milvus_cdc_controller.core.world import World
+
+REFUSED_FOR_NOW = frozenset({"CAPACITY", "DRAINING"})
+"""Reasons of a Nack that speak of the replicator and not of the assignment."""
+FULL_FOR_MS = 10_000
+
+
+def started(world: World) -> None:
+    """Every stored grant counts as live: its owner may have had its last heartbeat acknowledged
+    just now.
+    """
+    for grant in world.grants.values():
+        if grant.instance and grant.instance not in world.sessions:
+            world.sessions[grant.instance] = Session(
+                grant.instance, grant.owner, world.leases.end_ms(world.now.mono_ms)
+            )
+    world.watch_sources()
+    world.touch_all()
+
+
+def hello(world: World, event: Hello) -> None:
+    session = world.sessions.get(event.instance)
+    if session is None:
+        session = Session(event.instance, event.name, 0)
+        world.sessions[event.instance] = session
+    elif session.stream:
+        old = session.stream
+        _detach(world, session)
+        world.effects.append(CloseStream(old, "REPLACED", "The same process has connected anew."))
+    session.name = event.name
+    session.stream = event.stream
+    session.version, session.peer, session.capacity = event.version, event.peer, event.capacity
+    session.draining = False
+    session.connect_time_ms = world.now.wall_ms
+    session.full_until_ms = 0
+    session.heard(world.leases, world.now.mono_ms, world.now.wall_ms)
+    world.streams[event.stream] = event.instance
+    world.send(event.stream, Welcome(event.protocol))
+    session.stale.clear()
+    for held in event.held:
+        grant = world.grants.get(held.assignment_id)
+        if grant is None or grant.instance != event.instance or grant.epoch != held.epoch:
+            session.stale.add((held.assignment_id, held.epoch))
+            world.send(event.stream, Revoke(held.assignment_id, held.epoch, "STALE_EPOCH"))
+    for grant in sorted(world.grants.values(), key=lambda g: g.assignment_id):
+        if grant.instance != event.instance:
+            continue
+        reason = world.seen(grant.assignment_id).revoking
+        if reason:
+            world.send(event.stream, Revoke(grant.assignment_id, grant.epoch, reason))
+        else:
+            send_assign(world, grant)
+    world.send(event.stream, Synced())
+    world.touch_all()
+
+
+def _detach(world: World, session: Session) -> None:
+    world.streams.pop(session.stream, None)
+    session.stream = 0
+    for job in [j for j in world.jobs.values() if j.instance == session.instance]:
+        lost = JobFailed("REPLICATOR_LOST", "The replicator doing it was lost.", transient=True)
+        if job.task_uid:
+            job_done(world, job, lost)
+            world.work[job.task_uid].not_before_ms = 0
+        else:
+            del world.jobs[job.job_id]
+            world.effects.append(JobOutput(job.job_id, lost, last=True))
+
+
+def stream_lost(world: World, event: StreamLost) -> None:
+    session = world.session_of(event.stream)
+    if session is None:
+        return
+    _detach(world, session)
+    if not any(grant.instance == session.instance for grant in world.grants.values()):
+        del world.sessions[session.instance]
+    world.touch_all()
+
+
+def heartbeat(world: World, event: Heartbeat) -> None:
+    session = world.session_of(event.stream)
+    if session is None:
+        return
+    was = session.state(world.leases, world.now.mono_ms)
+    session.heard(world.leases, world.now.mono_ms, world.now.wall_ms)
+    session.draining = session.draining or event.draining
+    world.send(event.stream, HeartbeatAck(event.seq))
+    if session.state(world.leases, world.now.mono_ms) is not was:
+        world.touch_all()
+
+
+def expire(world: World) -> None:
+    """Takes from whoever's lease has certainly ended."""
+    for session in list(world.sessions.values()):
+        if not session.expired(world.now.mono_ms):
+            continue
+        if session.stream:
+            stream = session.stream
+            _detach(world, session)
+            world.effects.append(
+                CloseStream(stream, "LEASE_EXPIRED", "No heartbeat for a whole lease.")
+            )
+        del world.sessions[session.instance]
+        for grant in [g for g in world.grants.values() if g.instance == session.instance]:
+            let_go(world, grant)
+        world.touch_all()
+
+
+def _own(world: World, stream: int, assignment_id: str, epoch: int) -> Grant | None:
+    """The grant that a message of this stream may speak for."""
+    session = world.session_of(stream)
+    grant = world.grants.get(assignment_id)
+    if session is None or grant is None:
+        return None
+    if grant.instance != session.instance or grant.epoch != epoch:
+        return None
+    return grant
+
+
+def acked(world: World, event: Acked) -> None:
+    if _own(world, event.stream, event.assignment_id, event.epoch) is not None:
+        world.seen(event.assignment_id).accepted_version = event.version
+
+
+def nacked(world: World, event: Nacked) -> None:
+    grant = _own(world, event.stream, event.assignment_id, event.epoch)
+    session = world.session_of(event.stream)
+    if grant is None or session is None:
+        return
+    observed = world.seen(event.assignment_id)
+    if event.reason in REFUSED_FOR_NOW and not observed.accepted_version:
+        session.full_until_ms = world.now.mono_ms + FULL_FOR_MS
+        let_go(world, grant)
+        return
+    if event.version == observed.sent_version:
+        _fail(world, event.assignment_id, Failure(event.reason, event.message))
+        revoke(world, grant, event.reason)
+
+
+def _fail(world: World, assignment_id: str, failure: Failure) -> None:
+    uid, collection_id = split_assignment_id(assignment_id)
+    if collection_id is None:
+        world.put_metadata(replace(world.metadata[uid], failure=failure))
+    else:
+        world.put_collection(replace(world.collections[uid][collection_id], failure=failure))
+
+
+def released(world: World, event: Released) -> None:
+    session = world.session_of(event.stream)
+    if session is None:
+        return
+    if (event.assignment_id, event.epoch) in session.stale:
+        session.stale.discard((event.assignment_id, event.epoch))
+        world.touch(split_assignment_id(event.assignment_id)[0])
+    grant = _own(world, event.stream, event.assignment_id, event.epoch)
+    if grant is not None:
+        let_go(world, grant)
+
+
+def progress_reported(world: World, event: ProgressReported) -> None:
+    grant = _own(world, event.stream, event.assignment_id, event.epoch)
+    if grant is None:
+        if world.session_of(event.stream) is not None:
+            world.send(event.stream, Revoke(event.assignment_id, event.epoch, "STALE_EPOCH"))
+        return
+    observed = world.seen(event.assignment_id)
+    if event.seq <= observed.seq:
+        return
+    uid, collection_id = split_assignment_id(event.assignment_id)
+    face = (observed.state, observed.reason, observed.message)
+    observed.seq = event.seq
+    observed.state, observed.reason, observed.message = event.state, event.reason, event.message
+    observed.lag_ms = event.lag_ms
+    world.stirred.add(uid)
+    horizons: tuple[tuple[str, int], ...] = ()
+    if collection_id is None:
+        _metadata_progress(world, event, uid)
+    else:
+        horizons = _collection_progress(world, event, uid, collection_id)
+    if event.state is ReportedState.FAILED and event.assignment_id in world.grants:
+        # It has stopped by itself: nothing is in flight, so it is free at once.
+        _fail(world, event.assignment_id, Failure(event.reason, event.message))
+        let_go(world, grant)
+        world.send(event.stream, Revoke(event.assignment_id, event.epoch, "FAILED"))
+    world.send(event.stream, ProgressAck(event.assignment_id, event.epoch, event.seq, horizons))
+    if face != (event.state, event.reason, event.message):
+        world.touch(uid)
+
+
+def _metadata_progress(world: World, event: ProgressReported, uid: str) -> None:
+    metadata = world.metadata[uid]
+    if event.applied_version > metadata.applied_version:
+        world.put_metadata(replace(metadata, applied_version=event.applied_version))
+        adopt_catalogue(world, uid)
+
+
+def _collection_progress(
+    world: World, event: ProgressReported, uid: str, collection_id: int
+) -> tuple[tuple[str, int], ...]:
+    record = world.collections[uid][collection_id]
+    new = apply_opened(record, event)
+    old_progress = world.progress[event.assignment_id]
+    progress = merge(old_progress, event, opened=new.opened)
+    if progress != old_progress:
+        world.put_progress(progress)
+    if progress.closed != old_progress.closed:
+        world.touch(uid)
+    if new is not record:
+        world.put_collection(new)
+    if event.dropped and new.drop_granted:
+        session = world.session_of(event.stream)
+        assert session is not None
+        session.stale.add((event.assignment_id, event.epoch))
+        world.drop_collection(new)
+        adopt_catalogue(world, uid)
+        world.send(event.stream, Revoke(event.assignment_id, event.epoch, "DROPPED"))
+    return tuple((point.vchannel, point.horizon_ts) for point in progress.checkpoints)
+
+
+# Jobs of callers.
+
+
+def job_asked(world: World, event: JobAsked) -> None:
+    if not send_job(world, Job(event.job_id, event.payload)):
+        none = JobFailed("NO_REPLICATOR", "No replicator is connected; start one.", transient=True)
+        world.effects.append(JobOutput(event.job_id, none, last=True))
+
+
+def job_cancelled(world: World, event: JobCancelled) -> None:
+    job = world.jobs.pop(event.job_id, None)
+    if job is not None and job.instance in world.sessions:
+        world.send(world.sessions[job.instance].stream, JobCancel(job.job_id))
+
+
+def job_updated(world: World, event: JobUpdated) -> None:
+    job = world.jobs.get(event.job_id)
+    session = world.session_of(event.stream)
+    if job is None or session is None or job.instance != session.instance:
+        return
+    if job.task_uid:
+        job_done(world, job, event.result)
+        return
+    last = not isinstance(event.result, VerifyEvent) or event.result.last
+    if last:
+        del world.jobs[job.job_id]
+    world.effects.append(JobOutput(job.job_id, event.result, last))

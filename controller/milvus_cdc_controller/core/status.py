@@ -1,0 +1,213 @@
+"""What a task and its collections look like from outside: states derived from the facts, never
+set by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from milvus_cdc.model import metadata_assignment_id
+
+from milvus_cdc_controller.core.assigning import metadata_wanted, wanted
+from milvus_cdc_controller.core.collection import (
+    NO_ROWS,
+    CollectionProgress,
+    CollectionRecord,
+    CollectionState,
+    Counters,
+)
+from milvus_cdc_controller.core.effects import Publish, Save
+from milvus_cdc_controller.core.grant import Grant, GrantState, Observed, ReportedState
+from milvus_cdc_controller.core.liveness import SessionState
+from milvus_cdc_controller.core.task import TaskRecord, TaskState, move
+from milvus_cdc_controller.core.world import World, task_key
+
+Status = tuple[CollectionState, str, str]
+
+_WAITS = {
+    "NOT_PROBED": "Waiting until a replicator has reached queue and sink.",
+    "WAITING_FOR_START": "Waiting for a replicator to name the end of the log.",
+    "WAITING_FOR_NAME": "Another collection still holds this name at the sink.",
+    "RESYNC": "Being taken back before it is filled anew.",
+    "DESELECTED": "No longer selected; being taken back.",
+}
+
+
+def collection_status(world: World, record: CollectionRecord) -> Status:
+    task = world.tasks[record.task_uid]
+    grant = world.grants.get(record.assignment_id)
+    held = grant is not None and bool(grant.instance)
+    if record.failure is not None and not record.resync:
+        return CollectionState.FAILED, record.failure.reason, record.failure.message
+    if task.paused:
+        return CollectionState.PAUSED, "", ""
+    reason = wanted(task, record)
+    if reason:
+        return CollectionState.PENDING, reason, _WAITS.get(reason, "")
+    if not held:
+        if not world.alive():
+            return CollectionState.PENDING, "NO_REPLICATOR", "No replicator is connected."
+        return (
+            CollectionState.PENDING,
+            "NO_CAPACITY",
+            "Every connected replicator is full; start another or raise a capacity.",
+        )
+    assert grant is not None
+    session = world.owner(grant)
+    if session is None or session.state(world.leases, world.now.mono_ms) is SessionState.SUSPECT:
+        return (
+            CollectionState.RETRYING,
+            "REPLICATOR_LOST",
+            f"{grant.owner} is silent; it goes elsewhere when its lease has ended.",
+        )
+    seen = world.seen(record.assignment_id)
+    if seen.revoking:
+        return CollectionState.PENDING, "REVOKING", f"{grant.owner} is letting go."
+    if seen.state is ReportedState.RETRYING:
+        return CollectionState.RETRYING, seen.reason, seen.message
+    if record.dropping:
+        return CollectionState.DROPPING, "", ""
+    if seen.state is ReportedState.NONE:
+        return CollectionState.PENDING, "ASSIGNING", f"{grant.owner} is beginning."
+    return CollectionState.RUNNING, "", ""
+
+
+def grant_state(world: World, grant: Grant) -> GrantState:
+    if not grant.instance:
+        return GrantState.WAITING
+    session = world.owner(grant)
+    if session is None or session.state(world.leases, world.now.mono_ms) is SessionState.SUSPECT:
+        return GrantState.FENCED
+    seen = world.seen(grant.assignment_id)
+    if seen.revoking:
+        return GrantState.REVOKING
+    accepted = seen.accepted_version and seen.accepted_version >= seen.sent_version
+    return GrantState.ACCEPTED if accepted else GrantState.ASSIGNED
+
+
+def refresh(world: World, uid: str) -> None:
+    """Moves the task to the state that the facts say; saved and published when it changes."""
+    task = world.tasks.get(uid)
+    if task is None:
+        return
+    state, reason, message = _derive(world, task)
+    new = move(task, state, reason, message, world.now.wall_ms)
+    if state in (TaskState.RUNNING, TaskState.RETRYING) and not new.created and task.probed:
+        new = replace(new, created=_settled(world, task))
+    if not any(world.seen(grant.assignment_id).revoking for grant in world.grants_of(uid)):
+        new = replace(new, observed_generation=new.generation)
+    if new != task:
+        world.tasks[uid] = new
+        world.effects.append(Save(task_key(uid), new))
+        world.effects.append(Publish(uid))
+
+
+def _settled(world: World, task: TaskRecord) -> bool:
+    return task.baseline is not None and all(
+        record.started for record in world.collections[task.uid].values()
+    )
+
+
+def _derive(world: World, task: TaskRecord) -> tuple[TaskState, str, str]:
+    if task.deleting:
+        return TaskState.DELETING, "", ""
+    if task.failure is not None:
+        return TaskState.FAILED, task.failure.reason, task.failure.message
+    if task.paused:
+        if any(grant.instance for grant in world.grants_of(task.uid)):
+            # A failed task has nothing left to run: it counts as paused while the last ones let go.
+            pausing = TaskState.PAUSED if task.state is TaskState.FAILED else task.state
+            return pausing, "PAUSING", "Replicators are letting go."
+        return TaskState.PAUSED, "", ""
+    waiting = TaskState.RETRYING if task.created else TaskState.CREATING
+    source = world.sources.get(task.spec.source_id)
+    work = world.work[task.uid]
+    if source is not None and source.reason:
+        return waiting, source.reason, source.message
+    if not task.probed or not _settled(world, task):
+        if task.baseline is None:
+            return waiting, "READING_CATALOGUE", "Reading the source's metadata."
+        if not world.alive():
+            return waiting, "NO_REPLICATOR", "No replicator is connected; start one."
+        if work.reason:
+            return waiting, work.reason, work.message
+        if not task.created:
+            reason = "PROBING" if not task.probed else "RESOLVING"
+            return waiting, reason, "A replicator is looking at queue and sink."
+    return _running(world, task)
+
+
+def _running(world: World, task: TaskRecord) -> tuple[TaskState, str, str]:
+    statuses = [
+        (record, collection_status(world, record))
+        for record in world.collections[task.uid].values()
+    ]
+    if not world.alive() and any(status[0] is not CollectionState.FAILED for _, status in statuses):
+        return TaskState.RETRYING, "NO_REPLICATOR", "No replicator is connected; start one."
+    for record, (state, reason, message) in statuses:
+        if state is CollectionState.RETRYING:
+            return TaskState.RETRYING, reason, f"{record.sink_name}: {message}"
+    key = metadata_assignment_id(task.uid)
+    seen = world.observed.get(key)
+    if not metadata_wanted(world, task) and seen and seen.state is ReportedState.RETRYING:
+        return TaskState.RETRYING, seen.reason, seen.message
+    failed = [record for record, status in statuses if status[0] is CollectionState.FAILED]
+    if failed:
+        first = failed[0]
+        assert first.failure is not None
+        return (
+            TaskState.RUNNING,
+            "COLLECTIONS_FAILED",
+            f"{len(failed)} failed, {first.sink_name} first: {first.failure.message} "
+            "Retry or resync leads out; the others go on.",
+        )
+    failure = world.metadata[task.uid].failure
+    if failure is not None:
+        return TaskState.RUNNING, failure.reason, f"Databases: {failure.message}"
+    return TaskState.RUNNING, "", ""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskTotals:
+    """Sums over a task's collections; `lag_ms` -1 before the first checkpoint."""
+
+    collections: int = 0
+    running: int = 0
+    failed: int = 0
+    lag_ms: int = -1
+    counters: Counters = NO_ROWS
+
+
+def task_totals(world: World, uid: str) -> TaskTotals:
+    running = failed = 0
+    lag_ms = -1
+    counters = Counters()
+    records = world.collections[uid]
+    for record in records.values():
+        state, _, _ = collection_status(world, record)
+        if state in (CollectionState.RUNNING, CollectionState.DROPPING):
+            running += 1
+            lag_ms = max(lag_ms, world.seen(record.assignment_id).lag_ms)
+        failed += state is CollectionState.FAILED
+        counters = counters.plus(world.progress[record.assignment_id].totals)
+    return TaskTotals(len(records), running, failed, lag_ms, counters)
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionView:
+    record: CollectionRecord
+    progress: CollectionProgress
+    status: Status
+    grant: Grant
+    observed: Observed
+
+
+def collection_view(world: World, record: CollectionRecord) -> CollectionView:
+    key = record.assignment_id
+    return CollectionView(
+        record,
+        world.progress[key],
+        collection_status(world, record),
+        world.grants.get(key) or Grant(key),
+        world.seen(key),
+    )

@@ -1,0 +1,166 @@
+"""The task: what a user wants, what became of it, and which state may follow which.
+
+Law: a task's state changes only along `TRANSITIONS`; anything else is a bug of ours and fails
+loudly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from milvus_cdc_controller.core.selection import Selection
+
+
+class TaskState(StrEnum):
+    CREATING = "CREATING"
+    RUNNING = "RUNNING"
+    RETRYING = "RETRYING"
+    PAUSED = "PAUSED"
+    FAILED = "FAILED"
+    DELETING = "DELETING"
+
+
+TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
+    TaskState.CREATING: frozenset(
+        {
+            TaskState.RUNNING,
+            TaskState.RETRYING,
+            TaskState.PAUSED,
+            TaskState.FAILED,
+            TaskState.DELETING,
+        }
+    ),
+    TaskState.RUNNING: frozenset(
+        {TaskState.RETRYING, TaskState.PAUSED, TaskState.FAILED, TaskState.DELETING}
+    ),
+    TaskState.RETRYING: frozenset(
+        {TaskState.RUNNING, TaskState.PAUSED, TaskState.FAILED, TaskState.DELETING}
+    ),
+    TaskState.PAUSED: frozenset(
+        {
+            TaskState.CREATING,
+            TaskState.RUNNING,
+            TaskState.RETRYING,
+            TaskState.FAILED,
+            TaskState.DELETING,
+        }
+    ),
+    TaskState.FAILED: frozenset(
+        {
+            TaskState.CREATING,
+            TaskState.RUNNING,
+            TaskState.RETRYING,
+            TaskState.PAUSED,
+            TaskState.DELETING,
+        }
+    ),
+    TaskState.DELETING: frozenset(),
+}
+
+
+class StartAt(StrEnum):
+    EARLIEST = "EARLIEST"
+    LATEST = "LATEST"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why something stopped: `reason` for programs, `message` for people."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """What the user wants. `source` and `sink` are opaque here; their ids say which are the same."""
+
+    name: str
+    labels: tuple[tuple[str, str], ...]
+    selection: Selection
+    source: bytes
+    source_id: str
+    sink: bytes
+    sink_id: str
+    start: StartAt
+    adopt_existing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """A stored task: the wish, its generation, and the state last shown."""
+
+    uid: str
+    spec: TaskSpec
+    generation: int = 1
+    observed_generation: int = 0
+    request_id: str = ""
+    fingerprint: str = ""
+    """Of the task as it was first asked for; tells a repeated request from another one with the
+    same id.
+    """
+    paused: bool = False
+    deleting: bool = False
+    failure: Failure | None = None
+    probed: bool = False
+    """A replicator has reached queue and sink once."""
+    created: bool = False
+    """Catalogue read and every start position known once: never CREATING again."""
+    baseline: tuple[int, ...] | None = None
+    """Collections that existed at creation; `start` speaks of these only. None until the first
+    catalogue.
+    """
+    state: TaskState = TaskState.CREATING
+    reason: str = ""
+    message: str = ""
+    state_time_ms: int = 0
+    create_time_ms: int = 0
+    update_time_ms: int = 0
+
+    @property
+    def etag(self) -> str:
+        return f"{self.uid[:8]}-{self.generation}"
+
+    @property
+    def active(self) -> bool:
+        """It wants to replicate."""
+        return not (self.paused or self.deleting or self.failure is not None)
+
+
+def move(task: TaskRecord, state: TaskState, reason: str, message: str, wall_ms: int) -> TaskRecord:
+    """The task in another state (or with another reason); its time changes only with the state."""
+    if state is task.state:
+        if (reason, message) == (task.reason, task.message):
+            return task
+        return replace(task, reason=reason, message=message)
+    assert state in TRANSITIONS[task.state], f"{task.state} -> {state}"
+    return replace(task, state=state, reason=reason, message=message, state_time_ms=wall_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseWish:
+    database_id: int
+    name: str
+    dropped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataRecord:
+    """The content of a task's metadata assignment."""
+
+    task_uid: str
+    version: int = 0
+    databases: tuple[DatabaseWish, ...] = ()
+    applied_version: int = 0
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """What was last believed of a source, for the guard that judges the next reading."""
+
+    source_id: str
+    cluster_id: int = 0
+    tso: int = 0
+    extra: tuple[tuple[str, str], ...] = field(default=())

@@ -1,0 +1,289 @@
+"""Everything the controller knows, and the one list of effects that a step fills.
+
+Law: a stored record is replaced only through `put_*` and `drop_*`, so that no change can miss its
+Save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from milvus_cdc.model import (
+    Catalogue,
+    collection_assignment_id,
+    metadata_assignment_id,
+    split_assignment_id,
+)
+
+from milvus_cdc_controller.core.collection import CollectionProgress, CollectionRecord
+from milvus_cdc_controller.core.effects import (
+    CloseSource,
+    Effect,
+    Forget,
+    OpenSource,
+    Publish,
+    Record,
+    Save,
+    Send,
+    StreamMessage,
+)
+from milvus_cdc_controller.core.events import Instant
+from milvus_cdc_controller.core.grant import Grant, Observed
+from milvus_cdc_controller.core.jobs import Job
+from milvus_cdc_controller.core.liveness import Leases, Session
+from milvus_cdc_controller.core.task import MetadataRecord, SourceRecord, TaskRecord
+
+
+def task_key(uid: str) -> str:
+    return f"tasks/{uid}"
+
+
+def collection_key(uid: str, collection_id: int) -> str:
+    return f"collections/{uid}/{collection_id}"
+
+
+def progress_key(uid: str, collection_id: int) -> str:
+    return f"checkpoints/{uid}/{collection_id}"
+
+
+def metadata_key(uid: str) -> str:
+    return f"metadata/{uid}"
+
+
+def grant_key(assignment_id: str) -> str:
+    return f"assignments/{assignment_id}"
+
+
+def source_key(source_id: str) -> str:
+    return f"sources/{source_id}"
+
+
+@dataclass(slots=True)
+class SourceView:
+    """What is known of a source's metadata in this process."""
+
+    catalogue: Catalogue | None = None
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass(slots=True)
+class TaskWork:
+    """A task's unfinished internal work; forgotten with the process."""
+
+    probe_job: str = ""
+    resolve_job: str = ""
+    resolving: tuple[int, ...] = ()
+    not_before_ms: int = 0
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass(slots=True)
+class World:
+    leases: Leases
+    now: Instant = field(default_factory=lambda: Instant(0, 0))
+    tasks: dict[str, TaskRecord] = field(default_factory=dict)
+    uid_by_name: dict[str, str] = field(default_factory=dict)
+    collections: dict[str, dict[int, CollectionRecord]] = field(default_factory=dict)
+    progress: dict[str, CollectionProgress] = field(default_factory=dict)
+    """By assignment id."""
+    metadata: dict[str, MetadataRecord] = field(default_factory=dict)
+    grants: dict[str, Grant] = field(default_factory=dict)
+    observed: dict[str, Observed] = field(default_factory=dict)
+    sessions: dict[str, Session] = field(default_factory=dict)
+    """By instance."""
+    streams: dict[int, str] = field(default_factory=dict)
+    """Stream -> instance."""
+    jobs: dict[str, Job] = field(default_factory=dict)
+    job_count: int = 0
+    sources: dict[str, SourceView] = field(default_factory=dict)
+    source_records: dict[str, SourceRecord] = field(default_factory=dict)
+    work: dict[str, TaskWork] = field(default_factory=dict)
+    dirty: set[str] = field(default_factory=set)
+    """Tasks whose assignments and state must be looked at in this step."""
+    stirred: set[str] = field(default_factory=set)
+    """Tasks whose progress changed since the last tick: published there."""
+    effects: list[Effect] = field(default_factory=list)
+
+    # Loading and saving.
+
+    def restore(self, records: Iterable[Record]) -> None:
+        """What the store held. Records without their task are left-overs of a half-done removal
+        and are ignored.
+        """
+        held = list(records)
+        for record in held:
+            if isinstance(record, TaskRecord):
+                self.tasks[record.uid] = record
+                self.uid_by_name[record.spec.name] = record.uid
+                self.collections[record.uid] = {}
+                self.metadata[record.uid] = MetadataRecord(record.uid)
+                self.work[record.uid] = TaskWork()
+        for record in held:
+            match record:
+                case CollectionRecord() if record.task_uid in self.tasks:
+                    self.collections[record.task_uid][record.collection_id] = record
+                case MetadataRecord() if record.task_uid in self.tasks:
+                    self.metadata[record.task_uid] = record
+                case SourceRecord():
+                    self.source_records[record.source_id] = record
+                case _:
+                    pass
+        for record in held:
+            match record:
+                case CollectionProgress() if record.collection_id in self.collections.get(
+                    record.task_uid, ()
+                ):
+                    key = collection_assignment_id(record.task_uid, record.collection_id)
+                    self.progress[key] = record
+                case Grant():
+                    uid, collection_id = split_assignment_id(record.assignment_id)
+                    if uid in self.tasks and (
+                        collection_id is None or collection_id in self.collections[uid]
+                    ):
+                        self.grants[record.assignment_id] = record
+                case _:
+                    pass
+        for uid, records_of_task in self.collections.items():
+            for collection_id, wanted in records_of_task.items():
+                self.progress.setdefault(
+                    wanted.assignment_id, CollectionProgress(uid, collection_id)
+                )
+
+    def put_task(self, task: TaskRecord) -> None:
+        first = task.uid not in self.tasks
+        self.tasks[task.uid] = task
+        self.uid_by_name[task.spec.name] = task.uid
+        if first:
+            self.collections[task.uid] = {}
+            self.metadata[task.uid] = MetadataRecord(task.uid)
+            self.work[task.uid] = TaskWork()
+        self.effects.append(Save(task_key(task.uid), task))
+        self.effects.append(Publish(task.uid))
+
+    def put_collection(self, record: CollectionRecord) -> None:
+        self.collections[record.task_uid][record.collection_id] = record
+        self.progress.setdefault(
+            record.assignment_id, CollectionProgress(record.task_uid, record.collection_id)
+        )
+        self.effects.append(Save(collection_key(record.task_uid, record.collection_id), record))
+        self.touch(record.task_uid)
+
+    def put_progress(self, progress: CollectionProgress) -> None:
+        key = collection_assignment_id(progress.task_uid, progress.collection_id)
+        self.progress[key] = progress
+        self.effects.append(Save(progress_key(progress.task_uid, progress.collection_id), progress))
+
+    def put_metadata(self, metadata: MetadataRecord) -> None:
+        self.metadata[metadata.task_uid] = metadata
+        self.effects.append(Save(metadata_key(metadata.task_uid), metadata))
+        self.touch(metadata.task_uid)
+
+    def put_grant(self, grant: Grant) -> None:
+        previous = self.grants.get(grant.assignment_id)
+        assert previous is None or grant.epoch >= previous.epoch, "an epoch never goes back"
+        if previous is None or previous.epoch != grant.epoch or not grant.instance:
+            self.observed[grant.assignment_id] = Observed()
+        self.grants[grant.assignment_id] = grant
+        self.effects.append(Save(grant_key(grant.assignment_id), grant))
+        self.touch(split_assignment_id(grant.assignment_id)[0])
+
+    def put_source(self, record: SourceRecord) -> None:
+        if self.source_records.get(record.source_id) != record:
+            self.source_records[record.source_id] = record
+            self.effects.append(Save(source_key(record.source_id), record))
+
+    def drop_collection(self, record: CollectionRecord) -> None:
+        key = record.assignment_id
+        self.collections[record.task_uid].pop(record.collection_id)
+        self.progress.pop(key, None)
+        self.observed.pop(key, None)
+        self.effects.append(Forget(collection_key(record.task_uid, record.collection_id)))
+        self.effects.append(Forget(progress_key(record.task_uid, record.collection_id)))
+        if self.grants.pop(key, None) is not None:
+            self.effects.append(Forget(grant_key(key)))
+        # Its name at the sink is free: another task's collection may wait for it.
+        for task in self.tasks.values():
+            if task.spec.sink_id == self.tasks[record.task_uid].spec.sink_id:
+                self.touch(task.uid)
+
+    def drop_task(self, task: TaskRecord) -> None:
+        for record in list(self.collections[task.uid].values()):
+            self.drop_collection(record)
+        key = metadata_assignment_id(task.uid)
+        if self.grants.pop(key, None) is not None:
+            self.effects.append(Forget(grant_key(key)))
+        self.observed.pop(key, None)
+        del self.tasks[task.uid], self.collections[task.uid], self.metadata[task.uid]
+        del self.work[task.uid]
+        if self.uid_by_name.get(task.spec.name) == task.uid:
+            del self.uid_by_name[task.spec.name]
+        self.dirty.discard(task.uid)
+        self.effects.append(Forget(metadata_key(task.uid)))
+        self.effects.append(Forget(task_key(task.uid)))
+        self.effects.append(Publish(task.uid, deleted=task))
+        self.watch_sources()
+
+    # Sending.
+
+    def send(self, stream: int, message: StreamMessage) -> None:
+        if stream:
+            self.effects.append(Send(stream, message))
+
+    def touch(self, uid: str) -> None:
+        if uid in self.tasks:
+            self.dirty.add(uid)
+
+    def touch_all(self) -> None:
+        self.dirty.update(self.tasks)
+
+    def watch_sources(self) -> None:
+        """Sources are open while some task wants them."""
+        wanted: dict[str, bytes] = {}
+        for task in self.tasks.values():
+            if not task.deleting:
+                wanted.setdefault(task.spec.source_id, task.spec.source)
+        for source_id in wanted.keys() - self.sources.keys():
+            self.sources[source_id] = SourceView()
+            self.effects.append(OpenSource(source_id, wanted[source_id]))
+        for source_id in self.sources.keys() - wanted.keys():
+            del self.sources[source_id]
+            self.effects.append(CloseSource(source_id))
+            if self.source_records.pop(source_id, None) is not None:
+                self.effects.append(Forget(source_key(source_id)))
+
+    # Looking things up.
+
+    def session_of(self, stream: int) -> Session | None:
+        instance = self.streams.get(stream)
+        return self.sessions.get(instance) if instance is not None else None
+
+    def owner(self, grant: Grant) -> Session | None:
+        return self.sessions.get(grant.instance) if grant.instance else None
+
+    def record_of(self, assignment_id: str) -> CollectionRecord | None:
+        uid, collection_id = split_assignment_id(assignment_id)
+        if collection_id is None:
+            return None
+        return self.collections.get(uid, {}).get(collection_id)
+
+    def grants_of(self, uid: str) -> Iterator[Grant]:
+        for record in self.collections[uid].values():
+            grant = self.grants.get(record.assignment_id)
+            if grant is not None:
+                yield grant
+        grant = self.grants.get(metadata_assignment_id(uid))
+        if grant is not None:
+            yield grant
+
+    def seen(self, assignment_id: str) -> Observed:
+        return self.observed.setdefault(assignment_id, Observed())
+
+    def alive(self) -> list[Session]:
+        """Replicators that take work, in a stable order."""
+        return sorted(
+            (s for s in self.sessions.values() if s.takes_work(self.leases, self.now.mono_ms)),
+            key=lambda s: (s.name, s.instance),
+        )
