@@ -1,6 +1,7 @@
 """Real servers for tests, demo and benchmarks: loopback only, free ports, all below one folder."""
 
 from tests.servers.etcd import EtcdServer
+from tests.servers.kafka import KafkaServer, kafka_unavailable_reason
 from tests.servers.milvus import MilvusServer
 from tests.servers.ports import free_port
 from tests.servers.process import ManagedProcess, ServerStartError
@@ -8,9 +9,11 @@ from tests.servers.stack import Stack
 
 __all__ = [
     "EtcdServer",
+    "KafkaServer",
     "ManagedProcess",
     "MilvusServer",
     "ServerStartError",
     "Stack",
     "free_port",
+    "kafka_unavailable_reason",
 ]

@@ -154,6 +154,8 @@ class MilvusServer(ManagedProcess):
             "msgChannel": {"chanNamePrefix": {"cluster": self.cluster}},
             "mq": {"type": self.mq},
             "log": {"level": "warn"},
+            # A killed server's lease has to run out before its successor is admitted.
+            "common": {"session": {"ttl": 15}},
             **{component: {"ip": "127.0.0.1"} for component in _COMPONENTS_WITH_IP},
         }
         if self._nats_port is not None:

@@ -1,4 +1,4 @@
-"""One etcd, a source Milvus and a sink Milvus, started side by side and stopped in order."""
+"""One etcd, a source Milvus with its queue and a sink Milvus, stopped in order."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Literal, Self, TypedDict
 
 from tests.servers.etcd import EtcdServer
+from tests.servers.kafka import KafkaServer
 from tests.servers.milvus import MilvusServer
 from tests.servers.process import ManagedProcess
 
@@ -37,15 +38,18 @@ class Stack:
     """
 
     def __init__(self, folder: Path, *, mq: SourceQueue = "natsmq") -> None:
+        """RuntimeError when `mq` is kafka and no broker can run here."""
         self.folder = folder
         self.mq = mq
         self.etcd = EtcdServer(folder / "etcd")
+        self.kafka = KafkaServer(folder / "kafka") if mq == "kafka" else None
         self.source = MilvusServer(
             folder / "source",
             etcd_endpoint=self.etcd.endpoint,
             root_path="source",
             cluster="source",
             mq=mq,
+            kafka_brokers=self.kafka.brokers if self.kafka else None,
             name="source",
         )
         self.sink = MilvusServer(
@@ -59,14 +63,20 @@ class Stack:
     @property
     def servers(self) -> tuple[ManagedProcess, ...]:
         """In the order of starting; stopping goes backwards."""
-        return (self.etcd, self.source, self.sink)
+        queue = (self.kafka,) if self.kafka else ()
+        return (self.etcd, *queue, self.source, self.sink)
 
     def start(self) -> Self:
         """Start everything; ServerStartError if a part does not come up, with nothing left."""
         try:
-            self.etcd.start()
-            self.source.spawn()
+            self.etcd.spawn()
+            if self.kafka:
+                self.kafka.spawn()
+            self.etcd.wait_ready()
             self.sink.spawn()
+            if self.kafka:
+                self.kafka.wait_ready()
+            self.source.spawn()
             self.source.wait_ready()
             self.sink.wait_ready()
         except BaseException:
@@ -86,7 +96,7 @@ class Stack:
             "source_cluster": self.source.cluster,
             "source_mq": self.mq,
             "nats_url": self.source.nats_url if self.mq == "natsmq" else None,
-            "kafka_brokers": None,
+            "kafka_brokers": self.kafka.brokers if self.kafka else None,
             "sink_uri": self.sink.uri,
             "sink_root_path": self.sink.root_path,
             "sink_cluster": self.sink.cluster,

@@ -1,0 +1,35 @@
+"""Real servers shared by a whole test session, started on first use and stopped at its end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers import EtcdServer, Stack, kafka_unavailable_reason
+
+
+@pytest.fixture(scope="session")
+def etcd_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    """An etcd no Milvus uses; each test takes a key prefix of its own."""
+    with EtcdServer(tmp_path_factory.mktemp("etcd")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def nats_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A source Milvus on its own NATS and a sink Milvus; each test takes a database of its own."""
+    with Stack(tmp_path_factory.mktemp("nats-stack")) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def kafka_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Like `nats_stack`, on a Kafka broker. Without Java and Maven: skipped, in CI a failure."""
+    if reason := kafka_unavailable_reason():
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with Stack(tmp_path_factory.mktemp("kafka-stack"), mq="kafka") as stack:
+        yield stack

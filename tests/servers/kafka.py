@@ -1,0 +1,123 @@
+"""A real single-node Apache Kafka 3.9.1 (KRaft) on loopback, its jars resolved once by Maven.
+
+Law: data, ports and the cluster id stay through stop, kill and restart.
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import subprocess
+import uuid
+from pathlib import Path
+
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+
+from tests.servers.cache import cached_folder
+from tests.servers.ports import free_port
+from tests.servers.process import ManagedProcess
+
+_POM = """\
+<project xmlns="http://maven.apache.org/POM/4.0.0">
+  <modelVersion>4.0.0</modelVersion>
+  <groupId>milvuscdc.tests</groupId>
+  <artifactId>kafka-broker</artifactId>
+  <version>1</version>
+  <dependencies>
+    <dependency>
+      <groupId>org.apache.kafka</groupId>
+      <artifactId>kafka_2.13</artifactId>
+      <version>3.9.1</version>
+    </dependency>
+    <dependency>
+      <groupId>org.slf4j</groupId>
+      <artifactId>slf4j-simple</artifactId>
+      <version>1.7.36</version>
+    </dependency>
+  </dependencies>
+</project>
+"""
+
+
+def kafka_unavailable_reason() -> str | None:
+    """What to do before a broker can run on this machine; None when it can."""
+    missing = [tool for tool in ("java", "mvn") if shutil.which(tool) is None]
+    if not missing:
+        return None
+    return (
+        f"Kafka needs {' and '.join(missing)} on PATH:"
+        " apt-get install -y openjdk-17-jre-headless maven"
+    )
+
+
+class KafkaServer(ManagedProcess):
+    """One broker; `brokers` is `host:port`."""
+
+    def __init__(self, folder: Path, *, name: str = "kafka") -> None:
+        """RuntimeError with the way out when Java or Maven is missing or finds no jars."""
+        if reason := kafka_unavailable_reason():
+            raise RuntimeError(reason)
+        broker, controller = free_port(), free_port()
+        self.brokers = f"127.0.0.1:{broker}"
+        self._controller = f"127.0.0.1:{controller}"
+        self._classpath = f"{cached_folder('kafka-3.9.1', _resolve_jars) / 'lib'}/*"
+        self._properties = folder / "server.properties"
+        argv = ["java", *_JVM, "-cp", self._classpath, "kafka.Kafka", str(self._properties)]
+        super().__init__(
+            name, argv, folder, ports=(broker, controller), ready=self._answers, stop_grace=20
+        )
+
+    def spawn(self) -> None:
+        if not (self.folder / "data" / "meta.properties").exists():
+            self._format()
+        super().spawn()
+
+    def _answers(self) -> bool:
+        # librdkafka would log every refused connection; a broker not ready is no news here.
+        settings = {"bootstrap.servers": self.brokers, "log_level": "0"}
+        try:
+            return bool(AdminClient(settings).list_topics(timeout=5).brokers)
+        except KafkaException:
+            return False
+
+    def _format(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "process.roles": "broker,controller",
+            "node.id": "1",
+            "controller.quorum.voters": f"1@{self._controller}",
+            "listeners": f"PLAINTEXT://{self.brokers},CONTROLLER://{self._controller}",
+            "advertised.listeners": f"PLAINTEXT://{self.brokers}",
+            "controller.listener.names": "CONTROLLER",
+            "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
+            "log.dirs": str(self.folder / "data"),
+            "offsets.topic.replication.factor": "1",
+            "offsets.topic.num.partitions": "1",
+            "transaction.state.log.replication.factor": "1",
+            "transaction.state.log.min.isr": "1",
+            "group.initial.rebalance.delay.ms": "0",
+        }
+        self._properties.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        tool = ["java", *_JVM, "-cp", self._classpath, "kafka.tools.StorageTool"]
+        _run([*tool, "format", "-t", cluster, "-c", str(self._properties)])
+
+
+_JVM = ["-Xms64m", "-Xmx384m", "-XX:+UseSerialGC", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
+
+
+def _resolve_jars(folder: Path) -> None:
+    (folder / "pom.xml").write_text(_POM)
+    goal = ["dependency:copy-dependencies", f"-DoutputDirectory={folder / 'lib'}"]
+    _run(["mvn", "-q", "-B", "-ntp", "-f", str(folder / "pom.xml"), *goal])
+
+
+def _run(argv: list[str]) -> None:
+    done = subprocess.run(
+        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(
+            f"{' '.join(argv)} ended with code {done.returncode}:\n{done.stdout}{done.stderr}"
+        )
