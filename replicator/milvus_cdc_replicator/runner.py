@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -297,7 +298,7 @@ class CollectionRunner:
                 last_order=order - 1,
                 deliver=self._deliver,
                 has_room=self._has_room,
-                on_error=lambda error, v=lane.vchannel: self._read_error(v, error),
+                on_error=partial(self._read_error, lane.vchannel),
             )
             self._subscriptions.append((hub, subscription))
             hub.subscribe(subscription)
@@ -325,10 +326,13 @@ class CollectionRunner:
         self._post(feed)
 
     def _has_room(self) -> bool:
-        mine, _ = self._accounted
+        mine, writable = self._accounted
         if mine == 0:
             return True  # whoever holds nothing may always take one helping
-        return self._budget.may_read and mine < self._limits.assignment_bytes
+        if mine < self._limits.assignment_bytes:
+            return self._budget.may_read
+        # Rows that wait for their tick: only reading on brings it.
+        return writable == 0 and mine < self._budget.hard_limit_bytes
 
     def _read_error(self, vchannel: str, error: CdcError | None) -> None:
         if error is None:

@@ -15,6 +15,7 @@ class Budget:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
+        self.hard_limit_bytes = limit_bytes * HARD_LIMIT_FACTOR
         self.held = 0
         """Everything read and not durable."""
         self.writable = 0
@@ -29,7 +30,7 @@ class Budget:
 
     @property
     def may_read(self) -> bool:
-        if self.held >= self.limit_bytes * HARD_LIMIT_FACTOR and self.writable > 0:
+        if self.held >= self.hard_limit_bytes and self.writable > 0:
             self._paused = True
         elif self.held >= self.limit_bytes:
             # Pause only if writing will make room; else the tick is still to be read.
