@@ -1,0 +1,60 @@
+# Needs make and Python 3.11 or newer (another one: make PYTHON=python3.12 ...). Everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+TYPED := $(wildcard tests examples benchmarks)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check fmt protos check-protos bench soak clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## replicate between two real Milvus servers on this machine, with everything shown
+	@$(BIN)/python -m examples.demo $(ARGS)
+
+test: $(INSTALLED) ## all tests, on real servers (ARGS='-k name' for some; Kafka needs Java and Maven)
+	@$(BIN)/python -m pytest -m 'not soak' $(ARGS)
+
+check: $(INSTALLED) check-protos ## style, types, layers, protos
+	@echo '== ruff'
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo '== mypy'
+	@$(BIN)/mypy
+	@$(BIN)/mypy $(TYPED)
+	@echo '== import-linter'
+	@$(BIN)/lint-imports
+
+fmt: $(INSTALLED) ## format the code and fix what can be fixed
+	@$(BIN)/ruff check --fix --exit-zero .
+	@$(BIN)/ruff format .
+
+protos: $(INSTALLED) ## generate the committed stubs below clients/ from protos/
+	@PYTHON=$(BIN)/python protos/generate.sh
+
+check-protos: $(INSTALLED) ## the committed stubs are what the protos generate, and the protos pass buf lint
+	@echo '== protos'
+	@PYTHON=$(BIN)/python protos/check.sh
+
+bench: $(INSTALLED) ## measure throughput, lag and memory on real servers
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+soak: $(INSTALLED) ## long crash runs, each verified row by row (ARGS go to pytest)
+	@$(BIN)/python -m pytest -m soak --timeout=0 $(ARGS)
+
+clean: ## remove .venv and caches; servers unpacked for tests stay in $${XDG_CACHE_HOME:-~/.cache}/milvus-cdc
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is not Python 3.11 or newer: name one that is, as in  make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2> /dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments: on Debian and Ubuntu  apt-get install python3-venv" >&2; exit 1; }
+	@echo 'Installing the project and its tools into $(VENV): about a minute, 1 GB on disk ...'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
