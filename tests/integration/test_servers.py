@@ -40,6 +40,16 @@ def _drop(uri: str, database: str) -> None:
     client.drop_database(database)
 
 
+def _loaded_count(uri: str, database: str) -> int:
+    client = MilvusClient(uri=uri, db_name=database)
+    if not client.list_indexes("rows"):
+        index = client.prepare_index_params("vector", index_type="FLAT", metric_type="L2")
+        client.create_index("rows", index)
+    client.load_collection("rows")
+    rows = client.query("rows", output_fields=["count(*)"], consistency_level="Strong")
+    return int(rows[0]["count(*)"])
+
+
 async def _topics_with_messages(nats_url: str) -> set[str]:
     connection = await nats.connect(nats_url)
     try:
@@ -69,6 +79,20 @@ async def test_a_killed_source_comes_back_with_ports_collections_and_log(
     assert client.list_collections() == ["rows"]
     assert await _topics_with_messages(source.nats_url) >= before
     _drop(source.uri, "servers_kill")
+
+
+@pytest.mark.timeout(300)
+def test_a_restarted_sink_still_counts_the_rows_it_had(nats_stack: Stack) -> None:
+    sink = nats_stack.sink
+    for uri in (nats_stack.source.uri, sink.uri):
+        _fill(uri, "servers_count")
+        assert _loaded_count(uri, "servers_count") == 10
+    sink.restart()
+    assert _loaded_count(sink.uri, "servers_count") == 10
+    sink.restart(hard=True)
+    assert _loaded_count(sink.uri, "servers_count") == 10
+    for uri in (nats_stack.source.uri, sink.uri):
+        _drop(uri, "servers_count")
 
 
 @pytest.mark.kafka

@@ -235,8 +235,12 @@ def retry_task(world: World, command: RetryTask) -> None:
     metadata = world.metadata[task.uid]
     if metadata.failure is not None:
         world.put_metadata(replace(metadata, failure=None))
-    task = _change(world, task, failure=None)
-    world.work[task.uid].not_before_ms = 0
+    work, view = world.work[task.uid], world.sources.get(task.spec.source_id)
+    work.not_before_ms = 0
+    # What failed for doubt in the source stays failed until a reading can be trusted again.
+    work.recheck = task.failure is not None and view is not None and view.catalogue is None
+    work.recheck = work.recheck or (task.failure is not None and bool(view and view.doubted))
+    task = _change(world, task, failure=task.failure if work.recheck else None)
     world.effects.append(RefreshSource(task.spec.source_id))
     _answer(world, command, task)
 

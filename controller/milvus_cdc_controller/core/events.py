@@ -10,7 +10,7 @@ from milvus_cdc_controller.core.collection import NO_ROWS, Counters
 from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.jobs import JobPayload, JobResult
 from milvus_cdc_controller.core.selection import Selection
-from milvus_cdc_controller.core.task import SourceRecord, TaskSpec
+from milvus_cdc_controller.core.task import TaskSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,6 @@ class CatalogueSeen(Event):
     trusted: bool = True
     reason: str = ""
     message: str = ""
-    record: SourceRecord | None = None
-    """What the guard wants remembered for the next judgement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +114,6 @@ class SourceUnavailable(Event):
     source_id: str
     reason: str
     message: str
-    fatal: bool = False
-    """Only a person can mend it."""
 
 
 @dataclass(frozen=True, slots=True)

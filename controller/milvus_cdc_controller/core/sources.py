@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from milvus_cdc.model import ObjectState, Partition
+from milvus_cdc.model import Catalogue, ObjectState, Partition
 
 from milvus_cdc_controller.core.assigning import send_assign
 from milvus_cdc_controller.core.collection import changed, start_checkpoints
@@ -31,7 +31,7 @@ from milvus_cdc_controller.core.jobs import (
     ResolveJob,
 )
 from milvus_cdc_controller.core.reconcile import reconcile
-from milvus_cdc_controller.core.task import Failure, TaskRecord
+from milvus_cdc_controller.core.task import Failure, SourceRecord, TaskRecord
 from milvus_cdc_controller.core.world import World
 
 JOB_TIMEOUT_MS = 60_000
@@ -42,16 +42,19 @@ def catalogue_seen(world: World, event: CatalogueSeen) -> None:
     view = world.sources.get(event.source_id)
     if view is None:
         return
-    if event.record is not None:
-        world.put_source(event.record)
     view.reason, view.message = "", ""
+    view.doubted = not event.trusted
     if event.trusted:
         view.catalogue = event.catalogue
     for task in _tasks_of(world, event.source_id):
-        if event.trusted:
+        if not event.trusted:
+            if task.failure is None and not task.deleting:
+                world.put_task(replace(task, failure=Failure(event.reason, event.message)))
+        else:
+            if world.work[task.uid].recheck:
+                world.work[task.uid].recheck = False
+                world.put_task(replace(task, failure=None))
             adopt_catalogue(world, task.uid)
-        elif task.failure is None and not task.deleting:
-            world.put_task(replace(task, failure=Failure(event.reason, event.message)))
         world.touch(task.uid)
 
 
@@ -61,9 +64,37 @@ def source_unavailable(world: World, event: SourceUnavailable) -> None:
         return
     view.reason, view.message = event.reason, event.message
     for task in _tasks_of(world, event.source_id):
-        if event.fatal and task.failure is None and not task.deleting:
-            world.put_task(replace(task, failure=Failure(event.reason, event.message)))
         world.touch(task.uid)
+
+
+def followed(world: World, source_id: str) -> frozenset[int]:
+    """Collections that some task follows on this source."""
+    return frozenset(
+        collection_id
+        for task in _tasks_of(world, source_id)
+        for collection_id in world.collections[task.uid]
+    )
+
+
+def _remember(world: World, source_id: str, catalogue: Catalogue) -> None:
+    wanted = followed(world, source_id)
+    world.put_source(
+        SourceRecord(
+            source_id,
+            catalogue.cluster_id,
+            catalogue.revision,
+            catalogue.tso,
+            catalogue.databases_keyed,
+            catalogue.incarnation,
+            tuple(
+                sorted(
+                    c.collection_id
+                    for c in catalogue.collections
+                    if c.state is ObjectState.CREATED and c.collection_id in wanted
+                )
+            ),
+        )
+    )
 
 
 def _tasks_of(world: World, source_id: str) -> list[TaskRecord]:
@@ -88,6 +119,7 @@ def adopt_catalogue(world: World, uid: str) -> None:
         world.put_collection(record)
     if changes.metadata is not None:
         world.put_metadata(changes.metadata)
+    _remember(world, task.spec.source_id, catalogue)
     world.touch(uid)
 
 

@@ -6,7 +6,7 @@ loudly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from milvus_cdc_controller.core.selection import Selection
@@ -158,9 +158,13 @@ class MetadataRecord:
 
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
-    """What was last believed of a source, for the guard that judges the next reading."""
+    """What the last trusted reading said of a source: the next one is judged by it."""
 
     source_id: str
-    cluster_id: int = 0
-    tso: int = 0
-    extra: tuple[tuple[str, str], ...] = field(default=())
+    cluster_id: int
+    revision: int
+    tso: int
+    databases_keyed: bool
+    incarnation: int
+    alive: tuple[int, ...]
+    """Followed collections last seen in state CREATED."""

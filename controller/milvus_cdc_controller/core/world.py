@@ -64,6 +64,9 @@ class SourceView:
     """What is known of a source's metadata in this process."""
 
     catalogue: Catalogue | None = None
+    """The last trusted reading."""
+    doubted: bool = False
+    """The last reading was not to be trusted."""
     reason: str = ""
     message: str = ""
 
@@ -76,6 +79,8 @@ class TaskWork:
     resolve_job: str = ""
     resolving: tuple[int, ...] = ()
     not_before_ms: int = 0
+    recheck: bool = False
+    """A retry waits for a trusted reading of the source."""
     reason: str = ""
     message: str = ""
 

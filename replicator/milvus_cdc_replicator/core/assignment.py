@@ -87,7 +87,8 @@ class AssignmentCore:
         self._known = {p.partition_id: p for p in want.partitions}
         self._lane_of: dict[int, Lane] = {}
         self._backlog_max = limits.in_flight
-        self._last_grant_ts: dict[str, int] = {}
+        self._asked: dict[str, tuple[int, int]] = {}
+        """Per vchannel: where it stood at the last grant, and how far that reached ahead."""
 
     # ---- events
 
@@ -113,7 +114,8 @@ class AssignmentCore:
     def grant(self, vchannel: str, horizon_ts: int) -> None:
         lane = self.lanes.get(vchannel)
         if lane is not None and horizon_ts > lane.horizon_ts:
-            self._last_grant_ts[vchannel] = lane.horizon_ts
+            front = lane.staged[0].ts if lane.staged else lane.released_ts
+            self._asked[vchannel] = (front, max(0, horizon_ts - front))
             lane.horizon_ts = horizon_ts
 
     def write_done(self, write_id: int) -> Write:
@@ -181,22 +183,21 @@ class AssignmentCore:
         return frozenset(self._partitions.queried)
 
     def wanted_horizon(self, lane: Lane) -> int:
-        """A TSO to ask for, or 0. The step follows the pace at which source time passes, so that
-        a catch-up asks about as often as a live stream, and a crash costs upserts for one step
-        only.
+        """A TSO to ask for, or 0. The step follows the pace at which source time passes here, so
+        that a catch-up does not ask all the time, and a crash costs upserts for one step only.
         """
         if lane.ended or not self.opened:
             return 0
         front = lane.staged[0].ts if lane.staged else lane.released_ts
-        last_step = lane.horizon_ts - self._last_grant_ts.get(lane.vchannel, lane.horizon_ts)
-        step = max(ms_to_tso(HORIZON_STEP_MIN_MS), min(last_step, ms_to_tso(HORIZON_STEP_MAX_MS)))
-        if front == 0 or front + step // 2 <= lane.horizon_ts:
+        if front == 0:
             return 0
-        if lane.horizon_ts and front > lane.horizon_ts and last_step:
-            step = min(
-                2 * step, ms_to_tso(HORIZON_STEP_MAX_MS)
-            )  # it had to wait: ask further ahead
-        return front + step
+        asked_at, step = self._asked.get(lane.vchannel, (front, 0))
+        if front > lane.horizon_ts and step:
+            step = 2 * step  # it had to wait: ask further ahead
+        else:
+            step = front - asked_at
+        step = max(ms_to_tso(HORIZON_STEP_MIN_MS), min(step, ms_to_tso(HORIZON_STEP_MAX_MS)))
+        return front + step if front + step // 2 > lane.horizon_ts else 0
 
     def horizon_blocks(self) -> bool:
         """Some lane cannot go on without a grant."""
