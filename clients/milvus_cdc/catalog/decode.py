@@ -74,7 +74,7 @@ class Assembly:
                 else:
                     self._users.add(key)
             case _:
-                self._apply_to_collection(place, entry)
+                self._apply_to_collection(place, entry, present=value is not None)
 
     def catalogue(self, cluster_id: int, revision: int) -> Catalogue:
         """What the keys say now. Raises BugError SOURCE_METADATA_UNDECODABLE naming a key."""
@@ -107,7 +107,7 @@ class Assembly:
                 self._gone_names[place.database_id] = database.name
                 self._changed.update(self._parts)
 
-    def _apply_to_collection(self, place: Place, entry: Entry | None) -> None:
+    def _apply_to_collection(self, place: Place, entry: Entry | None, *, present: bool) -> None:
         parts = self._parts.get(place.collection_id)
         if parts is None:
             parts = self._parts[place.collection_id] = Parts()
@@ -118,10 +118,12 @@ class Assembly:
             case Kind.COLLECTION_LOAD:
                 parts.load = entry
             case Kind.COLLECTION_SNAPSHOT:
-                parts.info_ts = max(parts.info_ts, place.ts)
+                _note_ts(parts.info_snapshots, place.ts, present)
             case Kind.PARTITION_SNAPSHOT:
-                newest = max(parts.partition_ts.get(place.object_id, 0), place.ts)
-                parts.partition_ts[place.object_id] = newest
+                snapshots = parts.partition_snapshots.setdefault(place.object_id, set())
+                _note_ts(snapshots, place.ts, present)
+                if not snapshots:
+                    del parts.partition_snapshots[place.object_id]
             case _:
                 _put(getattr(parts, _CHILDREN[place.kind]), place.object_id, entry)
 
@@ -166,6 +168,13 @@ def _put(entries: dict[int, Entry], number: int, entry: Entry | None) -> None:
         entries.pop(number, None)
     else:
         entries[number] = entry
+
+
+def _note_ts(snapshots: set[int], ts: int, present: bool) -> None:
+    if present:
+        snapshots.add(ts)
+    else:
+        snapshots.discard(ts)
 
 
 def _as_last_seen(now: Collection, known: Collection) -> Collection:

@@ -7,6 +7,7 @@ that Milvus has already removed is simply missing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -57,14 +58,12 @@ class Parts:
     indexes: dict[int, Entry] = field(default_factory=dict)
     load: Entry | None = None
     partition_loads: dict[int, Entry] = field(default_factory=dict)
-    info_ts: int = 0
-    """TSO of the newest snapshot of the collection's own key."""
-    partition_ts: dict[int, int] = field(default_factory=dict)
+    info_snapshots: set[int] = field(default_factory=set)
+    """TSOs of the snapshots of the collection's own key."""
+    partition_snapshots: dict[int, set[int]] = field(default_factory=dict)
 
     def empty(self) -> bool:
-        """Nothing is left of the collection but old snapshots."""
-        children = (self.partitions, self.fields, self.functions, self.indexes)
-        return not (self.infos or self.load or self.partition_loads or any(children))
+        return not any(getattr(self, each) for each in self.__slots__)
 
 
 def undecodable(key: str, why: str) -> BugError:
@@ -140,7 +139,7 @@ def decode_collection(
     if state is None:
         return None
     dropped = state is ObjectState.DROPPED
-    drop_ts = parts.info_ts if dropped else 0
+    drop_ts = max(parts.info_snapshots, default=0) if dropped else 0
     database_id = database_id or 1
     if database_id not in databases and not dropped:
         raise undecodable(entry.key, f"there is no database {database_id}")
@@ -200,7 +199,9 @@ def _partitions(parts: Parts, all_dropped: bool, drop_ts: int) -> tuple[Partitio
         state = _state(entry, info.state)
         if state is None:
             continue
-        own_ts = parts.partition_ts.get(partition_id, 0) if state is ObjectState.DROPPED else 0
+        own_ts = 0
+        if state is ObjectState.DROPPED:
+            own_ts = max(parts.partition_snapshots.get(partition_id, ()), default=0)
         partitions.append(
             Partition(
                 partition_id,
@@ -248,8 +249,24 @@ def _index_params(
     """
     types = {pair.key: pair.value for pair in info.type_params}
     own = {key: value for key, value in types.items() if (key, value) not in field_params}
-    given = info.user_index_params or info.index_params
-    return tuple(sorted({**own, **{pair.key: pair.value for pair in given}}.items()))
+    given = {pair.key: pair.value for pair in info.user_index_params or info.index_params}
+    return tuple(sorted((own | _unfolded(given)).items()))
+
+
+def _unfolded(params: dict[str, str]) -> dict[str, str]:
+    """Clients send the parameters of an index one by one or as JSON under `params`; here one by
+    one.
+    """
+    try:
+        folded = json.loads(params.get("params", ""))
+    except ValueError:
+        return params
+    if not isinstance(folded, dict):
+        return params
+    rest = {key: value for key, value in params.items() if key != "params"}
+    return rest | {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in folded.items()
+    }
 
 
 def _load(parts: Parts) -> Load:
