@@ -45,7 +45,7 @@ bench: $(INSTALLED) ## measure throughput, lag and memory on real servers
 soak: $(INSTALLED) ## long crash runs, each verified row by row (ARGS go to pytest)
 	@$(BIN)/python -m pytest -m soak --timeout=0 $(ARGS)
 
-clean: ## remove .venv and caches; servers unpacked for tests stay in $${XDG_CACHE_HOME:-~/.cache}/milvus-cdc
+clean: ## remove .venv and caches; servers unpacked for tests stay in ~/.cache/milvus-cdc
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
