@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from milvus_cdc.catalog.decode import Assembly
 from milvus_cdc.catalog.layout import Layout
@@ -47,7 +47,7 @@ class CatalogueWatcher:
             self._queued.add_done_callback(_retrieve)
         return await asyncio.shield(self._queued)
 
-    async def watch(self) -> AsyncIterator[Catalogue | CdcError]:
+    async def watch(self) -> AsyncGenerator[Catalogue | CdcError, None]:
         """Catalogues as the metadata changes, the first one at once; errors while it cannot be
         seen.
 
