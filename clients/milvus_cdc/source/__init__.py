@@ -1,7 +1,8 @@
 """The seam to a source's message queue: positions, entries, readers.
 
-A pchannel is one topic of the queue. A position is the queue's message id exactly as Milvus stores it in etcd
-(NATS: stream sequence, Kafka: offset, both 8 bytes little-endian) and is opaque to everyone else.
+A pchannel is one topic of the queue. A position is the queue's message id exactly as Milvus stores it
+in etcd (NATS: stream sequence, Kafka: offset, both 8 bytes little-endian) and is opaque to everyone
+else.
 """
 
 from __future__ import annotations
@@ -22,21 +23,25 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True)
 class LogRange:
-    """What a pchannel holds: `first` is its oldest message, `end` the position of the next one to be written."""
+    """What a pchannel holds: `first` is its oldest message, `end` the position of the next to come."""
 
     first: bytes
     end: bytes
 
 
 class LogReader(Protocol):
-    """Reads one pchannel in order, nothing left out: a hole raises LogTruncatedError or LogResetError."""
+    """Reads one pchannel in order, nothing left out: a hole raises LogTruncatedError or LogResetError.
+
+    After a RetryableError the next read goes on where the last one stopped; opening a new reader does
+    as well. After any other error it is of no more use.
+    """
 
     async def read(self, max_bytes: int, wait_seconds: float) -> list[LogEntry]:
         """At least one entry if any arrives within `wait_seconds`, else an empty list.
 
-        Returns what is there at once and stops near `max_bytes` of payload (one entry may exceed it). Entries
-        not yet asked for are not held in memory beyond about `max_bytes`. Cancel-safe: an entry is either
-        returned or read again by the next call.
+        Returns what is there at once and stops near `max_bytes` of payload (one entry may exceed
+        it). Entries not yet asked for are not held in memory beyond about `max_bytes`. Cancel-safe:
+        an entry is either returned or read again by the next call.
         """
         ...
 
@@ -44,13 +49,14 @@ class LogReader(Protocol):
 
 
 class LogSource(Protocol):
-    """A connection to one source's queue, shared by all its readers. Errors: milvus_cdc.errors only."""
+    """A connection to one source's queue, shared by its readers. Errors: milvus_cdc.errors only."""
 
     async def open(self, pchannel: str, position: bytes) -> LogReader:
-        """A reader whose first entry is the one at `position` (inclusive; may be the end, then it waits).
+        """A reader whose first entry is the one at `position` (inclusive; at the end it waits).
 
-        Raises LogTruncatedError (naming the first position still there) when the log begins later, LogResetError
-        when `position` is beyond the end or the topic is missing, RetryableError when the queue is not reachable.
+        Raises LogTruncatedError (naming the first position still there) when the log begins later,
+        LogResetError when `position` is beyond the end or the topic is missing or no longer the one
+        this source read before, RetryableError when the queue is not reachable.
         """
         ...
 
@@ -59,7 +65,7 @@ class LogSource(Protocol):
         ...
 
     def order(self, position: bytes) -> int:
-        """A number that sorts positions of one pchannel; consecutive entries need not be consecutive."""
+        """A number that sorts positions of one pchannel; entries in a row may leave numbers out."""
         ...
 
     async def probe(self) -> None:

@@ -1,0 +1,144 @@
+"""A log source in memory, for tests: what a real queue does to a reader, on demand.
+
+Law: it keeps the seam's contract, proved by the same suite as the real queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from milvus_cdc.errors import LogResetError, LogTruncatedError, RetryableError
+from milvus_cdc.source import LogEntry, LogRange
+from milvus_cdc.source.positions import decode, encode
+
+
+@dataclass(slots=True)
+class _Topic:
+    incarnation: int
+    first: int = 0
+    entries: list[LogEntry] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.entries)
+
+    def notify(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class MemorySource:
+    """Topics that a test appends to, truncates, deletes and makes again."""
+
+    def __init__(self) -> None:
+        self._topics: dict[str, _Topic] = {}
+        self._incarnations = 0
+        self._down = False
+
+    def append(self, pchannel: str, payload: bytes, *, streaming: bool = False) -> bytes:
+        """Appends one entry, making the topic when it is missing; its position."""
+        topic = self._topics.get(pchannel) or self.create(pchannel)
+        position = encode(topic.end)
+        topic.entries.append(LogEntry(position, payload, streaming))
+        topic.notify()
+        return position
+
+    def create(self, pchannel: str) -> _Topic:
+        self._incarnations += 1
+        topic = self._topics[pchannel] = _Topic(self._incarnations)
+        return topic
+
+    def truncate(self, pchannel: str, first: bytes) -> None:
+        """Forgets everything before `first`."""
+        topic = self._topics[pchannel]
+        count = min(max(decode(first) - topic.first, 0), len(topic.entries))
+        del topic.entries[:count]
+        topic.first += count
+
+    def delete(self, pchannel: str) -> None:
+        self._topics.pop(pchannel).notify()
+
+    def set_down(self, down: bool) -> None:
+        """While down, everything raises RetryableError; the log stays."""
+        self._down = down
+        for topic in self._topics.values():
+            topic.notify()
+
+    async def open(self, pchannel: str, position: bytes) -> MemoryReader:
+        topic = self._topic(pchannel)
+        reader = MemoryReader(self, pchannel, topic.incarnation, decode(position))
+        reader.check(topic)
+        return reader
+
+    async def log_range(self, pchannel: str) -> LogRange:
+        topic = self._topic(pchannel)
+        return LogRange(encode(topic.first), encode(topic.end))
+
+    def order(self, position: bytes) -> int:
+        return decode(position)
+
+    async def probe(self) -> None:
+        self._check_up()
+
+    async def close(self) -> None:
+        pass
+
+    def _check_up(self) -> None:
+        if self._down:
+            raise RetryableError("QUEUE_UNREACHABLE", "the queue in memory is down")
+
+    def _topic(self, pchannel: str) -> _Topic:
+        self._check_up()
+        topic = self._topics.get(pchannel)
+        if topic is None:
+            raise LogResetError(f"topic {pchannel} does not exist")
+        return topic
+
+
+class MemoryReader:
+    def __init__(self, source: MemorySource, pchannel: str, incarnation: int, start: int) -> None:
+        self._source = source
+        self._pchannel = pchannel
+        self._incarnation = incarnation
+        self._next = start
+
+    async def read(self, max_bytes: int, wait_seconds: float) -> list[LogEntry]:
+        deadline = asyncio.get_running_loop().time() + wait_seconds
+        while True:
+            topic = self._source._topic(self._pchannel)
+            self.check(topic)
+            if entries := self._take(topic, max_bytes):
+                return entries
+            remaining = deadline - asyncio.get_running_loop().time()
+            if remaining <= 0:
+                return []
+            try:
+                await asyncio.wait_for(topic.changed.wait(), remaining)
+            except TimeoutError:
+                return []
+
+    async def close(self) -> None:
+        pass
+
+    def check(self, topic: _Topic) -> None:
+        if topic.incarnation != self._incarnation:
+            raise LogResetError(f"topic {self._pchannel} was deleted and made again")
+        if self._next > topic.end:
+            raise LogResetError(f"{self._pchannel}: {self._next} is beyond the end {topic.end}")
+        if self._next < topic.first:
+            raise LogTruncatedError(
+                f"{self._pchannel} no longer holds {self._next}; its first is {topic.first}"
+            )
+
+    def _take(self, topic: _Topic, max_bytes: int) -> list[LogEntry]:
+        taken: list[LogEntry] = []
+        size = 0
+        for entry in topic.entries[self._next - topic.first :]:
+            size += len(entry.payload)
+            if taken and size > max_bytes:
+                break
+            taken.append(entry)
+        self._next += len(taken)
+        return taken

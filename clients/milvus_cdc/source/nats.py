@@ -1,0 +1,455 @@
+"""Reads the NATS JetStream that Milvus 2.3 to 2.5 embed (`mq.type: natsmq`).
+
+One stream per pchannel, stream name = subject = topic; a position is the stream sequence, which
+starts at 1. Laws: messages are pulled, never pushed (a push subscription drops what its client
+cannot hold, and only logs it); at most about the `max_bytes` of a read is held ahead; sequences
+follow one another, a hole is an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import nats.errors
+import nats.js.errors
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js.api import (
+    AckPolicy,
+    ConsumerConfig,
+    DeliverPolicy,
+    StreamInfo,
+)
+
+from milvus_cdc.errors import (
+    BugError,
+    CdcError,
+    LogResetError,
+    LogTruncatedError,
+    RetryableError,
+    UserError,
+)
+from milvus_cdc.source import LogEntry, LogRange, NatsConfig
+from milvus_cdc.source.positions import decode, encode
+
+log = structlog.get_logger()
+
+CONNECT_SECONDS = 5
+PING_SECONDS = 10
+"""A server that answers no ping for twice this long is gone."""
+API_SECONDS = 5.0
+PULL_SECONDS = 10.0
+"""How long the server holds a pull open."""
+PULL_MESSAGES = 4096
+LEAST_PULL_BYTES = 64 * 1024
+CONSUMER_IDLE_SECONDS = 60.0
+"""The server forgets a consumer nobody pulled from for this long; a reader then makes a new one."""
+STREAMING_HEADER = "_v"
+_NO_STREAM = 10059
+
+
+class NatsSource:
+    """The queue of one source. A reader has a connection of its own, asking questions another."""
+
+    def __init__(self, config: NatsConfig) -> None:
+        self._url = config.url
+        self._asking = _Connection(self._url)
+        self._created: dict[str, Any] = {}
+
+    async def open(self, pchannel: str, position: bytes) -> NatsReader:
+        reader = NatsReader(self, pchannel, decode(position))
+        self.check(pchannel, await self._info(pchannel), reader.next)
+        return reader
+
+    async def log_range(self, pchannel: str) -> LogRange:
+        first, end = _bounds(await self._info(pchannel))
+        return LogRange(encode(first), encode(end))
+
+    def order(self, position: bytes) -> int:
+        return decode(position)
+
+    async def probe(self) -> None:
+        client = await self._asking.get()
+        with _foreign_errors(self._url):
+            await client.jetstream(timeout=API_SECONDS).account_info()
+
+    async def close(self) -> None:
+        await self._asking.close()
+
+    async def connect(self) -> _Connection:
+        connection = _Connection(self._url)
+        await connection.get()
+        return connection
+
+    async def _info(self, pchannel: str) -> StreamInfo:
+        return await stream_info(await self._asking.get(), self._url, pchannel)
+
+    def check(self, pchannel: str, info: StreamInfo, wanted: int) -> None:
+        """Whether the stream still is the one read so far, and holds sequence `wanted`."""
+        known = self._created.setdefault(pchannel, info.created)
+        if known != info.created:
+            raise LogResetError(
+                f"stream {pchannel} was deleted and made again at {info.created}; "
+                "resync the collections that were read from it"
+            )
+        first, end = _bounds(info)
+        if wanted > end:
+            raise LogResetError(
+                f"stream {pchannel} ends before sequence {end}, position {wanted} lies beyond: "
+                "it was deleted and made again, or lost its end; resync"
+            )
+        # Sequences start at 1: position 0 is the beginning.
+        if max(wanted, 1) < first:
+            raise LogTruncatedError(
+                f"stream {pchannel} no longer holds sequence {wanted}; "
+                f"the first one still there is {first}"
+            )
+
+
+class NatsReader:
+    """One pull consumer. After a RetryableError the next read connects again where it stopped."""
+
+    def __init__(self, source: NatsSource, pchannel: str, start: int) -> None:
+        self._source = source
+        self._pchannel = pchannel
+        self.next = start
+        """Sequence of the next entry to be returned."""
+        self._entries: deque[LogEntry] = deque()
+        self._held = 0
+        self._window = 0
+        self._arrived = asyncio.Event()
+        self._wanted = asyncio.Event()
+        self._error: CdcError | None = None
+        self._pump: asyncio.Task[None] | None = None
+
+    async def read(self, max_bytes: int, wait_seconds: float) -> list[LogEntry]:
+        self._window = max_bytes
+        self._wanted.set()
+        if self._pump is None:
+            self._pump = asyncio.create_task(self._run(), name=f"pull {self._pchannel}")
+        if not self._entries and self._error is None:
+            self._arrived.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_seconds):
+                    await self._arrived.wait()
+        # Nothing below waits: entries are taken only by a call that returns them.
+        if not self._entries:
+            self._raise_error()
+        return self._take(max_bytes)
+
+    async def close(self) -> None:
+        pump, self._pump = self._pump, None
+        if pump is not None:
+            pump.cancel()
+            await asyncio.gather(pump, return_exceptions=True)
+        self._entries.clear()
+
+    def _take(self, max_bytes: int) -> list[LogEntry]:
+        taken: list[LogEntry] = []
+        size = 0
+        while self._entries:
+            length = len(self._entries[0].payload)
+            if taken and size + length > max_bytes:
+                break
+            size += length
+            taken.append(self._entries.popleft())
+        if taken:
+            self._held -= size
+            self.next = decode(taken[-1].position) + 1
+            self._wanted.set()
+        return taken
+
+    def _raise_error(self) -> None:
+        error = self._error
+        if error is None:
+            return
+        if isinstance(error, RetryableError):
+            # Said once; the next read tries again.
+            self._error = None
+            self._pump = None
+        raise error
+
+    async def _run(self) -> None:
+        try:
+            connection = await self._source.connect()
+            try:
+                await self._follow(connection)
+            finally:
+                await connection.close()
+        except CdcError as error:
+            self._error = error
+        except Exception as error:
+            log.exception("reading failed unexpectedly", stream=self._pchannel)
+            self._error = BugError("READER_BUG", f"reading {self._pchannel}: {error!r}")
+        self._arrived.set()
+
+    async def _follow(self, connection: _Connection) -> None:
+        """Pulls from one consumer after another until the connection breaks."""
+        barren = 0
+        while True:
+            # `next` counts what was returned, the queue holds what follows it.
+            start = max(self.next + len(self._entries), 1)
+            client = await connection.get()
+            info = await stream_info(client, connection.url, self._pchannel)
+            self._source.check(self._pchannel, info, start)
+            consumer = _Consumer(self, connection, self._pchannel, start)
+            try:
+                await consumer.pull_until_lost()
+            finally:
+                await consumer.drop()
+            barren = 0 if consumer.expected > start else barren + 1
+            if consumer.hole and consumer.expected == start:
+                raise LogTruncatedError(
+                    f"stream {self._pchannel} no longer holds sequence {start}; "
+                    f"the first one after it is {consumer.hole}"
+                )
+            if barren > 3:
+                raise RetryableError(
+                    "QUEUE_UNREACHABLE",
+                    f"the consumer on stream {self._pchannel} is lost again and again: "
+                    f"{consumer.lost}",
+                )
+
+    def accept(self, entry: LogEntry) -> None:
+        self._entries.append(entry)
+        self._held += len(entry.payload)
+        self._arrived.set()
+
+    async def room(self) -> int:
+        """Bytes that the next pull may bring, once half of the window is free."""
+        while not self._window or self._held > self._window // 2:
+            self._wanted.clear()
+            await self._wanted.wait()
+        return max(self._window // 2, LEAST_PULL_BYTES)
+
+
+class _Consumer:
+    """An ephemeral consumer of ours and the pulls on it."""
+
+    def __init__(
+        self, reader: NatsReader, connection: _Connection, pchannel: str, start: int
+    ) -> None:
+        self._reader = reader
+        self._connection = connection
+        self._pchannel = pchannel
+        self.expected = start
+        self.lost = ""
+        """Why it can be used no more."""
+        self.hole = 0
+        """Sequence that came instead of the expected one."""
+        self._name = ""
+        self._pending = 0
+        self._delivered = False
+        self._too_large = False
+        self._changed = asyncio.Event()
+
+    async def pull_until_lost(self) -> None:
+        client = await self._connection.get()
+        self._connection.on_closed = self._changed.set
+        with _foreign_errors(self._connection.url, self._pchannel):
+            info = await client.jetstream(timeout=API_SECONDS).add_consumer(
+                self._pchannel,
+                ConsumerConfig(
+                    deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+                    opt_start_seq=self.expected,
+                    ack_policy=AckPolicy.NONE,
+                    inactive_threshold=CONSUMER_IDLE_SECONDS,
+                    mem_storage=True,
+                ),
+            )
+            self._name = info.name
+            inbox = client.new_inbox()
+            subscription = await client.subscribe(
+                inbox, cb=self._receive, pending_msgs_limit=0, pending_bytes_limit=0
+            )
+            try:
+                while not self.lost:
+                    await self._pull(client, inbox)
+            finally:
+                with contextlib.suppress(nats.errors.Error):
+                    await subscription.unsubscribe()
+
+    async def _pull(self, client: Client, inbox: str) -> None:
+        room = await self._reader.room()
+        request: dict[str, int] = {"expires": int(PULL_SECONDS * 1e9)}
+        if self._too_large:
+            # The next message alone exceeds what a pull may bring: it comes on its own.
+            request["batch"] = 1
+        else:
+            request |= {"batch": PULL_MESSAGES, "max_bytes": room}
+        self._pending = request["batch"]
+        self._delivered = self._too_large = False
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._pchannel}.{self._name}"
+        await client.publish(subject, json.dumps(request).encode(), reply=inbox)
+        # The server ends every pull; when it does not, the consumer is gone.
+        try:
+            async with asyncio.timeout(PULL_SECONDS + API_SECONDS):
+                while self._pending and not self.lost:
+                    if not self._connection.up:
+                        raise nats.errors.ConnectionClosedError
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            self.lost = "the server answers no pull"
+
+    async def _receive(self, message: Msg) -> None:
+        headers = message.headers
+        if headers is not None and (status := headers.get("Status")) and not message.data:
+            self._status(status, headers.get("Description") or "")
+            return
+        if self.lost:
+            return
+        sequence = _sequence(message.reply)
+        if sequence != self.expected:
+            self.hole = sequence
+            self.lost = f"sequence {sequence} came instead of {self.expected}"
+            self._changed.set()
+            return
+        self.expected += 1
+        self._delivered = True
+        self._reader.accept(
+            LogEntry(
+                encode(sequence),
+                message.data,
+                headers is not None and STREAMING_HEADER in headers,
+            )
+        )
+        self._pending -= 1
+        if not self._pending:
+            self._changed.set()
+
+    def _status(self, status: str, description: str) -> None:
+        match status:
+            case "100":
+                return
+            case "404" | "408":
+                self._pending = 0
+            case "409" if "MaxBytes" in description:
+                self._pending = 0
+                self._too_large = not self._delivered
+            case _:
+                # Consumer deleted (with its stream, or for idleness), leader changed, shutdown.
+                self.lost = f"{status} {description}"
+        self._changed.set()
+
+    async def drop(self) -> None:
+        """Only a courtesy: the server forgets idle consumers by itself."""
+        if self._name and self._connection.up:
+            client = await self._connection.get()
+            with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
+                await client.publish(f"$JS.API.CONSUMER.DELETE.{self._pchannel}.{self._name}", b"")
+
+
+class _Connection:
+    """A connection without reconnection of its own: whoever uses it must learn that it broke."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.on_closed: Callable[[], None] | None = None
+        self._client: Client | None = None
+        self._lock = asyncio.Lock()
+
+    @property
+    def up(self) -> bool:
+        return self._client is not None and self._client.is_connected
+
+    async def get(self) -> Client:
+        """The client, connected. Raises RetryableError or UserError."""
+        async with self._lock:
+            if self._client is None or not self._client.is_connected:
+                await self._connect()
+            assert self._client is not None
+            return self._client
+
+    async def _connect(self) -> None:
+        async def on_error(error: Exception) -> None:
+            log.debug("nats client", url=_redacted(self.url), error=repr(error))
+
+        async def on_closed() -> None:
+            if self.on_closed is not None:
+                self.on_closed()
+
+        client = Client()
+        with _foreign_errors(self.url):
+            await client.connect(
+                self.url,
+                name="milvus-cdc",
+                error_cb=on_error,
+                disconnected_cb=on_closed,
+                closed_cb=on_closed,
+                allow_reconnect=False,
+                connect_timeout=CONNECT_SECONDS,
+                ping_interval=PING_SECONDS,
+            )
+        self._client = client
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+                await client.close()
+
+
+async def stream_info(client: Client, url: str, pchannel: str) -> StreamInfo:
+    """Raises LogResetError when there is no such stream."""
+    with _foreign_errors(url, pchannel):
+        return await client.jetstream(timeout=API_SECONDS).stream_info(pchannel)
+
+
+def _bounds(info: StreamInfo) -> tuple[int, int]:
+    """First sequence still there and the next to be written, equal when there is none."""
+    end = info.state.last_seq + 1
+    return (info.state.first_seq if info.state.messages else end), end
+
+
+def _sequence(reply: str) -> int:
+    """Stream sequence from a delivered message's reply subject.
+
+    `$JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>.<consumer seq>.<time>.<pending>`; with
+    domain and account after `ACK`, and perhaps a token at the end, from nats-server 2.8 on.
+    """
+    tokens = reply.split(".")
+    return int(tokens[5] if len(tokens) == 9 else tokens[7])
+
+
+@contextlib.contextmanager
+def _foreign_errors(url: str, pchannel: str = "") -> Iterator[None]:
+    where = f"NATS at {_redacted(url)}"
+    try:
+        yield
+    except nats.js.errors.NotFoundError as error:
+        if error.err_code == _NO_STREAM and pchannel:
+            raise LogResetError(
+                f"stream {pchannel} does not exist at {where}: it was deleted, or the task names "
+                "another queue than the source writes to"
+            ) from error
+        raise RetryableError("QUEUE_UNREACHABLE", f"{where}: {error}") from error
+    except nats.js.errors.BadRequestError as error:
+        raise BugError("QUEUE_PROTOCOL", f"{where} refuses a request: {error}") from error
+    except nats.errors.Error as error:
+        if (
+            isinstance(error, nats.errors.AuthorizationError)
+            or "authorization" in str(error).lower()
+        ):
+            raise UserError(
+                "QUEUE_ACCESS_DENIED",
+                f"{where} refuses the credentials; mend them in the url",
+                field="source.nats.url",
+            ) from error
+        raise RetryableError("QUEUE_UNREACHABLE", f"{where}: {error}") from error
+    except (OSError, TimeoutError) as error:
+        raise RetryableError(
+            "QUEUE_UNREACHABLE", f"{where}: {error or type(error).__name__}"
+        ) from error
+
+
+def _redacted(url: str) -> str:
+    """The address without user, password or token."""
+    return urlsplit(url).netloc.rpartition("@")[2] or url.rpartition("@")[2]
