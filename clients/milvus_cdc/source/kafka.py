@@ -1,0 +1,347 @@
+"""Reads the Kafka topics of a source Milvus (`mq.type: kafka`).
+
+Milvus writes everything to partition 0 and never uses transactions; a position is the offset. Laws:
+no group is joined and nothing is committed; blocking calls of the client run in one thread per
+reader; the client never chooses an offset by itself (`auto.offset.reset=error`); offsets follow one
+another, a hole (compaction, deleted records) is an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import structlog
+from confluent_kafka import (
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
+from milvus_cdc.errors import (
+    CdcError,
+    LogResetError,
+    LogTruncatedError,
+    RetryableError,
+    UserError,
+)
+from milvus_cdc.source import KafkaConfig, LogEntry, LogRange
+from milvus_cdc.source.positions import decode, encode
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+REQUEST_SECONDS = 5.0
+POLL_SECONDS = 0.5
+POLL_MESSAGES = 4096
+CHECK_SECONDS = 5.0
+"""How often a reader asks whether the topic still is the same one."""
+HELD_KIBIBYTES = 2048
+"""What the client may hold ahead of a reader, besides one fetch."""
+STREAMING_HEADER = "_v"
+
+_DENIED = frozenset(
+    (
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.SASL_AUTHENTICATION_FAILED,
+        KafkaError._AUTHENTICATION,
+    )
+)
+_NO_TOPIC = frozenset(
+    (
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+        KafkaError.UNKNOWN_TOPIC_ID,
+        KafkaError._UNKNOWN_TOPIC,
+        KafkaError._UNKNOWN_PARTITION,
+    )
+)
+_OUT_OF_RANGE = frozenset((KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE))
+
+
+class KafkaSource:
+    """The queue of one source. Readers have a consumer each and share the answers to questions."""
+
+    def __init__(self, config: KafkaConfig) -> None:
+        self._brokers = ",".join(config.brokers)
+        self._admin: AdminClient | None = None
+        self._topic_ids: dict[str, str] = {}
+
+    async def open(self, pchannel: str, position: bytes) -> KafkaReader:
+        start = decode(position)
+        await asyncio.to_thread(self.check, pchannel, start)
+        return KafkaReader(self, self._brokers, pchannel, start)
+
+    async def log_range(self, pchannel: str) -> LogRange:
+        def ask() -> LogRange:
+            self._check_topic(pchannel)
+            first, end = self._offsets(pchannel)
+            return LogRange(encode(first), encode(end))
+
+        return await asyncio.to_thread(ask)
+
+    def order(self, position: bytes) -> int:
+        return decode(position)
+
+    async def probe(self) -> None:
+        def ask() -> None:
+            with self._foreign_errors():
+                self._client().list_topics(timeout=REQUEST_SECONDS)
+
+        await asyncio.to_thread(ask)
+
+    async def close(self) -> None:
+        self._admin = None
+
+    def check(self, pchannel: str, wanted: int) -> None:
+        """Blocking: whether the topic is the one read so far, and holds offset `wanted`."""
+        self._check_topic(pchannel)
+        first, end = self._offsets(pchannel)
+        if wanted > end:
+            raise LogResetError(
+                f"topic {pchannel} ends before offset {end}, position {wanted} lies beyond: "
+                "it was deleted and made again, or lost its end; resync"
+            )
+        if wanted < first:
+            raise LogTruncatedError(
+                f"topic {pchannel} no longer holds offset {wanted}; "
+                f"the first one still there is {first}"
+            )
+
+    def _check_topic(self, pchannel: str) -> None:
+        with self._foreign_errors(pchannel):
+            topics = self._client().describe_topics(
+                TopicCollection([pchannel]), request_timeout=REQUEST_SECONDS
+            )
+            topic_id = str(_answer(topics)[pchannel].topic_id)
+        known = self._topic_ids.setdefault(pchannel, topic_id)
+        if known != topic_id:
+            raise LogResetError(
+                f"topic {pchannel} was deleted and made again; "
+                "resync the collections that were read from it"
+            )
+
+    def _offsets(self, pchannel: str) -> tuple[int, int]:
+        partition = TopicPartition(pchannel, 0)
+        with self._foreign_errors(pchannel):
+            first, end = (
+                _answer(
+                    self._client().list_offsets({partition: spec}, request_timeout=REQUEST_SECONDS)
+                )[partition].offset
+                for spec in (OffsetSpec.earliest(), OffsetSpec.latest())
+            )
+        return first, end
+
+    def _client(self) -> AdminClient:
+        if self._admin is None:
+            # Nobody polls this client, so it must have nothing to say on its own.
+            self._admin = AdminClient(_settings(self._brokers) | {"log_level": 0})
+        return self._admin
+
+    @contextlib.contextmanager
+    def _foreign_errors(self, pchannel: str = "") -> Iterator[None]:
+        try:
+            yield
+        except KafkaException as error:
+            raise self.translate(error.args[0], pchannel) from error
+        except (OSError, TimeoutError) as error:
+            text = str(error) or type(error).__name__
+            raise RetryableError(
+                "QUEUE_UNREACHABLE", f"Kafka at {self._brokers}: {text}"
+            ) from error
+
+    def translate(self, error: KafkaError, pchannel: str) -> CdcError:
+        where = f"Kafka at {self._brokers}"
+        if error.code() in _DENIED:
+            return UserError(
+                "QUEUE_ACCESS_DENIED",
+                f"{where} denies reading topic {pchannel or '(any)'}: {error.str()}",
+                field="source.kafka",
+            )
+        if error.code() in _NO_TOPIC:
+            return LogResetError(
+                f"topic {pchannel} does not exist at {where}: it was deleted, or the task names "
+                "another queue than the source writes to"
+            )
+        return RetryableError("QUEUE_UNREACHABLE", f"{where}: {error.str()}")
+
+
+class KafkaReader:
+    """One consumer assigned to partition 0; it reconnects by itself after a RetryableError."""
+
+    def __init__(self, source: KafkaSource, brokers: str, pchannel: str, start: int) -> None:
+        self._source = source
+        self._brokers = brokers
+        self._pchannel = pchannel
+        self._next = start
+        """Offset the client must bring next."""
+        self._entries: deque[LogEntry] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"kafka {pchannel}")
+        self._fetching: asyncio.Future[list[LogEntry]] | None = None
+        self._consumer: Consumer | None = None
+        self._check_at = time.monotonic() + CHECK_SECONDS
+        self._down = False
+        self._late: CdcError | None = None
+
+    async def read(self, max_bytes: int, wait_seconds: float) -> list[LogEntry]:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_seconds
+        while not self._entries:
+            remaining = max(deadline - loop.time(), 0)
+            if self._fetching is None:
+                poll = min(remaining, POLL_SECONDS)
+                self._fetching = loop.run_in_executor(self._thread, self._fetch, poll)
+            # A cancelled read leaves the fetch running; the next read takes what it brings.
+            await asyncio.wait((self._fetching,), timeout=remaining + REQUEST_SECONDS)
+            if self._fetching.done():
+                done, self._fetching = self._fetching, None
+                self._entries.extend(done.result())
+            if loop.time() >= deadline:
+                break
+        return self._take(max_bytes)
+
+    async def close(self) -> None:
+        def stop() -> None:
+            if self._consumer is not None:
+                self._consumer.close()
+
+        fetching, self._fetching = self._fetching, None
+        if fetching is not None:
+            await asyncio.gather(fetching, return_exceptions=True)
+        await asyncio.get_running_loop().run_in_executor(self._thread, stop)
+        self._thread.shutdown(wait=False)
+
+    def _take(self, max_bytes: int) -> list[LogEntry]:
+        taken: list[LogEntry] = []
+        size = 0
+        while self._entries:
+            size += len(self._entries[0].payload)
+            if taken and size > max_bytes:
+                break
+            taken.append(self._entries.popleft())
+        return taken
+
+    # Everything below runs in the reader's thread.
+
+    def _fetch(self, wait: float) -> list[LogEntry]:
+        if self._late is not None:
+            late = self._late
+            if isinstance(late, RetryableError):
+                self._late = None
+            raise late
+        consumer = self._consumer or self._assign()
+        if self._down or time.monotonic() >= self._check_at:
+            self._source.check(self._pchannel, self._next)
+            self._down = False
+            self._check_at = time.monotonic() + CHECK_SECONDS
+        first = consumer.poll(wait)
+        if first is None:
+            return []
+        entries: list[LogEntry] = []
+        for message in (first, *consumer.consume(POLL_MESSAGES, timeout=0)):
+            try:
+                entries.append(self._entry(message))
+            except CdcError as error:
+                # What came before it is whole and goes out first.
+                self._late = error
+                break
+        if self._late is not None and not entries:
+            return self._fetch(0)
+        return entries
+
+    def _entry(self, message: Message) -> LogEntry:
+        error = message.error()
+        if error is not None:
+            self._consumer_lost()
+            if error.code() == KafkaError._LOG_TRUNCATION:
+                raise LogResetError(
+                    f"topic {self._pchannel} lost its end after offset {self._next}: {error.str()}"
+                )
+            if error.code() in _OUT_OF_RANGE or error.code() in _NO_TOPIC:
+                self._source.check(self._pchannel, self._next)
+                raise RetryableError("QUEUE_UNREACHABLE", f"{self._pchannel}: {error.str()}")
+            raise self._source.translate(error, self._pchannel)
+        offset = message.offset()
+        if offset != self._next:
+            raise LogTruncatedError(
+                f"topic {self._pchannel} no longer holds offset {self._next}: "
+                f"offset {offset} follows its predecessor"
+            )
+        payload = message.value()
+        self._next += 1
+        headers = message.headers() or ()
+        streaming = any(key == STREAMING_HEADER for key, _ in headers)
+        return LogEntry(encode(offset), payload or b"", streaming)
+
+    def _assign(self) -> Consumer:
+        def on_error(error: KafkaError) -> None:
+            log.debug("kafka client", topic=self._pchannel, error=error.str())
+            if error.code() in (KafkaError._ALL_BROKERS_DOWN, *_DENIED):
+                self._down = True
+
+        consumer = Consumer(
+            _settings(self._brokers)
+            | {
+                # Demanded by the client; nothing joins it as long as partitions are assigned.
+                "group.id": "milvus-cdc",
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "auto.offset.reset": "error",
+                "allow.auto.create.topics": False,
+                "isolation.level": "read_uncommitted",
+                "check.crcs": True,
+                "fetch.min.bytes": 1,
+                "fetch.wait.max.ms": 500,
+                "fetch.max.bytes": 1024 * 1024,
+                "max.partition.fetch.bytes": 1024 * 1024,
+                "queued.max.messages.kbytes": HELD_KIBIBYTES,
+                "fetch.queue.backoff.ms": 5,
+                "error_cb": on_error,
+            },
+            logger=_Log(self._pchannel),
+        )
+        consumer.assign([TopicPartition(self._pchannel, 0, self._next)])
+        self._consumer = consumer
+        return consumer
+
+    def _consumer_lost(self) -> None:
+        """The next fetch begins with a new consumer at the offset that is due."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            consumer.close()
+
+
+class _Log:
+    """Where the client's own log lines go; what matters of them also comes as an error."""
+
+    def __init__(self, topic: str) -> None:
+        self._topic = topic
+
+    def log(self, level: int, text: str, *args: Any) -> None:
+        log.debug("kafka client", topic=self._topic, level=level, line=text % args)
+
+
+def _settings(brokers: str) -> dict[str, Any]:
+    return {
+        "bootstrap.servers": brokers,
+        "client.id": "milvus-cdc",
+        "reconnect.backoff.ms": 100,
+        "reconnect.backoff.max.ms": 1000,
+        "socket.keepalive.enable": True,
+        "socket.timeout.ms": 10_000,
+    }
+
+
+def _answer(futures: Mapping[Any, Future[T]]) -> dict[Any, T]:
+    return {key: future.result(REQUEST_SECONDS + 1) for key, future in futures.items()}
