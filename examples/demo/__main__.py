@@ -15,9 +15,10 @@ from types import FrameType
 from pymilvus import MilvusClient
 
 from examples.demo import data, proof
-from examples.demo.services import LEASE_SECONDS, Demo, typed
+from examples.demo.services import Demo, typed
 from examples.demo.stream import Stream, Writer, create
 from examples.demo.watch import Counter, Watch
+from tests.servers.services import LEASE_SECONDS
 
 TASK = "tasks/demo"
 STREAM_SECONDS = 42.0
@@ -230,8 +231,8 @@ def _stay(demo: Demo) -> None:
     print(f"  sink Milvus     {demo.stack.sink.uri}")
     print(f"  NATS            {demo.stack.source.nats_url}")
     print(f"  etcd            {demo.stack.etcd.endpoint}")
-    print(f"  controller      {demo.controller_address}")
-    for name, url in demo.metrics.items():
+    print(f"  controller      {demo.controller.address}")
+    for name, url in demo.metrics().items():
         print(f"  metrics         {url}   ({name})")
     print(f"  logs            {demo.folder}\n")
     print("Next:")

@@ -1,7 +1,7 @@
 """What the demo writes: the handwritten digits that scikit-learn ships, and generated rows.
 
-Law: every row is a pure function of its table and number, so that a run can be repeated, and no two
-vectors of the digits are equal: equal distances would leave the order of neighbours open.
+Laws: the same run of rows is made again in the same way; no two vectors of the digits are equal,
+because equal distances would leave the order of neighbours open.
 """
 
 from __future__ import annotations

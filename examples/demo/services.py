@@ -13,16 +13,14 @@ import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import grpc
 import yaml
 from milvuscdc.v1 import fleet_service_pb2_grpc, task_service_pb2_grpc
 
-from tests.servers import ManagedProcess, Stack, free_port
-
-LEASE_SECONDS = 6
-HEARTBEAT_SECONDS = 1
+from tests.servers import Stack
+from tests.servers.services import ControllerProcess, ReplicatorProcess
 
 
 class Demo:
@@ -31,19 +29,21 @@ class Demo:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="milvus-cdc-demo-"))
         self.stack = Stack(self.folder / "servers")
-        self.controller_address = f"127.0.0.1:{free_port()}"
-        self.metrics: dict[str, str] = {}
-        self.controller = self._controller()
-        self.replicators = [self._replicator(f"replicator-{letter}") for letter in "ab"]
+        self.controller = ControllerProcess(self.folder / "controller")
+        self.replicators = [
+            ReplicatorProcess(self.folder / name, self.controller.address, name)
+            for name in ("replicator-a", "replicator-b")
+        ]
         self.task_file = self.folder / "task.yaml"
-        self._channel = grpc.insecure_channel(self.controller_address)
+        self._channel = grpc.insecure_channel(self.controller.address)
         self.tasks = task_service_pb2_grpc.TaskServiceStub(self._channel)
         self.fleet = fleet_service_pb2_grpc.FleetServiceStub(self._channel)
         self._keep_logs = False
 
-    @property
-    def processes(self) -> list[ManagedProcess]:
-        return [*self.stack.servers, self.controller, *self.replicators]
+    def metrics(self) -> dict[str, str]:
+        """Metrics page by service, of those that run."""
+        pages = {self.controller.name: self.controller.metrics_url}
+        return pages | {r.name: r.metrics_url for r in self.replicators if r.running}
 
     def start_servers(self) -> None:
         self.stack.start()
@@ -77,7 +77,7 @@ class Demo:
 
     def command(self, *arguments: str) -> list[str]:
         """A `milvus-cdc` command line for this controller."""
-        return [str(_script("milvus-cdc")), "--controller", self.controller_address, *arguments]
+        return [str(_script("milvus-cdc")), "--controller", self.controller.address, *arguments]
 
     def run(self, *arguments: str, show: bool = True) -> int:
         """Runs a `milvus-cdc` command as a user would, its output on ours; its exit code."""
@@ -110,40 +110,6 @@ class Demo:
                 shutil.rmtree(data, ignore_errors=True)
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _controller(self) -> ManagedProcess:
-        metrics = f"127.0.0.1:{free_port()}"
-        config = {
-            "listen": self.controller_address,
-            "metrics": metrics,
-            "store": {"sqlite": {"path": str(self.folder / "controller.db")}},
-            "lease": {"ttlSeconds": LEASE_SECONDS, "heartbeatSeconds": HEARTBEAT_SECONDS},
-        }
-        return self._service("controller", config, (self.controller_address, metrics))
-
-    def _replicator(self, name: str) -> ManagedProcess:
-        listen, metrics = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
-        config = {
-            "controller": self.controller_address,
-            "name": name,
-            "listen": listen,
-            "metrics": metrics,
-        }
-        return self._service(name, config, (listen, metrics), command="replicator")
-
-    def _service(
-        self, name: str, config: dict[str, Any], addresses: tuple[str, ...], command: str = ""
-    ) -> ManagedProcess:
-        self.metrics[name] = f"http://{addresses[-1]}/metrics"
-        path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config, sort_keys=False))
-        return ManagedProcess(
-            name,
-            [_script(f"milvus-cdc-{command or name}"), "--config", path],
-            self.folder,
-            ports=[int(address.rpartition(":")[2]) for address in addresses],
-            ready_timeout=60,
-        )
 
 
 def typed(argv: list[str]) -> str:
