@@ -1,8 +1,8 @@
 """The seam to a source's message queue: positions, entries, readers.
 
-A pchannel is one topic of the queue. A position is the queue's message id exactly as Milvus stores it
-in etcd (NATS: stream sequence, Kafka: offset, both 8 bytes little-endian) and is opaque to everyone
-else.
+A pchannel is one topic of the queue. A position is the queue's message id exactly as Milvus stores
+it in etcd (NATS: stream sequence, Kafka: offset, both 8 bytes little-endian) and is opaque to
+everyone else.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True)
 class LogRange:
-    """What a pchannel holds: `first` is its oldest message, `end` the position of the next to come."""
+    """What a pchannel holds: `first` is its oldest message, `end` where the next will be."""
 
     first: bytes
     end: bytes
 
 
 class LogReader(Protocol):
-    """Reads one pchannel in order, nothing left out: a hole raises LogTruncatedError or LogResetError.
+    """Reads one pchannel in order; a hole raises LogTruncatedError or LogResetError.
 
-    After a RetryableError the next read goes on where the last one stopped; opening a new reader does
-    as well. After any other error it is of no more use.
+    After a RetryableError the next read goes on where the last one stopped; opening a new reader
+    serves as well. After any other error it is of no more use.
     """
 
     async def read(self, max_bytes: int, wait_seconds: float) -> list[LogEntry]:

@@ -75,6 +75,7 @@ class KafkaSource:
 
     def __init__(self, config: KafkaConfig) -> None:
         self._brokers = ",".join(config.brokers)
+        self._where = f"Kafka at {self._brokers}"
         self._admin: AdminClient | None = None
         self._topic_ids: dict[str, str] = {}
 
@@ -85,7 +86,7 @@ class KafkaSource:
 
     async def log_range(self, pchannel: str) -> LogRange:
         def ask() -> LogRange:
-            self._check_topic(pchannel)
+            self.check_topic(pchannel)
             first, end = self._offsets(pchannel)
             return LogRange(encode(first), encode(end))
 
@@ -106,7 +107,7 @@ class KafkaSource:
 
     def check(self, pchannel: str, wanted: int) -> None:
         """Blocking: whether the topic is the one read so far, and holds offset `wanted`."""
-        self._check_topic(pchannel)
+        self.check_topic(pchannel)
         first, end = self._offsets(pchannel)
         if wanted > end:
             raise LogResetError(
@@ -119,7 +120,8 @@ class KafkaSource:
                 f"the first one still there is {first}"
             )
 
-    def _check_topic(self, pchannel: str) -> None:
+    def check_topic(self, pchannel: str) -> None:
+        """Blocking: whether the topic is the one read so far."""
         with self._foreign_errors(pchannel):
             topics = self._client().describe_topics(
                 TopicCollection([pchannel]), request_timeout=REQUEST_SECONDS
@@ -157,12 +159,10 @@ class KafkaSource:
             raise self.translate(error.args[0], pchannel) from error
         except (OSError, TimeoutError) as error:
             text = str(error) or type(error).__name__
-            raise RetryableError(
-                "QUEUE_UNREACHABLE", f"Kafka at {self._brokers}: {text}"
-            ) from error
+            raise RetryableError("QUEUE_UNREACHABLE", f"{self._where}: {text}") from error
 
     def translate(self, error: KafkaError, pchannel: str) -> CdcError:
-        where = f"Kafka at {self._brokers}"
+        where = self._where
         if error.code() in _DENIED:
             return UserError(
                 "QUEUE_ACCESS_DENIED",
@@ -241,9 +241,11 @@ class KafkaReader:
                 self._late = None
             raise late
         consumer = self._consumer or self._assign()
-        if self._down or time.monotonic() >= self._check_at:
+        if self._down:
             self._source.check(self._pchannel, self._next)
             self._down = False
+        elif time.monotonic() >= self._check_at:
+            self._source.check_topic(self._pchannel)
             self._check_at = time.monotonic() + CHECK_SECONDS
         first = consumer.poll(wait)
         if first is None:
