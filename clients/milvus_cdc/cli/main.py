@@ -1,0 +1,220 @@
+"""The `milvus-cdc` command: arguments, errors as two lines, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.metadata
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NoReturn
+
+import grpc
+from milvuscdc.v1 import task_pb2
+
+from milvus_cdc.cli import commands
+from milvus_cdc.cli.task_file import InputError
+from milvus_cdc.cli.verify import verify
+from milvus_cdc.control import DEFAULT_ADDRESS, ApiError, ControlClient
+
+Command = Callable[[ControlClient, argparse.Namespace], Awaitable[int]]
+
+OK, USAGE, REFUSED, UNREACHABLE, INTERRUPTED = 0, 2, 3, 4, 130
+_EPILOG = """\
+exit codes:
+  0  done (verify: everything was compared and is equal)
+  1  verify: something differs or could not be compared
+  2  wrong arguments or input; nothing was sent or stored
+  3  the controller refused
+  4  the controller could not be reached in time
+
+NAME is a task's name, with or without `tasks/` before it.
+The controller's address comes from --controller, else MILVUS_CDC_CONTROLLER, else %s.
+"""
+_ADVICE = {
+    grpc.StatusCode.NOT_FOUND: "`milvus-cdc task list` shows what there is",
+    grpc.StatusCode.ALREADY_EXISTS: "choose another name, or update the task that is there",
+    grpc.StatusCode.INVALID_ARGUMENT: "correct the field and try again",
+    grpc.StatusCode.ABORTED: "it changed meanwhile: get it again, then repeat",
+    grpc.StatusCode.FAILED_PRECONDITION: "`milvus-cdc task get NAME` shows its state",
+    grpc.StatusCode.UNAVAILABLE: "try again in a moment",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "raise --timeout and try again",
+    grpc.StatusCode.OUT_OF_RANGE: "begin the watch anew",
+    grpc.StatusCode.UNIMPLEMENTED: "this address serves another version, or is no controller",
+}
+_ADVICE_BY_REASON = {
+    "NO_REPLICATOR": "start a replicator: milvus-cdc-replicator --config replicator.yaml",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr)
+        print(f"hint: {self.prog} --help shows what it takes", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+def _shared() -> _Parser:
+    """Options that may stand before or after the command."""
+    shared = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    shared.add_argument("--controller", metavar="ADDR", help="host:port of the controller")
+    shared.add_argument("-o", "--output", choices=("table", "json", "yaml"), help="default: table")
+    shared.add_argument("--timeout", type=float, metavar="SECONDS", help="per call; default: 30")
+    return shared
+
+
+def build_parser() -> _Parser:
+    shared = _shared()
+    parser = _Parser(
+        prog="milvus-cdc",
+        description="Replicates Milvus collections and proves them equal.",
+        epilog=_EPILOG % DEFAULT_ADDRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[shared],
+    )
+    groups = parser.add_subparsers(metavar="COMMAND", required=True)
+    task = groups.add_parser("task", help="create, watch and change tasks")
+    _task_commands(task.add_subparsers(metavar="COMMAND", required=True), shared)
+
+    check = groups.add_parser("verify", parents=[shared], help="compare source and sink row by row")
+    check.add_argument("name", metavar="NAME")
+    check.add_argument(
+        "--collection", action="append", default=[], metavar="DB.NAME", help="only this; repeatable"
+    )
+    check.add_argument(
+        "--max-differences", type=int, default=0, metavar="N", help="keys to name per kind; 10"
+    )
+    check.set_defaults(run=verify)
+
+    replicator = groups.add_parser("replicator", help="the replicators")
+    listing = replicator.add_subparsers(metavar="COMMAND", required=True).add_parser(
+        "list", parents=[shared], help="who is connected"
+    )
+    listing.set_defaults(run=commands.replicators)
+
+    assignment = groups.add_parser("assignment", help="what replicators hold")
+    listing = assignment.add_subparsers(metavar="COMMAND", required=True).add_parser(
+        "list", parents=[shared], help="who holds what"
+    )
+    listing.add_argument("--task", default="", metavar="NAME")
+    listing.add_argument("--replicator", default="", metavar="replicators/NAME")
+    listing.set_defaults(run=commands.assignments)
+
+    groups.add_parser("version", parents=[shared], help="print the version").set_defaults(run=None)
+    return parser
+
+
+def _task_commands(
+    parsers: argparse._SubParsersAction[_Parser],
+    shared: _Parser,
+) -> None:
+    def add(name: str, run: Command, help_text: str, *, named: bool = True) -> _Parser:
+        parser = parsers.add_parser(name, parents=[shared], help=help_text)
+        parser.set_defaults(run=run)
+        if named:
+            parser.add_argument("name", metavar="NAME")
+        return parser
+
+    create = add("create", commands.create, "create a task from a file", named=False)
+    create.add_argument("-f", "--file", required=True, help="YAML or JSON; - for stdin")
+    create.add_argument("--validate-only", action="store_true", help="check all, store nothing")
+    create.add_argument("--request-id", default="", metavar="UUID", help="repeat safely with it")
+
+    listing = add("list", commands.list_tasks, "list tasks", named=False)
+    states = [s.removeprefix("TASK_STATE_").lower() for s in task_pb2.TaskState.keys()[1:]]
+    listing.add_argument(
+        "--state", action="append", default=[], type=str.lower, choices=states, help="repeatable"
+    )
+    listing.add_argument("--label", action="append", default=[], metavar="K=V", help="repeatable")
+
+    add("get", commands.get, "show one task")
+    watch = add("watch", commands.watch, "follow changes until interrupted", named=False)
+    watch.add_argument("name", nargs="?", metavar="NAME")
+
+    update = add("update", commands.update, "change selection or labels")
+    update.add_argument("-f", "--file", default="", help="the fields to change; - for stdin")
+    for option, text in (
+        ("--include", "replaces the included globs; repeatable"),
+        ("--exclude", "replaces the excluded globs; repeatable"),
+    ):
+        update.add_argument(option, action="append", default=[], metavar="GLOB", help=text)
+    update.add_argument("--no-exclude", action="store_true", help="exclude nothing any more")
+    update.add_argument("--label", action="append", default=[], metavar="K=V", help="set a label")
+    update.add_argument("--no-label", action="append", default=[], metavar="K", help="remove one")
+    update.add_argument("--validate-only", action="store_true", help="check, store nothing")
+
+    add("pause", commands.pause, "stop reading and writing, keep the place")
+    add("resume", commands.resume, "go on after a pause")
+    delete = add("delete", commands.delete, "forget a task; the sink keeps its rows")
+    delete.add_argument("--allow-missing", action="store_true", help="succeed when it is not there")
+    retry = add("retry", commands.retry, "let what FAILED go on from its checkpoint")
+    retry.add_argument("--collection", default="", metavar="DB.NAME", help="only this")
+    resync = add("resync", commands.resync, "drop a collection at the sink and fill it again")
+    resync.add_argument("--collection", required=True, metavar="DB.NAME")
+    resync.add_argument("--yes", action="store_true", help="do not ask")
+    shown = add("collections", commands.collections, "state, lag and rows per collection")
+    shown.add_argument("--watch", action="store_true", help="again every two seconds")
+
+
+def _fail(what: str, advice: str, code: int) -> int:
+    print(f"error: {' '.join(what.split())}", file=sys.stderr)
+    print(f"hint: {advice}", file=sys.stderr)
+    return code
+
+
+def _api_failure(err: ApiError, address: str) -> int:
+    if err.unreachable:
+        return _fail(
+            f"no answer from a controller at {address}: {err.message}",
+            "start it, or say where it is with --controller or MILVUS_CDC_CONTROLLER",
+            UNREACHABLE,
+        )
+    field = f", field {err.field}" if err.field else ""
+    advice = _ADVICE_BY_REASON.get(err.reason) or _ADVICE.get(
+        err.code, "the controller's log says more"
+    )
+    return _fail(f"{err.message} ({err.code.name}, {err.reason}{field})", advice, REFUSED)
+
+
+def _input_failure(err: InputError, path: str) -> int:
+    place = f"{path or 'input'}:{err.line}: " if err.line else ""
+    return _fail(f"{place}{err.message} ({err.reason})", err.advice, USAGE)
+
+
+async def _run(args: argparse.Namespace) -> int:
+    address = getattr(args, "controller", "") or os.environ.get("MILVUS_CDC_CONTROLLER", "")
+    address = address or DEFAULT_ADDRESS
+    args.output = getattr(args, "output", "table")
+    timeout = getattr(args, "timeout", 30.0)
+    if timeout <= 0:
+        return _fail("--timeout must be positive", "give seconds, for example 30", USAGE)
+    async with ControlClient(address, timeout_seconds=timeout) as client:
+        try:
+            code: int = await args.run(client, args)
+        except ApiError as err:
+            return _api_failure(err, address)
+        except InputError as err:
+            path = getattr(args, "file", "")
+            return _input_failure(err, "stdin" if path == "-" else path)
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code; see the help text."""
+    args = build_parser().parse_args(argv)
+    if args.run is None:
+        print(importlib.metadata.version("milvus-cdc"))
+        return OK
+    try:
+        return asyncio.run(_run(args))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe went away; nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
