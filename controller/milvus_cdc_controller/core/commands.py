@@ -22,7 +22,7 @@ from milvus_cdc_controller.core.world import World
 
 
 def create_task(world: World, command: CreateTask) -> None:
-    repeated = _repeated(world, command)
+    repeated = find_repeated(world, command)
     if repeated is not None:
         world.effects.append(repeated)
         return
@@ -49,7 +49,7 @@ def create_task(world: World, command: CreateTask) -> None:
     _answer(world, command, task)
 
 
-def _repeated(world: World, command: CreateTask) -> Effect | None:
+def find_repeated(world: World, command: CreateTask) -> Effect | None:
     """The answer to a request id seen before."""
     if not command.request_id:
         return None

@@ -41,6 +41,8 @@ class Observed:
     reason: str = ""
     message: str = ""
     lag_ms: int = -1
+    state_time_ms: int = 0
+    """Wall time at which the state last changed."""
 
 
 class GrantState(StrEnum):

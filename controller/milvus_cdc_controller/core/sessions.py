@@ -192,7 +192,7 @@ def released(world: World, event: Released) -> None:
         return
     if (event.assignment_id, event.epoch) in session.stale:
         session.stale.discard((event.assignment_id, event.epoch))
-        world.touch(split_assignment_id(event.assignment_id)[0])
+        world.touch(event.assignment_id.rpartition(".")[0])
     grant = _own(world, event.stream, event.assignment_id, event.epoch)
     if grant is not None:
         let_go(world, grant)
@@ -210,6 +210,8 @@ def progress_reported(world: World, event: ProgressReported) -> None:
     uid, collection_id = split_assignment_id(event.assignment_id)
     face = (observed.state, observed.reason, observed.message)
     observed.seq = event.seq
+    if observed.state is not event.state:
+        observed.state_time_ms = world.now.wall_ms
     observed.state, observed.reason, observed.message = event.state, event.reason, event.message
     observed.lag_ms = event.lag_ms
     world.stirred.add(uid)

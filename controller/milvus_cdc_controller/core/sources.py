@@ -129,10 +129,10 @@ def adopt_catalogue(world: World, uid: str) -> None:
 def partition_asked(world: World, event: PartitionAsked) -> None:
     session = world.session_of(event.stream)
     grant = world.grants.get(event.assignment_id)
-    record = world.record_of(event.assignment_id)
-    if session is None or grant is None or record is None:
+    if session is None or grant is None:
         return
-    if grant.instance != session.instance or grant.epoch != event.epoch:
+    record = world.record_of(event.assignment_id)
+    if record is None or grant.instance != session.instance or grant.epoch != event.epoch:
         return
     if any(p.partition_id == event.partition_id for p in record.want.partitions):
         send_assign(world, grant)
@@ -143,6 +143,8 @@ def partition_asked(world: World, event: PartitionAsked) -> None:
 
 def partition_read(world: World, event: PartitionRead) -> None:
     """After the fresh reading: a partition that is still not there has been dropped."""
+    if event.assignment_id not in world.grants:
+        return
     record = world.record_of(event.assignment_id)
     if record is None or world.tasks[record.task_uid].failure is not None:
         return

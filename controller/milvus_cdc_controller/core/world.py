@@ -190,7 +190,7 @@ class World:
         previous = self.grants.get(grant.assignment_id)
         assert previous is None or grant.epoch >= previous.epoch, "an epoch never goes back"
         if previous is None or previous.epoch != grant.epoch or not grant.instance:
-            self.observed[grant.assignment_id] = Observed()
+            self.observed[grant.assignment_id] = Observed(state_time_ms=self.now.wall_ms)
         self.grants[grant.assignment_id] = grant
         self.effects.append(Save(grant_key(grant.assignment_id), grant))
         self.touch(split_assignment_id(grant.assignment_id)[0])

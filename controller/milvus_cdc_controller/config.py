@@ -1,0 +1,111 @@
+"""The controller's configuration file (YAML). Unknown keys are errors; every error names its key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from milvus_cdc.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from milvus_cdc_controller.core.liveness import Leases
+
+Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s/]+):[0-9]{1,5}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SqliteConfig(_Part):
+    """One file, one controller."""
+
+    path: Path
+
+
+class EtcdConfig(_Part):
+    """The controller's own keys, below `prefix`; not the source's etcd."""
+
+    endpoints: list[Annotated[str, Field(pattern=r"^[^/\s]+:[0-9]{1,5}$")]] = Field(min_length=1)
+    prefix: str = "milvus-cdc"
+    lease_seconds: Annotated[int, Field(ge=2, le=300)] = 10
+
+
+class StoreConfig(_Part):
+    """Exactly one of them."""
+
+    sqlite: SqliteConfig | None = None
+    etcd: EtcdConfig | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> StoreConfig:
+        if (self.sqlite is None) == (self.etcd is None):
+            raise ValueError("needs exactly one of sqlite and etcd")
+        return self
+
+
+class LeaseConfig(_Part):
+    """What replicators are told. All in seconds."""
+
+    ttl: Annotated[float, Field(ge=1, le=600)] = 15.0
+    heartbeat: Annotated[float, Field(ge=0.1, le=200)] = 3.0
+    clock_margin: Annotated[float, Field(ge=0.1, le=60)] = 2.0
+    progress: Annotated[float, Field(ge=0.05, le=60)] = 1.0
+
+    @model_validator(mode="after")
+    def _fit(self) -> LeaseConfig:
+        if self.heartbeat * 3 > self.ttl:
+            raise ValueError(
+                "heartbeat must be at most a third of ttl: one lost beat is no failure"
+            )
+        return self
+
+    @property
+    def leases(self) -> Leases:
+        return Leases(
+            ttl_ms=round(self.ttl * 1000),
+            heartbeat_ms=round(self.heartbeat * 1000),
+            margin_ms=round(self.clock_margin * 1000),
+        )
+
+
+class LogConfig(_Part):
+    format: Literal["console", "json"] = "console"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Config(_Part):
+    listen: Address = "127.0.0.1:7070"
+    metrics: Address | None = "127.0.0.1:7071"
+    store: StoreConfig = StoreConfig(sqlite=SqliteConfig(path=Path("milvus-cdc.db")))
+    lease: LeaseConfig = LeaseConfig()
+    log: LogConfig = LogConfig()
+
+
+def load(path: Path) -> Config:
+    """Raises UserError CONFIG_UNREADABLE, CONFIG_INVALID with the key at fault."""
+    try:
+        body = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError("CONFIG_UNREADABLE", f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError("CONFIG_UNREADABLE", f"{path} is not YAML: {error}") from error
+    try:
+        return Config.model_validate({} if body is None else body)
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(str(part) for part in fault['loc']) or 'the file'}: {_say(fault['msg'])}"
+            for fault in error.errors()
+        ]
+        raise UserError(
+            "CONFIG_INVALID",
+            f"{path}: {'; '.join(faults)}",
+            field=".".join(str(part) for part in error.errors()[0]["loc"]),
+        ) from error
+
+
+def _say(message: str) -> str:
+    return {
+        "Extra inputs are not permitted": "unknown key",
+    }.get(message, message)

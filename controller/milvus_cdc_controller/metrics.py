@@ -1,0 +1,91 @@
+"""What Prometheus can ask the controller. The health of the product is
+`milvus_cdc_collection_lag_seconds`.
+"""
+
+from __future__ import annotations
+
+import threading
+from wsgiref.simple_server import WSGIServer
+
+from milvus_cdc.model import tso_to_ms
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from milvus_cdc_controller.core.collection import CollectionState
+from milvus_cdc_controller.core.events import Instant
+from milvus_cdc_controller.core.liveness import SessionState
+from milvus_cdc_controller.core.status import collection_view
+from milvus_cdc_controller.core.task import TaskState
+from milvus_cdc_controller.core.world import World
+
+
+class Metrics:
+    """One registry a process; gauges are set by `observe`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.tasks = Gauge("milvus_cdc_tasks", "Tasks by state.", ["state"], registry=self.registry)
+        self.collections = Gauge(
+            "milvus_cdc_collections", "Followed collections by state.", ["state"],
+            registry=self.registry,
+        )  # fmt: skip
+        names = ["task", "collection"]
+        self.lag_seconds = Gauge(
+            "milvus_cdc_collection_lag_seconds",
+            "Source time last seen in the log minus what is durable in the sink.",
+            names,
+            registry=self.registry,
+        )
+        self.checkpoint_age_seconds = Gauge(
+            "milvus_cdc_collection_checkpoint_age_seconds",
+            "Time now minus the source time up to which every row is durable in the sink.",
+            names,
+            registry=self.registry,
+        )
+        self.replicators = Gauge(
+            "milvus_cdc_replicators", "Replicators by state.", ["state"], registry=self.registry
+        )
+        self.assignments = Gauge(
+            "milvus_cdc_assignments",
+            "Assignments held, by replicator; an empty name counts those that wait.",
+            ["replicator"],
+            registry=self.registry,
+        )
+        self.store_write_seconds = Histogram(
+            "milvus_cdc_store_write_seconds", "Duration of one commit.", registry=self.registry
+        )
+        self.errors = Counter(
+            "milvus_cdc_errors", "Errors by class and reason.", ["error_class", "reason"],
+            registry=self.registry,
+        )  # fmt: skip
+
+    def observe(self, world: World, now: Instant) -> None:
+        tasks = [task.state for task in world.tasks.values()]
+        for state in TaskState:
+            self.tasks.labels(state=state.value).set(tasks.count(state))
+        self.lag_seconds.clear()
+        self.checkpoint_age_seconds.clear()
+        states: list[CollectionState] = []
+        for uid, records in world.collections.items():
+            for record in records.values():
+                view = collection_view(world, record)
+                states.append(view.status[0])
+                labels = {"task": world.tasks[uid].spec.name, "collection": record.sink_name}
+                if view.observed.lag_ms >= 0:
+                    self.lag_seconds.labels(**labels).set(view.observed.lag_ms / 1000)
+                if view.progress.resolved_ts:
+                    age_ms = now.wall_ms - tso_to_ms(view.progress.resolved_ts)
+                    self.checkpoint_age_seconds.labels(**labels).set(max(0, age_ms) / 1000)
+        for collection_state in CollectionState:
+            self.collections.labels(state=collection_state.value).set(
+                states.count(collection_state)
+            )
+        sessions = [s.state(world.leases, now.mono_ms) for s in world.sessions.values()]
+        for session_state in SessionState:
+            self.replicators.labels(state=session_state.value).set(sessions.count(session_state))
+        self.assignments.clear()
+        for grant in world.grants.values():
+            self.assignments.labels(replicator=grant.owner if grant.instance else "").inc()
+
+    def serve(self, host: str, port: int) -> tuple[WSGIServer, threading.Thread]:
+        """Raises OSError when the address is taken."""
+        return start_http_server(port, host, self.registry)

@@ -1,0 +1,230 @@
+"""The API's messages made from the core's nouns, and the core's nouns from what users send."""
+
+from __future__ import annotations
+
+import hashlib
+
+from google.protobuf import timestamp_pb2
+from milvus_cdc.model import split_assignment_id, tso_to_ms
+from milvuscdc.v1 import fleet_service_pb2, task_pb2
+
+from milvus_cdc_controller.core.collection import CollectionRecord, CollectionState
+from milvus_cdc_controller.core.grant import Grant
+from milvus_cdc_controller.core.liveness import Session, SessionState
+from milvus_cdc_controller.core.selection import Selection
+from milvus_cdc_controller.core.status import collection_view, grant_state, task_totals
+from milvus_cdc_controller.core.task import StartAt, TaskRecord, TaskSpec, TaskState
+from milvus_cdc_controller.core.world import World
+from milvus_cdc_controller.wire import duration
+
+TASK_STATES = {
+    TaskState.CREATING: task_pb2.TASK_STATE_CREATING,
+    TaskState.RUNNING: task_pb2.TASK_STATE_RUNNING,
+    TaskState.RETRYING: task_pb2.TASK_STATE_RETRYING,
+    TaskState.PAUSED: task_pb2.TASK_STATE_PAUSED,
+    TaskState.FAILED: task_pb2.TASK_STATE_FAILED,
+    TaskState.DELETING: task_pb2.TASK_STATE_DELETING,
+}
+_COLLECTION_STATES = {
+    CollectionState.PENDING: task_pb2.COLLECTION_STATE_PENDING,
+    CollectionState.RUNNING: task_pb2.COLLECTION_STATE_RUNNING,
+    CollectionState.RETRYING: task_pb2.COLLECTION_STATE_RETRYING,
+    CollectionState.PAUSED: task_pb2.COLLECTION_STATE_PAUSED,
+    CollectionState.FAILED: task_pb2.COLLECTION_STATE_FAILED,
+    CollectionState.DROPPING: task_pb2.COLLECTION_STATE_DROPPING,
+}
+_SESSION_STATES = {
+    SessionState.ALIVE: fleet_service_pb2.REPLICATOR_STATE_ALIVE,
+    SessionState.SUSPECT: fleet_service_pb2.REPLICATOR_STATE_SUSPECT,
+    SessionState.DRAINING: fleet_service_pb2.REPLICATOR_STATE_DRAINING,
+}
+
+
+def timestamp(unix_ms: int) -> timestamp_pb2.Timestamp | None:
+    """None, so unset, for 0."""
+    if not unix_ms:
+        return None
+    result = timestamp_pb2.Timestamp()
+    result.FromMilliseconds(unix_ms)
+    return result
+
+
+def source_id(source: task_pb2.Source) -> str:
+    """The same for two tasks that read the same metadata."""
+    etcd = source.etcd
+    parts = [
+        *sorted(endpoint.lower() for endpoint in etcd.endpoints),
+        etcd.root_path or "by-dev",
+        etcd.meta_sub_path or "meta",
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def sink_id(sink: task_pb2.Sink) -> str:
+    """The same for two tasks that write to the same place."""
+    return f"milvus {endpoint_id(sink.milvus.uri)}"
+
+
+def endpoint_id(uri: str) -> str:
+    """Scheme and case do not make another server; localhost is 127.0.0.1; a missing port is
+    Milvus' own.
+    """
+    host = uri.partition("://")[2].rstrip("/").lower()
+    name, colon, port = host.rpartition(":")
+    if not colon:
+        name, port = host, "19530"
+    return f"{'127.0.0.1' if name == 'localhost' else name}:{port}"
+
+
+def selection(message: task_pb2.Selection) -> Selection:
+    return Selection(tuple(message.include), tuple(message.exclude))
+
+
+def task_spec(task: task_pb2.Task) -> TaskSpec:
+    return TaskSpec(
+        name=task.name,
+        labels=tuple(sorted(task.labels.items())),
+        selection=selection(task.selection),
+        source=task.source.SerializeToString(deterministic=True),
+        source_id=source_id(task.source),
+        sink=task.sink.SerializeToString(deterministic=True),
+        sink_id=sink_id(task.sink),
+        start=(StartAt.LATEST if task.start.WhichOneof("at") == "latest" else StartAt.EARLIEST),
+        adopt_existing=task.adopt_existing,
+    )
+
+
+def fingerprint(task: task_pb2.Task) -> str:
+    """Of everything in a task that a user decides."""
+    wish = task_pb2.Task()
+    wish.CopyFrom(task)
+    for name in (
+        "uid", "etag", "generation", "observed_generation", "state", "reason", "message",
+        "state_time", "create_time", "update_time", "progress",
+    ):  # fmt: skip
+        wish.ClearField(name)
+    return hashlib.sha256(wish.SerializeToString(deterministic=True)).hexdigest()
+
+
+def task_message(world: World, task: TaskRecord, store_error: str = "") -> task_pb2.Task:
+    """`store_error`: what keeps the controller from storing; every task waits for it."""
+    spec = task.spec
+    state, reason, message = task.state, task.reason, task.message
+    if store_error and state in (TaskState.CREATING, TaskState.RUNNING, TaskState.RETRYING):
+        state, reason = TaskState.RETRYING, "STORE_UNAVAILABLE"
+        message = f"The controller cannot store progress: {store_error}"
+    result = task_pb2.Task(
+        name=spec.name,
+        uid=task.uid,
+        etag=task.etag,
+        generation=task.generation,
+        observed_generation=task.observed_generation,
+        labels=dict(spec.labels),
+        source=task_pb2.Source.FromString(spec.source),
+        sink=task_pb2.Sink.FromString(spec.sink),
+        selection=task_pb2.Selection(
+            include=spec.selection.include, exclude=spec.selection.exclude
+        ),
+        adopt_existing=spec.adopt_existing,
+        state=TASK_STATES[state],
+        reason=reason,
+        message=message,
+        state_time=timestamp(task.state_time_ms),
+        create_time=timestamp(task.create_time_ms),
+        update_time=timestamp(task.update_time_ms),
+    )
+    if spec.start is StartAt.LATEST:
+        result.start.latest.SetInParent()
+    else:
+        result.start.earliest.SetInParent()
+    if task.uid in world.tasks:
+        totals = task_totals(world, task.uid)
+        result.progress.collections = totals.collections
+        result.progress.collections_running = totals.running
+        result.progress.collections_failed = totals.failed
+        result.progress.rows_inserted = totals.counters.rows_inserted
+        result.progress.rows_upserted = totals.counters.rows_upserted
+        result.progress.rows_deleted = totals.counters.rows_deleted
+        if totals.lag_ms >= 0:
+            result.progress.lag.CopyFrom(duration(totals.lag_ms))
+    return result
+
+
+def collection_message(world: World, record: CollectionRecord) -> task_pb2.TaskCollection:
+    view = collection_view(world, record)
+    state, reason, message = view.status
+    totals = view.progress.totals
+    resolved_ts = view.progress.resolved_ts
+    conditions = list(view.progress.conditions)
+    if record.source_name != record.sink_name:
+        conditions.append(
+            (
+                "RENAMED_AT_SOURCE",
+                f"It is called {record.source_name} at the source now; the sink keeps the name "
+                "under which it was first seen.",
+            )
+        )
+    result = task_pb2.TaskCollection(
+        name=f"{world.tasks[record.task_uid].spec.name}/collections/{record.collection_id}",
+        database=record.want.database,
+        collection=record.want.name,
+        collection_id=record.collection_id,
+        state=_COLLECTION_STATES[state],
+        reason=reason,
+        message=message,
+        state_time=timestamp(view.observed.state_time_ms),
+        checkpoint_time=timestamp(tso_to_ms(resolved_ts)) if resolved_ts else None,
+        rows_inserted=totals.rows_inserted,
+        rows_upserted=totals.rows_upserted,
+        rows_deleted=totals.rows_deleted,
+        rows_skipped=totals.rows_skipped,
+        replicator=f"replicators/{view.grant.owner}" if view.grant.instance else "",
+        epoch=view.grant.epoch,
+        vchannels=[
+            task_pb2.VchannelProgress(
+                vchannel=point.vchannel,
+                read_from=point.read_from,
+                resolved_ts=point.resolved_ts,
+                horizon_ts=point.horizon_ts,
+                closed=point.closed,
+            )
+            for point in view.progress.checkpoints
+        ],
+        conditions=[task_pb2.Condition(type=kind, message=text) for kind, text in conditions],
+    )
+    if view.observed.lag_ms >= 0:
+        result.lag.CopyFrom(duration(view.observed.lag_ms))
+    return result
+
+
+def replicator_message(
+    world: World, session: Session, mono_ms: int, wall_ms: int
+) -> fleet_service_pb2.Replicator:
+    held = sum(grant.instance == session.instance for grant in world.grants.values())
+    return fleet_service_pb2.Replicator(
+        name=f"replicators/{session.name}",
+        instance_id=session.instance,
+        version=session.version,
+        peer=session.peer,
+        state=_SESSION_STATES[session.state(world.leases, mono_ms)],
+        assignments=held,
+        capacity=session.capacity,
+        connect_time=timestamp(session.connect_time_ms),
+        heartbeat_time=timestamp(session.heartbeat_time_ms),
+        lease_expire_time=timestamp(wall_ms + session.lease_end_ms - mono_ms),
+    )
+
+
+def assignment_message(world: World, grant: Grant) -> fleet_service_pb2.AssignmentInfo:
+    uid, _ = split_assignment_id(grant.assignment_id)
+    record = world.record_of(grant.assignment_id)
+    return fleet_service_pb2.AssignmentInfo(
+        name=f"assignments/{grant.assignment_id}",
+        task=world.tasks[uid].spec.name,
+        collection=record.sink_name if record is not None else "",
+        epoch=grant.epoch,
+        version=record.version if record is not None else world.metadata[uid].version,
+        replicator=f"replicators/{grant.owner}" if grant.instance else "",
+        state=grant_state(world, grant).value,
+        assign_time=timestamp(grant.assign_time_ms),
+    )

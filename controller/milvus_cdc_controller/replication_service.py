@@ -1,0 +1,151 @@
+"""ReplicationService: the streams to the replicators."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import grpc
+import structlog
+from milvuscdc.v1 import replication_service_pb2 as pb
+from milvuscdc.v1 import replication_service_pb2_grpc as rpc
+
+from milvus_cdc_controller import wire
+from milvus_cdc_controller.api_errors import ApiError, abort
+from milvus_cdc_controller.core import effects as fx
+from milvus_cdc_controller.core import events as ev
+from milvus_cdc_controller.core.liveness import Leases
+from milvus_cdc_controller.outbox import Outbox
+
+if TYPE_CHECKING:
+    from milvus_cdc_controller.loop import ControlLoop
+
+log = structlog.get_logger(__name__)
+
+HELLO_SECONDS = 10.0
+
+Context = grpc.aio.ServicerContext[pb.ConnectRequest, pb.ConnectResponse]
+
+
+class Streams:
+    """The open streams by number."""
+
+    def __init__(self) -> None:
+        self._outboxes: dict[int, Outbox] = {}
+        self._last = 0
+
+    def open(self) -> tuple[int, Outbox]:
+        self._last += 1
+        self._outboxes[self._last] = Outbox()
+        return self._last, self._outboxes[self._last]
+
+    def forget(self, stream: int) -> None:
+        self._outboxes.pop(stream, None)
+
+    def send(self, stream: int, message: fx.StreamMessage) -> None:
+        outbox = self._outboxes.get(stream)
+        if outbox is not None and not outbox.put(message):
+            log.warning("replicator reads too slowly, dropping its stream", stream=stream)
+            outbox.close("STREAM_TOO_SLOW", "Too many messages wait to be read; connect anew.")
+
+    def close(self, effect: fx.CloseStream) -> None:
+        outbox = self._outboxes.get(effect.stream)
+        if outbox is not None:
+            outbox.close(effect.reason, effect.message)
+
+    def close_all(self, reason: str, message: str) -> None:
+        for outbox in self._outboxes.values():
+            outbox.close(reason, message)
+
+
+class ReplicationService(rpc.ReplicationServiceServicer):
+    def __init__(
+        self,
+        loop: ControlLoop,
+        streams: Streams,
+        controller_id: str,
+        leases: Leases,
+        progress_ms: int,
+    ) -> None:
+        self._loop = loop
+        self._streams = streams
+        self._controller_id = controller_id
+        self._leases = leases
+        self._progress_ms = progress_ms
+
+    async def Connect(
+        self, request_iterator: AsyncIterator[pb.ConnectRequest], context: Context
+    ) -> AsyncIterator[pb.ConnectResponse]:
+        stream, outbox = self._streams.open()
+        reader: asyncio.Task[None] | None = None
+        try:
+            begin = await self._hello(stream, request_iterator, context)
+            await self._loop.post(begin)
+            reader = asyncio.create_task(self._read(stream, request_iterator, outbox))
+            while True:
+                messages = await outbox.take()
+                if messages is None:
+                    break
+                for message in messages:
+                    yield wire.response(
+                        message, self._controller_id, self._leases, self._progress_ms
+                    )
+            reason, text = outbox.closed or ("CLOSED", "")
+            if reason != "HALF_CLOSED":
+                raise ApiError("UNAVAILABLE", reason, text)
+        except ApiError as error:
+            await abort(context, error)
+        finally:
+            self._streams.forget(stream)
+            if reader is not None:
+                reader.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await reader
+            await asyncio.shield(self._loop.post(lambda at: ev.StreamLost(at, stream)))
+
+    async def _hello(
+        self, stream: int, requests: AsyncIterator[pb.ConnectRequest], context: Context
+    ) -> wire.MakeEvent:
+        try:
+            async with asyncio.timeout(HELLO_SECONDS):
+                first = await anext(aiter(requests))
+        except (TimeoutError, StopAsyncIteration):
+            raise ApiError(
+                "INVALID_ARGUMENT", "HELLO_MISSING", "The first message must be a Hello."
+            ) from None
+        hello = first.hello
+        if first.WhichOneof("message") != "hello" or not hello.name or not hello.instance_id:
+            raise ApiError(
+                "INVALID_ARGUMENT",
+                "HELLO_MISSING",
+                "The first message must be a Hello with a name and an instance_id.",
+            )
+        begin = wire.hello(stream, context.peer(), hello)
+        if begin is None:
+            raise ApiError(
+                "FAILED_PRECONDITION",
+                "PROTOCOL_VERSION",
+                f"The controller speaks protocol {wire.PROTOCOL_MIN} to {wire.PROTOCOL_MAX}, the "
+                f"replicator {hello.protocol_min} to {hello.protocol_max}; upgrade the older one.",
+            )
+        log.info(
+            "replicator connects", replicator=hello.name, instance=hello.instance_id, stream=stream
+        )
+        return begin
+
+    async def _read(
+        self, stream: int, requests: AsyncIterator[pb.ConnectRequest], outbox: Outbox
+    ) -> None:
+        try:
+            async for request in requests:
+                make = wire.event(stream, request)
+                if make is not None:
+                    await self._loop.post(make)
+            outbox.close("HALF_CLOSED", "The replicator has ended the stream.")
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            log.exception("a replicator's message could not be taken", stream=stream)
+            outbox.close("BAD_MESSAGE", f"A message could not be understood: {error}")

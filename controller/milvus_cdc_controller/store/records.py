@@ -1,0 +1,102 @@
+"""Records as stored: JSON with a `format_version`, bytes as base64.
+
+Laws: a field that is missing gets its default, so that older values stay readable; a newer format
+is refused, because writing it back would lose what this version does not know.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import types
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import lru_cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from milvus_cdc.errors import BugError, UserError
+
+from milvus_cdc_controller.core.collection import CollectionProgress, CollectionRecord
+from milvus_cdc_controller.core.effects import Record
+from milvus_cdc_controller.core.grant import Grant
+from milvus_cdc_controller.core.task import MetadataRecord, SourceRecord, TaskRecord
+
+FORMAT_VERSION = 1
+
+_KINDS: dict[str, type[Any]] = {
+    "tasks": TaskRecord,
+    "collections": CollectionRecord,
+    "checkpoints": CollectionProgress,
+    "metadata": MetadataRecord,
+    "assignments": Grant,
+    "sources": SourceRecord,
+}
+
+
+def encode(record: Record) -> bytes:
+    body = _plain(record)
+    body["format_version"] = FORMAT_VERSION
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def decode(key: str, value: bytes) -> Record:
+    """Raises UserError STORE_TOO_NEW, BugError STORE_UNREADABLE."""
+    kind = _KINDS.get(key.partition("/")[0])
+    if kind is None:
+        raise UserError(
+            "STORE_TOO_NEW",
+            f"The store holds {key!r}, which this version does not know; use the newer controller.",
+        )
+    try:
+        body = json.loads(value)
+        version = body.pop("format_version")
+        if version > FORMAT_VERSION:
+            raise UserError(
+                "STORE_TOO_NEW",
+                f"{key} has format {version}, this controller knows up to {FORMAT_VERSION}; "
+                "use the newer controller.",
+            )
+        record: Record = _typed(kind, body)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BugError("STORE_UNREADABLE", f"{key} cannot be read: {error}") from error
+    return record
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if is_dataclass(value):
+        return {name: _plain(getattr(value, name)) for name in _hints(value.__class__)}
+    return value
+
+
+@lru_cache(maxsize=128)
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        inner = [arg for arg in get_args(kind) if arg is not type(None)]
+        return _typed(inner[0], value)
+    if origin is tuple:
+        args = get_args(kind)
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_typed(args[0], item) for item in value)
+        return tuple(_typed(arg, item) for arg, item in zip(args, value, strict=True))
+    if kind is bytes:
+        return base64.b64decode(value)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind(value)
+    if is_dataclass(kind):
+        hints = _hints(kind)  # type: ignore[arg-type]
+        return kind(**{name: _typed(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+    return value

@@ -1,0 +1,250 @@
+"""TaskService: what users and programs ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from milvus_cdc.errors import CdcError
+from milvuscdc.v1 import task_pb2
+from milvuscdc.v1 import task_service_pb2 as pb
+from milvuscdc.v1 import task_service_pb2_grpc as rpc
+
+from milvus_cdc_controller import clock, present
+from milvus_cdc_controller.api_errors import ApiError, streaming, unary
+from milvus_cdc_controller.catalogues import Catalogues
+from milvus_cdc_controller.core import events as ev
+from milvus_cdc_controller.core import jobs
+from milvus_cdc_controller.core.commands import check_create, find_repeated
+from milvus_cdc_controller.core.task import TaskRecord
+from milvus_cdc_controller.pages import page
+from milvus_cdc_controller.validation import (
+    check,
+    check_task_part,
+    check_update,
+)
+from milvus_cdc_controller.validation import (
+    check_create as check_create_request,
+)
+from milvus_cdc_controller.verification import verify
+from milvus_cdc_controller.watch import WatchHub
+
+if TYPE_CHECKING:
+    from milvus_cdc_controller.loop import ControlLoop
+
+PROBE_SECONDS = 10.0
+
+
+class TaskService(rpc.TaskServiceServicer):
+    def __init__(self, loop: ControlLoop, catalogues: Catalogues, hub: WatchHub) -> None:
+        self._loop = loop
+        self._catalogues = catalogues
+        self._hub = hub
+
+    @unary
+    async def CreateTask(self, request: pb.CreateTaskRequest) -> pb.CreateTaskResponse:
+        check_create_request(request)
+        spec = present.task_spec(request.task)
+        fingerprint = present.fingerprint(request.task)
+        uid = str(uuid.uuid4())
+
+        def command(probed: bool, at: ev.Instant, call: int) -> ev.CreateTask:
+            return ev.CreateTask(
+                at, call, uid, spec, request.request_id, fingerprint, probed, request.validate_only
+            )
+
+        world = self._loop.controller.world
+        draft = command(False, clock.now(), 0)
+        probed = False
+        # A repeated or refused request must not wait for other machines.
+        if find_repeated(world, draft) is None and check_create(world, draft) is None:
+            probed = await self._look(request)
+        task = await self._loop.call(lambda at, call: command(probed, at, call))
+        return pb.CreateTaskResponse(task=self._message(task))
+
+    async def _look(self, request: pb.CreateTaskRequest) -> bool:
+        """Reads the source's metadata, has a replicator reach queue and sink; False when none is
+        there.
+        """
+        try:
+            await self._catalogues.probe(request.task.source)
+        except CdcError as error:
+            raise ApiError(
+                "FAILED_PRECONDITION", error.reason, error.message, field=error.field
+            ) from error
+        probe = jobs.ProbeJob(
+            request.task.source.SerializeToString(deterministic=True),
+            request.task.sink.SerializeToString(deterministic=True),
+        )
+        job_id = await self._loop.begin_job(probe)
+        result: jobs.JobResult
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                result, _ = await self._loop.next_of_job(job_id)
+        except TimeoutError:
+            result = jobs.JobFailed(
+                "PROBE_TIMEOUT",
+                f"Queue and sink did not answer within {PROBE_SECONDS:.0f} s; check their "
+                "addresses as the replicator sees them.",
+            )
+        finally:
+            await asyncio.shield(self._loop.end_job(job_id))
+        if not isinstance(result, jobs.JobFailed):
+            return True
+        if result.reason in ("NO_REPLICATOR", "REPLICATOR_LOST") and not request.validate_only:
+            return False
+        field = f"task.{result.field}" if result.field else ""
+        raise ApiError("FAILED_PRECONDITION", result.reason, result.message, field=field)
+
+    @unary
+    async def GetTask(self, request: pb.GetTaskRequest) -> pb.GetTaskResponse:
+        check(request)
+        return pb.GetTaskResponse(task=self._message(self._find(request.name)))
+
+    @unary
+    async def ListTasks(self, request: pb.ListTasksRequest) -> pb.ListTasksResponse:
+        check(request)
+        states = set(request.states)
+        labels = set(request.labels.items())
+        tasks = (
+            task
+            for task in self._loop.controller.world.tasks.values()
+            if (not states or present.TASK_STATES[task.state] in states)
+            and labels <= set(task.spec.labels)
+        )
+        shown, token = page(
+            tasks,
+            lambda task: task.spec.name,
+            request.page_size,
+            request.page_token,
+            sorted(states),
+            sorted(labels),
+        )
+        return pb.ListTasksResponse(
+            tasks=[self._message(task) for task in shown], next_page_token=token
+        )
+
+    @unary
+    async def UpdateTask(self, request: pb.UpdateTaskRequest) -> pb.UpdateTaskResponse:
+        with_labels, with_selection = check_update(request)
+        current = self._find(request.task.name)
+        whole = self._message(current)
+        if with_labels:
+            whole.labels.clear()
+            whole.labels.update(request.task.labels)
+            check_task_part(whole, "labels")
+        if with_selection:
+            paths = set(request.update_mask.paths)
+            if paths & {"selection", "selection.include"}:
+                whole.selection.include[:] = request.task.selection.include
+            if paths & {"selection", "selection.exclude"}:
+                whole.selection.exclude[:] = request.task.selection.exclude
+            check_task_part(whole, "selection")
+        task = await self._loop.call(
+            lambda at, call: ev.UpdateTask(
+                at,
+                call,
+                request.task.name,
+                # A part of the selection was joined with the task as just read.
+                request.task.etag or current.etag,
+                tuple(sorted(whole.labels.items())) if with_labels else None,
+                present.selection(whole.selection) if with_selection else None,
+                request.validate_only,
+            )
+        )
+        return pb.UpdateTaskResponse(task=self._message(task))
+
+    @unary
+    async def PauseTask(self, request: pb.PauseTaskRequest) -> pb.PauseTaskResponse:
+        check(request)
+        task = await self._loop.call(
+            lambda at, call: ev.PauseTask(at, call, request.name, request.etag)
+        )
+        return pb.PauseTaskResponse(task=self._message(task))
+
+    @unary
+    async def ResumeTask(self, request: pb.ResumeTaskRequest) -> pb.ResumeTaskResponse:
+        check(request)
+        task = await self._loop.call(
+            lambda at, call: ev.ResumeTask(at, call, request.name, request.etag)
+        )
+        return pb.ResumeTaskResponse(task=self._message(task))
+
+    @unary
+    async def DeleteTask(self, request: pb.DeleteTaskRequest) -> pb.DeleteTaskResponse:
+        check(request)
+        await self._loop.call(
+            lambda at, call: ev.DeleteTask(
+                at, call, request.name, request.etag, request.allow_missing
+            )
+        )
+        return pb.DeleteTaskResponse()
+
+    @unary
+    async def RetryTask(self, request: pb.RetryTaskRequest) -> pb.RetryTaskResponse:
+        check(request)
+        task = await self._loop.call(
+            lambda at, call: ev.RetryTask(at, call, request.name, request.collection)
+        )
+        return pb.RetryTaskResponse(task=self._message(task))
+
+    @unary
+    async def ResyncCollection(
+        self, request: pb.ResyncCollectionRequest
+    ) -> pb.ResyncCollectionResponse:
+        check(request)
+        task = await self._loop.call(
+            lambda at, call: ev.ResyncCollection(at, call, request.name, request.collection)
+        )
+        return pb.ResyncCollectionResponse(task=self._message(task))
+
+    @streaming
+    async def WatchTasks(
+        self, request: pb.WatchTasksRequest
+    ) -> AsyncIterator[pb.WatchTasksResponse]:
+        check(request)
+        async for event in self._hub.watch(request.revision, request.name):
+            yield event
+
+    @unary
+    async def ListTaskCollections(
+        self, request: pb.ListTaskCollectionsRequest
+    ) -> pb.ListTaskCollectionsResponse:
+        check(request)
+        task = self._find(request.parent, field="parent")
+        world = self._loop.controller.world
+        shown, token = page(
+            world.collections[task.uid].values(),
+            lambda record: f"{record.sink_name} {record.collection_id:020d}",
+            request.page_size,
+            request.page_token,
+            request.parent,
+        )
+        return pb.ListTaskCollectionsResponse(
+            collections=[present.collection_message(world, record) for record in shown],
+            next_page_token=token,
+        )
+
+    @streaming
+    async def VerifyTask(
+        self, request: pb.VerifyTaskRequest
+    ) -> AsyncIterator[pb.VerifyTaskResponse]:
+        check(request)
+        async for event in verify(self._loop, self._find(request.name), request):
+            yield event
+
+    def _find(self, name: str, field: str = "name") -> TaskRecord:
+        world = self._loop.controller.world
+        uid = world.uid_by_name.get(name)
+        if uid is None:
+            raise ApiError("NOT_FOUND", "TASK_NOT_FOUND", f"There is no {name}.", field=field)
+        return world.tasks[uid]
+
+    def _message(self, task: TaskRecord | None) -> task_pb2.Task:
+        assert task is not None
+        world = self._loop.controller.world
+        # The state may have moved since the command was decided; its own wish stands in both.
+        newest = world.tasks.get(task.uid, task)
+        return present.task_message(world, newest, self._loop.store_error)

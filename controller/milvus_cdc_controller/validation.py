@@ -1,0 +1,126 @@
+"""Requests checked against the rules in the protos, and against what a single message's rules
+cannot say.
+"""
+
+from __future__ import annotations
+
+import protovalidate
+from google.protobuf.message import Message
+from milvuscdc.v1 import task_pb2
+from milvuscdc.v1 import task_service_pb2 as pb
+
+from milvus_cdc_controller.api_errors import ApiError
+from milvus_cdc_controller.present import endpoint_id
+
+_UPDATABLE = {"labels", "selection", "selection.include", "selection.exclude"}
+_OUTPUT_ONLY = {
+    "uid", "etag", "generation", "observed_generation", "state", "reason", "message",
+    "state_time", "create_time", "update_time", "progress",
+}  # fmt: skip
+
+
+def check(request: Message) -> None:
+    """Raises ApiError INVALID_FIELD that names every field at fault."""
+    violations = protovalidate.collect_violations(request)
+    if violations:
+        found = tuple(
+            (_path(violation.proto.field), violation.proto.message or violation.proto.rule_id)
+            for violation in violations
+        )
+        raise invalid(found)
+
+
+def check_create(request: pb.CreateTaskRequest) -> None:
+    check(request)
+    task = request.task
+    source, sink = task.source.milvus.uri, task.sink.milvus.uri
+    if source and sink and endpoint_id(source) == endpoint_id(sink):
+        raise ApiError(
+            "INVALID_ARGUMENT",
+            "SINK_IS_SOURCE",
+            "Source and sink are the same Milvus: the task would feed itself.",
+            field="task.sink.milvus.uri",
+        )
+
+
+def check_update(request: pb.UpdateTaskRequest) -> tuple[bool, bool]:
+    """Whether labels and selection are to be changed. The task in the request may be partial."""
+    paths = list(request.update_mask.paths)
+    if not request.HasField("task") or not request.task.name:
+        raise invalid((("task.name", "value is required"),))
+    if not paths:
+        raise invalid((("update_mask", "must name at least one field"),))
+    fields = task_pb2.Task.DESCRIPTOR.fields_by_name
+    for path in paths:
+        if path in _UPDATABLE:
+            continue
+        head = path.partition(".")[0]
+        if path == "*" or head not in fields:
+            raise ApiError(
+                "INVALID_ARGUMENT",
+                "UNKNOWN_FIELD_PATH",
+                f"{path!r} is no field of a task that can be updated; {_can()}.",
+                field="update_mask",
+            )
+        if head in _OUTPUT_ONLY:
+            raise ApiError(
+                "INVALID_ARGUMENT",
+                "FIELD_OUTPUT_ONLY",
+                f"{path!r} is set by the server; {_can()}.",
+                field="update_mask",
+            )
+        if head in ("labels", "selection"):
+            raise ApiError(
+                "INVALID_ARGUMENT",
+                "UNKNOWN_FIELD_PATH",
+                f"{path!r} cannot be updated alone; {_can()}.",
+                field="update_mask",
+            )
+        raise ApiError(
+            "INVALID_ARGUMENT",
+            "FIELD_IMMUTABLE",
+            f"{path!r} cannot be changed after creation; delete the task and create another. "
+            f"{_can()[0].upper()}{_can()[1:]}.",
+            field=f"task.{path}",
+        )
+    return "labels" in paths, any(path.startswith("selection") for path in paths)
+
+
+def check_task_part(task: task_pb2.Task, part: str) -> None:
+    """Raises ApiError INVALID_FIELD when the named field of a whole task breaks a rule."""
+    violations = protovalidate.collect_violations(task)
+    found = tuple(
+        (f"task.{_path(v.proto.field)}", v.proto.message or v.proto.rule_id)
+        for v in violations
+        if _path(v.proto.field).startswith(part)
+    )
+    if found:
+        raise invalid(found)
+
+
+def invalid(violations: tuple[tuple[str, str], ...]) -> ApiError:
+    field, text = violations[0]
+    return ApiError(
+        "INVALID_ARGUMENT", "INVALID_FIELD", f"{field}: {text}", field=field, violations=violations
+    )
+
+
+def _can() -> str:
+    return "only labels and selection can be updated"
+
+
+def _path(path: object) -> str:
+    """`source.etcd.endpoints[0]` from protovalidate's FieldPath."""
+    out = ""
+    for element in path.elements:  # type: ignore[attr-defined]
+        out += ("." if out else "") + element.field_name
+        match element.WhichOneof("subscript"):
+            case "index":
+                out += f"[{element.index}]"
+            case "string_key":
+                out += f"[{element.string_key!r}]"
+            case "int_key" | "uint_key" | "bool_key" as kind:
+                out += f"[{getattr(element, kind)}]"
+            case _:
+                pass
+    return out

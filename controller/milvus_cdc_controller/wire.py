@@ -1,0 +1,318 @@
+"""Between the stream's protobuf messages and the core's nouns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from google.protobuf import duration_pb2
+from milvus_cdc.model import LoadKind, ObjectState
+from milvuscdc.v1 import replication_service_pb2 as pb
+from milvuscdc.v1 import task_pb2
+
+from milvus_cdc_controller.core import effects as fx
+from milvus_cdc_controller.core import events as ev
+from milvus_cdc_controller.core import jobs
+from milvus_cdc_controller.core.collection import CollectionProgress, CollectionRecord, Counters
+from milvus_cdc_controller.core.grant import ReportedState
+from milvus_cdc_controller.core.liveness import Leases
+from milvus_cdc_controller.core.task import MetadataRecord
+
+PROTOCOL_MIN = 1
+PROTOCOL_MAX = 1
+
+_REPORTED = {
+    pb.Progress.STATE_RUNNING: ReportedState.RUNNING,
+    pb.Progress.STATE_RETRYING: ReportedState.RETRYING,
+    pb.Progress.STATE_FAILED: ReportedState.FAILED,
+}
+_LOADS = {
+    LoadKind.NONE: pb.LoadSpec.KIND_UNSPECIFIED,
+    LoadKind.COLLECTION: pb.LoadSpec.KIND_COLLECTION,
+    LoadKind.PARTITIONS: pb.LoadSpec.KIND_PARTITIONS,
+}
+_PARTITIONS = {
+    ObjectState.CREATED: pb.PartitionSpec.STATE_CREATED,
+    ObjectState.DROPPED: pb.PartitionSpec.STATE_DROPPED,
+}
+
+MakeEvent = Callable[[ev.Instant], ev.Event]
+
+
+def hello(stream: int, peer: str, message: pb.Hello) -> MakeEvent | None:
+    """None when no protocol version is common."""
+    protocol = min(PROTOCOL_MAX, message.protocol_max)
+    if protocol < max(PROTOCOL_MIN, message.protocol_min):
+        return None
+    held = tuple(ev.Held(h.assignment_id, h.epoch, h.version) for h in message.held)
+    return lambda at: ev.Hello(
+        at,
+        stream,
+        message.name,
+        message.instance_id,
+        message.version,
+        peer,
+        protocol,
+        message.capacity,
+        held,
+    )
+
+
+def event(stream: int, request: pb.ConnectRequest) -> MakeEvent | None:
+    """None for a message of a newer protocol: it is left out."""
+    match request.WhichOneof("message"):
+        case "ack":
+            ack = request.ack
+            return lambda at: ev.Acked(at, stream, ack.assignment_id, ack.epoch, ack.version)
+        case "nack":
+            nack = request.nack
+            return lambda at: ev.Nacked(
+                at,
+                stream,
+                nack.assignment_id,
+                nack.epoch,
+                nack.version,
+                nack.reason or "REFUSED",
+                nack.message,
+            )
+        case "released":
+            done = request.released
+            return lambda at: ev.Released(at, stream, done.assignment_id, done.epoch)
+        case "heartbeat":
+            beat = request.heartbeat
+            return lambda at: ev.Heartbeat(at, stream, beat.seq, beat.draining)
+        case "progress":
+            return _progress(stream, request.progress)
+        case "job_update":
+            update = request.job_update
+            result = _job_result(update)
+            if result is None:
+                return None
+            return lambda at: ev.JobUpdated(at, stream, update.job_id, result)
+        case "partition_query":
+            query = request.partition_query
+            return lambda at: ev.PartitionAsked(
+                at, stream, query.assignment_id, query.epoch, query.partition_id
+            )
+    return None
+
+
+def _progress(stream: int, progress: pb.Progress) -> MakeEvent:
+    reports = tuple(
+        ev.VchannelReport(v.vchannel, v.read_from, v.resolved_ts, v.closed, v.wanted_horizon_ts)
+        for v in progress.vchannels
+    )
+    counters = Counters(
+        progress.rows_inserted,
+        progress.rows_upserted,
+        progress.rows_deleted,
+        progress.rows_skipped,
+    )
+    opened = None
+    if progress.HasField("opened"):
+        opened = ev.SinkOpened(
+            progress.opened.sink_collection_id,
+            progress.opened.adopted,
+            progress.opened.horizon_ts,
+        )
+    return lambda at: ev.ProgressReported(
+        at,
+        stream,
+        progress.assignment_id,
+        progress.epoch,
+        progress.seq,
+        _REPORTED.get(progress.state, ReportedState.NONE),
+        progress.reason,
+        progress.message,
+        reports,
+        counters,
+        progress.lag_ms,
+        tuple((c.type, c.message) for c in progress.conditions),
+        opened,
+        progress.dropped,
+        progress.applied_version,
+    )
+
+
+def _job_result(update: pb.JobUpdate) -> jobs.JobResult | None:
+    match update.WhichOneof("update"):
+        case "failed":
+            failed = update.failed
+            return jobs.JobFailed(failed.reason, failed.message, failed.field, failed.transient)
+        case "probe":
+            return jobs.ProbeDone(update.probe.source_version, update.probe.sink_version)
+        case "resolve":
+            ends = tuple((end.pchannel, end.position) for end in update.resolve.log_ends)
+            return jobs.ResolveDone(ends, update.resolve.source_ts)
+        case "verify":
+            last = update.verify.WhichOneof("event") == "done"
+            return jobs.VerifyEvent(update.verify.SerializeToString(), last)
+    return None
+
+
+# To the replicator.
+
+
+def response(
+    message: fx.StreamMessage, controller_id: str, leases: Leases, progress_ms: int
+) -> pb.ConnectResponse:
+    match message:
+        case fx.Welcome(protocol=protocol):
+            return pb.ConnectResponse(
+                welcome=pb.Welcome(
+                    protocol=protocol,
+                    controller_id=controller_id,
+                    lease_ttl=duration(leases.ttl_ms),
+                    heartbeat_interval=duration(leases.heartbeat_ms),
+                    progress_interval=duration(progress_ms),
+                )
+            )
+        case fx.Assign():
+            return pb.ConnectResponse(assign=_assign(message))
+        case fx.Revoke(assignment_id=assignment_id, epoch=epoch, reason=reason):
+            return pb.ConnectResponse(
+                revoke=pb.Revoke(assignment_id=assignment_id, epoch=epoch, reason=reason)
+            )
+        case fx.Synced():
+            return pb.ConnectResponse(synced=pb.Synced())
+        case fx.HeartbeatAck(seq=seq):
+            return pb.ConnectResponse(heartbeat_ack=pb.HeartbeatAck(seq=seq))
+        case fx.ProgressAck():
+            return pb.ConnectResponse(
+                progress_ack=pb.ProgressAck(
+                    assignment_id=message.assignment_id,
+                    epoch=message.epoch,
+                    seq=message.seq,
+                    horizons=[
+                        pb.HorizonGrant(vchannel=vchannel, horizon_ts=ts)
+                        for vchannel, ts in message.horizons
+                    ],
+                )
+            )
+        case fx.JobRequest(job_id=job_id, payload=payload):
+            return pb.ConnectResponse(job_request=_job_request(job_id, payload))
+        case fx.JobCancel(job_id=job_id):
+            return pb.ConnectResponse(job_cancel=pb.JobCancel(job_id=job_id))
+
+
+def _assign(message: fx.Assign) -> pb.Assign:
+    assign = pb.Assign(
+        assignment_id=message.assignment_id,
+        epoch=message.epoch,
+        version=message.version,
+        task=message.task.spec.name,
+        source=task_pb2.Source.FromString(message.task.spec.source),
+        sink=task_pb2.Sink.FromString(message.task.spec.sink),
+    )
+    if message.collection is not None:
+        assert message.progress is not None
+        spec = collection_spec(message.collection, message.progress)
+        spec.adopt_existing = message.task.spec.adopt_existing
+        assign.collection.CopyFrom(spec)
+    else:
+        assert message.metadata is not None
+        assign.metadata.CopyFrom(_metadata_spec(message.metadata))
+    return assign
+
+
+def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> pb.CollectionSpec:
+    want = record.want
+    return pb.CollectionSpec(
+        collection_id=want.collection_id,
+        database=want.database,
+        collection=want.name,
+        schema=want.schema,
+        shards=want.shards,
+        consistency_level=want.consistency_level,
+        properties=dict(want.properties),
+        create_ts=want.create_ts,
+        state=(
+            pb.CollectionSpec.STATE_DROPPING if record.dropping else pb.CollectionSpec.STATE_CREATED
+        ),
+        partitions=[
+            pb.PartitionSpec(
+                partition_id=p.partition_id,
+                name=p.name,
+                state=_PARTITIONS[p.state],
+                create_ts=p.create_ts,
+                drop_ts=p.drop_ts,
+            )
+            for p in want.partitions
+        ],
+        indexes=[
+            pb.IndexSpec(
+                index_id=i.index_id,
+                name=i.name,
+                field_id=i.field_id,
+                field_name=i.field_name,
+                params=dict(i.params),
+                create_ts=i.create_ts,
+            )
+            for i in want.indexes
+        ],
+        load=pb.LoadSpec(
+            kind=_LOADS[want.load.kind],
+            partition_ids=want.load.partition_ids,
+            replicas=want.load.replicas,
+        ),
+        vchannels=[
+            pb.VchannelSpec(
+                vchannel=point.vchannel,
+                pchannel=point.pchannel,
+                read_from=point.read_from,
+                resolved_ts=point.resolved_ts,
+                horizon_ts=point.horizon_ts,
+                closed=point.closed,
+            )
+            for point in progress.checkpoints
+        ],
+        opened=record.opened,
+        sink_collection_id=record.sink_collection_id,
+        recreate=record.recreate,
+        drop_granted=record.drop_granted,
+    )
+
+
+def _metadata_spec(metadata: MetadataRecord) -> pb.MetadataSpec:
+    return pb.MetadataSpec(
+        databases=[
+            pb.DatabaseSpec(database_id=d.database_id, name=d.name, dropped=d.dropped)
+            for d in metadata.databases
+        ]
+    )
+
+
+def _job_request(job_id: str, payload: jobs.JobPayload) -> pb.JobRequest:
+    source = task_pb2.Source.FromString(payload.source)
+    match payload:
+        case jobs.ProbeJob():
+            sink = task_pb2.Sink.FromString(payload.sink)
+            return pb.JobRequest(job_id=job_id, probe=pb.ProbeJob(source=source, sink=sink))
+        case jobs.ResolveJob():
+            return pb.JobRequest(
+                job_id=job_id, resolve=pb.ResolveJob(source=source, pchannels=payload.pchannels)
+            )
+        case jobs.VerifyJob():
+            targets = [
+                pb.VerifyTarget(
+                    source_database=target.source[0],
+                    source_collection=target.source[1],
+                    sink_database=target.sink[0],
+                    sink_collection=target.sink[1],
+                )
+                for target in payload.targets
+            ]
+            return pb.JobRequest(
+                job_id=job_id,
+                verify=pb.VerifyJob(
+                    source=source,
+                    sink=task_pb2.Sink.FromString(payload.sink),
+                    targets=targets,
+                    max_differences=payload.max_differences,
+                ),
+            )
+
+
+def duration(milliseconds: int) -> duration_pb2.Duration:
+    result = duration_pb2.Duration()
+    result.FromMilliseconds(milliseconds)
+    return result
