@@ -8,11 +8,12 @@ from collections.abc import Callable
 import structlog
 from milvus_cdc.errors import BugError, CdcError, RetryableError
 from milvus_cdc.milvus_client import MilvusClient
+from milvus_cdc.milvus_protos import milvus_pb2
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc_replicator.connections import Connections
-from milvus_cdc_replicator.verifying import verify_targets
+from milvus_cdc_replicator.verifying import reads, verify_targets
 
 log = structlog.get_logger()
 
@@ -90,7 +91,8 @@ class JobRunner:
         if job.source.HasField("milvus"):
             with _blame("source.milvus"):
                 async with self._source_client(job.source) as client:
-                    source_version = await client.get_version()
+                    answer = await client.call("GetVersion", milvus_pb2.GetVersionRequest())
+                    source_version = answer.version
         return pb.ProbeResult(source_version=source_version, sink_version=sink_version)
 
     async def _resolve(self, job: pb.ResolveJob) -> pb.ResolveResult:
@@ -101,7 +103,7 @@ class JobRunner:
             result.log_ends.append(pb.LogEnd(pchannel=pchannel, position=ends.end))
         if job.source.HasField("milvus"):
             async with self._source_client(job.source) as client:
-                result.source_ts = await client.alloc_timestamp()
+                result.source_ts = await reads(client).timestamp()
         return result
 
     async def _verify(self, job_id: str, job: pb.VerifyJob) -> None:
@@ -119,7 +121,9 @@ class JobRunner:
 
     def _source_client(self, source: task_pb2.Source) -> MilvusClient:
         return MilvusClient(
-            source.milvus.uri, self._connections.token(source.milvus, "source.milvus.token")
+            source.milvus.uri,
+            self._connections.token(source.milvus, "source.milvus.token"),
+            who="source",
         )
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import yaml
 from milvus_cdc.errors import UserError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
 
 from milvus_cdc_replicator.core.sequencer import WriteLimits
 
@@ -26,7 +27,7 @@ class Limits:
 
 class _Strict(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, alias_generator=None
+        extra="forbid", frozen=True, alias_generator=to_camel, populate_by_name=True
     )
 
 
@@ -40,12 +41,10 @@ class LogSettings(_Strict):
 class WriteSettings(_Strict):
     """Shape and number of requests to a sink."""
 
-    rows_per_request: Annotated[int, Field(ge=1, le=100_000, alias="rowsPerRequest")] = 10_000
-    bytes_per_request: Annotated[int, Field(ge=65_536, le=48 * MIB, alias="bytesPerRequest")] = (
-        16 * MIB
-    )
-    in_flight_per_collection: Annotated[int, Field(ge=1, le=64, alias="inFlightPerCollection")] = 4
-    in_flight_per_sink: Annotated[int, Field(ge=1, le=256, alias="inFlightPerSink")] = 8
+    rows_per_request: Annotated[int, Field(ge=1, le=100_000)] = 10_000
+    bytes_per_request: Annotated[int, Field(ge=65_536, le=48 * MIB)] = 16 * MIB
+    in_flight_per_collection: Annotated[int, Field(ge=1, le=64)] = 4
+    in_flight_per_sink: Annotated[int, Field(ge=1, le=256)] = 8
 
 
 class SecretSettings(_Strict):
@@ -53,7 +52,7 @@ class SecretSettings(_Strict):
     address.
     """
 
-    env_prefix: Annotated[str, Field(alias="envPrefix", min_length=1)] = "MILVUS_CDC_SECRET_"
+    env_prefix: Annotated[str, Field(min_length=1)] = "MILVUS_CDC_SECRET_"
     folders: tuple[str, ...] = ()
 
 
@@ -70,7 +69,7 @@ class Settings(_Strict):
     capacity: Annotated[int, Field(ge=0)] = 0
     memory_mib: Annotated[int, Field(ge=8, le=65_536, alias="memoryMiB")] = 64
     """Rows in transit; the process itself needs about 100 MiB more."""
-    shutdown_seconds: Annotated[float, Field(gt=0, le=600, alias="shutdownSeconds")] = 20
+    shutdown_seconds: Annotated[float, Field(gt=0, le=600)] = 20
     writes: WriteSettings = WriteSettings()
     secrets: SecretSettings = SecretSettings()
     log: LogSettings = LogSettings()

@@ -97,7 +97,13 @@ class Sink(Protocol):
         ...
 
     async def open_collection(
-        self, want: Collection, *, opened: bool, adopt: bool, recreate: bool, sink_collection_id: int
+        self,
+        want: Collection,
+        *,
+        opened: bool,
+        adopt: bool,
+        recreate: bool,
+        sink_collection_id: int,
     ) -> Opened:
         """Makes the sink collection be there with a fitting schema, and all partitions in state CREATED.
 

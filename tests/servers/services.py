@@ -1,0 +1,114 @@
+"""Our own two services as managed processes: configuration written, health awaited, logs kept."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.servers.ports import free_port
+from tests.servers.process import ManagedProcess
+
+LEASE_SECONDS = 6
+HEARTBEAT_SECONDS = 1
+CLOCK_MARGIN_SECONDS = 1
+
+
+def _healthy(address: str, service: str) -> bool:
+    try:
+        with grpc.insecure_channel(address) as channel:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service=service), timeout=1
+            )
+    except grpc.RpcError:
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+class ControllerProcess(ManagedProcess):
+    """`milvus-cdc-controller`, on SQLite below `folder` unless `store` says otherwise."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        store: Mapping[str, Any] | None = None,
+        name: str = "controller",
+        **settings: Any,
+    ) -> None:
+        port, metrics_port = free_port(), free_port()
+        self.address = f"127.0.0.1:{port}"
+        self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / f"{name}.yaml"
+        config.write_text(
+            yaml.safe_dump(
+                {
+                    "listen": self.address,
+                    "metrics": f"127.0.0.1:{metrics_port}",
+                    "store": dict(store or {"sqlite": {"path": str(folder / "controller.db")}}),
+                    "lease": {
+                        "ttl": LEASE_SECONDS,
+                        "heartbeat": HEARTBEAT_SECONDS,
+                        "clockMargin": CLOCK_MARGIN_SECONDS,
+                    },
+                    "log": {"format": "json", "level": "info"},
+                    **settings,
+                }
+            )
+        )
+        super().__init__(
+            name,
+            [sys.executable, "-m", "milvus_cdc_controller.app", "--config", config],
+            folder,
+            ports=[port, metrics_port],
+            ready=lambda: _healthy(self.address, ""),
+        )
+
+
+class ReplicatorProcess(ManagedProcess):
+    """`milvus-cdc-replicator`; ready when it is connected to its controller."""
+
+    def __init__(
+        self,
+        folder: Path,
+        controller: str,
+        name: str,
+        *,
+        env: Mapping[str, str] | None = None,
+        wait_connected: bool = True,
+        **settings: Any,
+    ) -> None:
+        port, metrics_port = free_port(), free_port()
+        self.address = f"127.0.0.1:{port}"
+        self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / f"{name}.yaml"
+        config.write_text(
+            yaml.safe_dump(
+                {
+                    "controller": controller,
+                    "name": name,
+                    "listen": self.address,
+                    "metrics": f"127.0.0.1:{metrics_port}",
+                    "log": {"format": "json", "level": "info"},
+                    **settings,
+                }
+            )
+        )
+        service = "replicator" if wait_connected else ""
+        super().__init__(
+            name,
+            [sys.executable, "-m", "milvus_cdc_replicator.app", "--config", config],
+            folder,
+            env={**os.environ, **(env or {})},
+            ports=[port, metrics_port],
+            ready=lambda: _healthy(self.address, service),
+            stop_grace=30.0,
+        )
