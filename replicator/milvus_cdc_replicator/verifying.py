@@ -25,7 +25,7 @@ _KINDS = {
 
 
 def reads(client: MilvusClient) -> MilvusReads:
-    return MilvusReads(client.channel, metadata=client.metadata)
+    return MilvusReads(client)
 
 
 async def verify_targets(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from milvus_cdc_replicator.core.ops import LogOp, Rank, TickBatch
+from milvus_cdc_replicator.core.ops import Key, LogOp, Rank, TickBatch
 
 
 class Lane:
@@ -184,7 +184,8 @@ def _replaces(deletes: list[LogOp], inserts: list[LogOp]) -> bool:
     for delete in deletes:
         if delete.partition_id != -1 and delete.partition_id not in partitions:
             return False
-    if len(inserts) == 1:
-        return all(inserts[0].keys() >= delete.keys() for delete in deletes)
-    # Split over messages: a delete must be covered by one of the inserts' key sets, whole.
-    return all(any(insert.keys() >= delete.keys() for insert in inserts) for delete in deletes)
+    # Messages of one request: its keys may be split differently on the two sides, by partition key.
+    returned: set[Key] = set()
+    for insert in inserts:
+        returned |= insert.keys()
+    return all(delete.keys() <= returned for delete in deletes)
