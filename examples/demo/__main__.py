@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from types import FrameType
 from pymilvus import MilvusClient
 
 from examples.demo import data, proof
-from examples.demo.services import Demo, typed
+from examples.demo.services import Demo
 from examples.demo.stream import Stream, Writer, create
 from examples.demo.watch import Counter, Watch
 from tests.servers.services import LEASE_SECONDS
@@ -31,7 +32,10 @@ BUSIEST = "default.digits"
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    # It logs what is refused, and collections that are not loaded yet are an everyday matter here.
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
     began = time.monotonic()
     keep = os.environ.get("KEEP", "") not in ("", "0")
     with Demo() as demo:
@@ -62,8 +66,9 @@ def _run(demo: Demo) -> None:
     print("Starting the controller and two replicators ...", flush=True)
     demo.start_services()
     demo.write_task("demo")
-    print(f"\n$ cat task.yaml\n{demo.task_file.read_text()}", end="", flush=True)
-    if demo.run("task", "create", "-f", str(demo.task_file)) != 0:
+    print(f"\n$ export {demo.variable}")
+    print(f"$ cat task.yaml\n{demo.task_file.read_text()}", end="", flush=True)
+    if demo.run("task", "create", "-f", demo.task_file.name) != 0:
         raise proof.Disproved("milvus-cdc task create failed")
     source, sink = Counter(demo.stack.source.uri), Counter(demo.stack.sink.uri)
     watch = Watch(demo, TASK, source, sink)
@@ -224,8 +229,6 @@ def _totals(stream: Stream) -> None:
 
 
 def _stay(demo: Demo) -> None:
-    verify = typed(demo.command("verify", "demo"))
-    prefix = verify.removesuffix(" verify demo")
     print("\nEverything keeps running until Ctrl-C.\n")
     print(f"  source Milvus   {demo.stack.source.uri}")
     print(f"  sink Milvus     {demo.stack.sink.uri}")
@@ -236,8 +239,9 @@ def _stay(demo: Demo) -> None:
         print(f"  metrics         {url}   ({name})")
     print(f"  logs            {demo.folder}\n")
     print("Next:")
+    print(f"  export {demo.variable}")
     for command in ("task collections demo", "task watch", "assignment list", "verify demo"):
-        print(f"  {prefix} {command}")
+        print(f"  milvus-cdc {command}")
     print(
         f"  python -c \"from pymilvus import MilvusClient as C; c = C('{demo.stack.source.uri}');"
         " print(c.delete('digits', filter='digit == 3'))\"",

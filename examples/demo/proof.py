@@ -23,7 +23,8 @@ def verify(demo: Demo, task: str) -> None:
     """Every row of every collection, field by field: the product's own comparison."""
     code = demo.run("verify", task.removeprefix("tasks/"))
     if code != 0:
-        raise Disproved(f"milvus-cdc verify ended with exit code {code}: source and sink differ")
+        what = "source and sink are not equal" if code == 1 else "it could not compare them"
+        raise Disproved(f"milvus-cdc verify ended with exit code {code}: {what}")
 
 
 def same_neighbours(demo: Demo) -> None:

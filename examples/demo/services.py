@@ -6,6 +6,7 @@ Law: everything lives below one temporary folder and is stopped by its own proce
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import shutil
 import subprocess
@@ -75,16 +76,22 @@ class Demo:
         }
         self.task_file.write_text(yaml.safe_dump(task, sort_keys=False))
 
-    def command(self, *arguments: str) -> list[str]:
-        """A `milvus-cdc` command line for this controller."""
-        return [str(_script("milvus-cdc")), "--controller", self.controller.address, *arguments]
+    @property
+    def variable(self) -> str:
+        """What a shell exports to talk to this controller."""
+        return f"MILVUS_CDC_CONTROLLER={self.controller.address}"
 
-    def run(self, *arguments: str, show: bool = True) -> int:
+    def run(self, *arguments: str) -> int:
         """Runs a `milvus-cdc` command as a user would, its output on ours; its exit code."""
-        argv = self.command(*arguments)
-        if show:
-            print(f"\n$ {typed(argv)}", flush=True)
-        return subprocess.run(argv, stdin=subprocess.DEVNULL, check=False).returncode
+        print(f"\n$ {shlex.join(['milvus-cdc', *arguments])}", flush=True)
+        name, _, address = self.variable.partition("=")
+        return subprocess.run(
+            [str(_script("milvus-cdc")), *arguments],
+            env={**os.environ, name: address},
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        ).returncode
 
     def keep_logs(self) -> Path:
         """Something went wrong: the logs and configurations stay behind, the data goes."""
@@ -110,11 +117,6 @@ class Demo:
                 shutil.rmtree(data, ignore_errors=True)
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def typed(argv: list[str]) -> str:
-    """A command line as one would type it."""
-    return shlex.join([Path(argv[0]).name, *argv[1:]])
 
 
 def _script(name: str) -> Path:
