@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import yaml
 from milvus_cdc.errors import UserError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
 
 from milvus_cdc_controller.core.liveness import Leases
 
@@ -15,7 +16,9 @@ Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s/]+):[0-9]{1,5
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, alias_generator=to_camel, populate_by_name=True
+    )
 
 
 class SqliteConfig(_Part):

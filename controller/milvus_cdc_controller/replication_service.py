@@ -144,8 +144,8 @@ class ReplicationService(rpc.ReplicationServiceServicer):
                 if make is not None:
                     await self._loop.post(make)
             outbox.close("HALF_CLOSED", "The replicator has ended the stream.")
-        except asyncio.CancelledError:
-            raise
+        except (grpc.aio.BaseError, grpc.RpcError):
+            outbox.close("STREAM_LOST", "The stream broke; connect anew.")
         except Exception as error:
             log.exception("a replicator's message could not be taken", stream=stream)
             outbox.close("BAD_MESSAGE", f"A message could not be understood: {error}")
