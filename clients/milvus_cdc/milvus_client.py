@@ -1,205 +1,176 @@
-"""A thin asynchronous client of Milvus' public API: channels, credentials, deadlines, errors.
+"""Calls to a Milvus' public API: address, token, deadlines, and its errors as ours.
 
-Laws: every call has a deadline; every answer's status is checked; what leaves is one of
-milvus_cdc.errors, except MilvusStatusError from `ask`, whose caller knows what a code means to it.
-Nothing is repeated here.
+Law: nothing foreign leaves: every failure is one of milvus_cdc.errors. A write whose answer is
+missing is an UnknownOutcomeError unless no connection ever carried it.
 """
 
 from __future__ import annotations
 
 import base64
-import itertools
-from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
 
-from milvus_cdc.errors import UserError
-from milvus_cdc.milvus_protos import common_pb2, milvus_pb2
-from milvus_cdc.milvus_status import MilvusStatusError, check, from_rpc, from_status, too_large
+from milvus_cdc.errors import CdcError, RetryableError, UnknownOutcomeError, UserError
+from milvus_cdc.milvus_protos import common_pb2, milvus_pb2_grpc
 
-_SERVICE = "/milvus.proto.milvus.MilvusService/"
-_MAX_RECEIVE_BYTES = 128 * 2**20
-_DEFAULT_PORT = 19530
+MIB = 1024 * 1024
+MAX_MESSAGE_BYTES = 256 * MIB
+CALL_SECONDS = 10.0
 
-_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", _MAX_RECEIVE_BYTES),
-    # A silent peer is noticed; the interval is the one pymilvus uses, which proxies accept.
-    ("grpc.keepalive_time_ms", 55_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    # By default gRPC waits up to two minutes before it looks for a server that was away.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 1_000),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    # Channels of one process otherwise share one connection.
-    ("grpc.use_local_subchannel_pool", 1),
-    # A retry policy from DNS could repeat a plain insert.
-    ("grpc.service_config_disable_resolution", 1),
-)
+COLLECTION_NOT_FOUND = "SINK_COLLECTION_MISSING"
+
+# merr codes (milvus `pkg/util/merr/errors.go`, 2.3 to 2.5).
+_CODE_COLLECTION_NOT_FOUND = 100
+_CODE_COLLECTION_NOT_LOADED = 101
+_CODE_LIMIT_REACHED = (8,)
+_TRANSIENT_CODES = frozenset({1, 2, 3, 5, 6, 9, 10, 22, 503, 901, 902, 1801})
+_AUTH_CODES = frozenset({1400, 1401, 1402, 1403})
+_DENIED_CODES = frozenset({108, 1900})
+_PARAMETER_CODES = frozenset({1100, 1101, 1102})
 
 
-class MessageTooLargeError(Exception):
-    """The server refused a request for its size and executed nothing of it."""
+class MilvusStatusError(UserError):
+    """Milvus refused for a reason that only a person can mend; `code` is merr's."""
+
+    def __init__(self, reason: str, message: str, code: int) -> None:
+        super().__init__(reason, message)
+        self.code = code
 
 
 class MilvusClient:
-    """Connects on first use. `role` begins the reasons of its errors: SINK_UNAVAILABLE."""
+    """One HTTP/2 connection; `close()` it, or use it as an async context manager."""
 
-    def __init__(
-        self,
-        uri: str,
-        token: str | None = None,
-        *,
-        role: str = "MILVUS",
-        connections: int = 1,
-        timeout_seconds: float = 30.0,
-    ) -> None:
+    def __init__(self, uri: str, token: str | None = None, *, who: str = "sink") -> None:
+        """`who` begins the reasons of errors: SINK_UNAVAILABLE, SOURCE_UNAVAILABLE, ..."""
+        self._who = who.upper()
         self.uri = uri
-        self._target, self._tls = _parse_uri(uri, role)
-        self._role = role
-        self._timeout = timeout_seconds
-        self._count = connections
-        self._channels: list[grpc.aio.Channel] = []
-        self._turn = itertools.count()
+        parts = urlsplit(uri)
+        default = 443 if parts.scheme == "https" else 19530
+        target = f"{parts.hostname}:{parts.port or default}"
+        options = [
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 3_000),
+            # Connections are not shared between clients of one process: each has its own flow control.
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        if parts.scheme == "https":
+            credentials = grpc.ssl_channel_credentials()
+            self.channel = grpc.aio.secure_channel(target, credentials, options=options)
+        else:
+            self.channel = grpc.aio.insecure_channel(target, options=options)
         self.metadata: tuple[tuple[str, str], ...] = ()
-        """Credentials, for callers that use `channel` with stubs of their own."""
         if token:
             encoded = base64.b64encode(token.encode()).decode()
             self.metadata = (("authorization", encoded),)
+        self._stub: Any = milvus_pb2_grpc.MilvusServiceStub(self.channel)
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> MilvusClient:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
-        channels, self._channels = self._channels, []
-        for channel in channels:
-            await channel.close()
+        await self.channel.close()
 
-    @property
-    def channel(self) -> grpc.aio.Channel:
-        """One of the client's connections; it is closed with the client."""
-        if not self._channels:
-            self._channels = [self._connect() for _ in range(self._count)]
-        return self._channels[next(self._turn) % len(self._channels)]
-
-    async def get_version(self) -> str:
-        """The server's version as it says it, for example `v2.3.5`."""
-        return str((await self.call("GetVersion", milvus_pb2.GetVersionRequest())).version)
-
-    async def alloc_timestamp(self) -> int:
-        """A TSO of this cluster, later than everything it has acknowledged."""
-        answer = await self.call("AllocTimestamp", milvus_pb2.AllocTimestampRequest())
-        return int(answer.timestamp)
-
-    async def call(
-        self,
-        method: str,
-        request: Any,
-        *,
-        database: str = "",
-        timeout_seconds: float | None = None,
+    def raw(
+        self, method: str, serialize: Callable[[Any], bytes], parse: Callable[[bytes], Any]
     ) -> Any:
-        """The answer of a call that changes no rows; its failure as an error."""
-        try:
-            return await self.ask(
-                method, request, database=database, timeout_seconds=timeout_seconds
-            )
-        except MilvusStatusError as error:
-            raise from_status(self._role, self.uri, error, writes=False) from error
-
-    async def ask(
-        self,
-        method: str,
-        request: Any,
-        *,
-        database: str = "",
-        timeout_seconds: float | None = None,
-    ) -> Any:
-        """Like `call`, but a status that is not success is MilvusStatusError."""
-        try:
-            answer = await self._unary(method, _serialize, _answer_class(method).FromString)(
-                request, timeout=timeout_seconds or self._timeout, metadata=self._headers(database)
-            )
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc(self._role, self.uri, method, error, writes=False) from error
-        check(method, answer if isinstance(answer, common_pb2.Status) else answer.status)
-        return answer
-
-    def error(self, error: MilvusStatusError) -> Exception:
-        """What a status from `ask` means when it means nothing special."""
-        return from_status(self._role, self.uri, error, writes=False)
-
-    async def mutate(
-        self, method: str, request: bytes, *, database: str, timeout_seconds: float
-    ) -> Any:
-        """Sends a serialized Insert, Upsert or Delete and returns its checked MutationResult.
-
-        Raises MessageTooLargeError when the server takes no message of this size, and
-        UnknownOutcomeError when the rows may or may not be there.
-        """
-        try:
-            answer = await self._unary(method, None, milvus_pb2.MutationResult.FromString)(
-                request, timeout=timeout_seconds, metadata=self._headers(database)
-            )
-        except grpc.aio.AioRpcError as error:
-            if too_large(error):
-                raise MessageTooLargeError(error.details()) from error
-            raise from_rpc(self._role, self.uri, method, error, writes=True) from error
-        try:
-            check(method, answer.status)
-        except MilvusStatusError as error:
-            raise from_status(self._role, self.uri, error, writes=True) from error
-        return answer
-
-    def _unary(self, method: str, serialize: Any, parse: Any) -> Any:
+        """A unary call with serializers of one's own."""
         return self.channel.unary_unary(
-            _SERVICE + method, request_serializer=serialize, response_deserializer=parse
+            f"/milvus.proto.milvus.MilvusService/{method}",
+            request_serializer=serialize,
+            response_deserializer=parse,
         )
 
-    def _headers(self, database: str) -> Sequence[tuple[str, str]]:
-        return (*self.metadata, ("dbname", database)) if database else self.metadata
-
-    def _connect(self) -> grpc.aio.Channel:
-        if self._tls:
-            return grpc.aio.secure_channel(
-                self._target, grpc.ssl_channel_credentials(), options=_CHANNEL_OPTIONS
+    async def call(self, method: str, request: Any, *, timeout: float = CALL_SECONDS) -> Any:
+        """Any method but a write. Raises RetryableError, MilvusStatusError, UserError."""
+        try:
+            answer = await getattr(self._stub, method)(
+                request, timeout=timeout, metadata=self.metadata
             )
-        return grpc.aio.insecure_channel(self._target, options=_CHANNEL_OPTIONS)
+        except grpc.aio.AioRpcError as error:
+            raise self.rpc_error(method, error) from error
+        status = answer if isinstance(answer, common_pb2.Status) else answer.status
+        self.check(method, status)
+        return answer
+
+    def check(self, method: str, status: Any) -> None:
+        """Raises what an unsuccessful `common.Status` means."""
+        if status.code == 0 and status.error_code == 0:
+            return
+        raise self.status_error(method, status)
+
+    def status_error(self, method: str, status: Any) -> CdcError:
+        code = status.code
+        text = f"{method} at {self.uri}: {status.reason} (code {code})"
+        lowered = status.reason.lower()
+        if (
+            status.error_code == common_pb2.RateLimit
+            or code in _CODE_LIMIT_REACHED
+            or "rate limit" in lowered
+        ):
+            return RetryableError(f"{self._who}_RATE_LIMITED", text)
+        if code == _CODE_COLLECTION_NOT_FOUND or (
+            "can't find collection" in lowered or "collection not found" in lowered
+        ):
+            return MilvusStatusError(f"{self._who}_COLLECTION_MISSING", text, code)
+        if code in _AUTH_CODES or "auth check failure" in lowered:
+            return MilvusStatusError(
+                f"{self._who}_UNAUTHENTICATED", f"{text}; check the token of this task", code
+            )
+        if code in _DENIED_CODES or "permission deny" in lowered or "privilege" in lowered:
+            return MilvusStatusError(
+                f"{self._who}_PERMISSION_DENIED", f"{text}; grant its user what it needs", code
+            )
+        if code in _TRANSIENT_CODES or status.retriable or "service not ready" in lowered:
+            return RetryableError(f"{self._who}_NOT_READY", text)
+        if "quota" in lowered or "exhausted" in lowered:
+            return RetryableError(f"{self._who}_QUOTA", text)
+        return MilvusStatusError(f"{self._who}_REFUSED", text, code)
+
+    def rpc_error(
+        self, method: str, error: grpc.aio.AioRpcError, *, write: bool = False
+    ) -> CdcError:
+        """What a failed call means; `write`: whether it happened matters."""
+        code = error.code()
+        text = f"{method} at {self.uri}: {code.name}: {error.details()}"
+        if code is grpc.StatusCode.UNAUTHENTICATED:
+            return UserError(
+                f"{self._who}_UNAUTHENTICATED", f"{text}; check the token of this task"
+            )
+        if code is grpc.StatusCode.PERMISSION_DENIED:
+            return UserError(
+                f"{self._who}_PERMISSION_DENIED", f"{text}; grant its user what it needs"
+            )
+        if code is grpc.StatusCode.UNIMPLEMENTED:
+            return UserError(
+                f"{self._who}_UNSUPPORTED", f"{text}; is this a Milvus of 2.2 or later?"
+            )
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (
+            error.details() or ""
+        ):
+            return UserError(
+                f"{self._who}_REQUEST_TOO_LARGE",
+                f"{text}; lower writes.bytesPerRequest of the replicators",
+            )
+        if write and not _never_sent(error):
+            return UnknownOutcomeError(f"{self._who}_UNKNOWN_OUTCOME", text)
+        return RetryableError(f"{self._who}_UNAVAILABLE", text)
 
 
-def _parse_uri(uri: str, role: str) -> tuple[str, bool]:
-    try:
-        parts = urlsplit(uri)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        parts, host, port = urlsplit(""), None, None
-    if parts.scheme not in ("http", "https") or not host or parts.path.strip("/"):
-        raise UserError(f"{role}_URI_INVALID", f"{uri!r} is not http://host:port or https://…")
-    tls = parts.scheme == "https"
-    host = f"[{host}]" if ":" in host else host
-    return f"{host}:{port or (443 if tls else _DEFAULT_PORT)}", tls
-
-
-def _serialize(request: Any) -> bytes:
-    return bytes(request.SerializeToString())
-
-
-_ANSWERS: dict[str, Any] = {
-    method.name: method.output_type
-    for method in milvus_pb2.DESCRIPTOR.services_by_name["MilvusService"].methods
-}
-
-
-def _answer_class(method: str) -> Any:
-    return _ANSWERS[method]._concrete_class
+def _never_sent(error: grpc.aio.AioRpcError) -> bool:
+    """gRPC fails a call fast when it has no connection: then the request cannot have arrived."""
+    details = error.details() or ""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and (
+        "failed to connect to all addresses" in details
+        or "Failed to connect" in details
+        or "DNS resolution failed" in details
+    )
