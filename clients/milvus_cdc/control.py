@@ -71,10 +71,9 @@ def api_error(err: grpc.aio.AioRpcError) -> ApiError:
                 reason = info.reason
                 metadata.update(info.metadata)
             elif detail.Unpack(bad) and bad.field_violations:
-                violation = bad.field_violations[0]
-                field = violation.field
-                if violation.description and violation.description not in message:
-                    message = ": ".join(filter(None, (message, violation.description)))
+                field = bad.field_violations[0].field
+                said = [v.description for v in bad.field_violations]
+                message = "; ".join([message, *(text for text in said if text not in message)])
     if not reason:
         reason = {
             grpc.StatusCode.UNAVAILABLE: "UNREACHABLE",

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
 import pytest
+from milvus_cdc.milvus_client import MilvusClient as PlainClient
 from milvus_cdc.verify import (
     CollectionResult,
     Difference,
@@ -20,7 +20,6 @@ from milvus_cdc.verify import (
     MilvusReads,
     Progress,
     Target,
-    channel_options,
     verify_collection,
 )
 from pymilvus import DataType, MilvusClient
@@ -121,13 +120,11 @@ async def pair(nats_stack: Stack) -> AsyncIterator[Pair]:
     at = nats_stack.addresses()
     database = f"verify_{uuid.uuid4().hex[:8]}"
     source, sink = _client(at["source_uri"], database), _client(at["sink_uri"], database)
-    channels = [
-        grpc.aio.insecure_channel(at[end].removeprefix("http://"), options=channel_options())
-        for end in ("source_uri", "sink_uri")
-    ]
-    yield Pair(database, source, sink, *map(MilvusReads, channels))
-    for channel in channels:
-        await channel.close()
+    async with (
+        PlainClient(at["source_uri"], who="source") as source_plain,
+        PlainClient(at["sink_uri"]) as sink_plain,
+    ):
+        yield Pair(database, source, sink, MilvusReads(source_plain), MilvusReads(sink_plain))
     _drop(at["source_uri"], source, database)
     _drop(at["sink_uri"], sink, database)
 

@@ -1,6 +1,6 @@
 """Row-exact comparison of a collection at a source and at a sink."""
 
-from milvus_cdc.verify.connection import MilvusReads, Reads, channel_options
+from milvus_cdc.verify.connection import MilvusReads, Reads
 from milvus_cdc.verify.engine import verify_collection
 from milvus_cdc.verify.report import (
     WAITING_FOR_SINK,
@@ -22,6 +22,5 @@ __all__ = [
     "Progress",
     "Reads",
     "Target",
-    "channel_options",
     "verify_collection",
 ]

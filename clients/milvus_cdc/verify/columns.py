@@ -11,11 +11,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pymilvus.grpc_gen import schema_pb2
+
+if TYPE_CHECKING:
+    from pymilvus.grpc_gen import schema_pb2
+else:
+    from milvus_cdc.milvus_protos import schema_pb2
 
 Indexes = NDArray[np.intp]
 Mask = NDArray[np.bool_]

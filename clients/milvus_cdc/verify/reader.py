@@ -14,14 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pymilvus.grpc_gen import common_pb2, milvus_pb2
 
 from milvus_cdc.errors import BugError, UserError
 from milvus_cdc.verify.connection import ANSWER_TOO_LARGE, Reads
 from milvus_cdc.verify.keys import INT64_MAX, Key, KeyField
 from milvus_cdc.verify.rows import Rows, rows_of
+
+if TYPE_CHECKING:
+    from pymilvus.grpc_gen import common_pb2, milvus_pb2
+else:
+    from milvus_cdc.milvus_protos import common_pb2, milvus_pb2
 
 MAX_ROWS = 16384
 """`quotaAndLimits.limits.maxQueryResultWindow` of Milvus: offset + limit."""

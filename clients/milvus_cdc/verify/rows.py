@@ -9,14 +9,18 @@ import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pymilvus.grpc_gen import milvus_pb2, schema_pb2
 
 from milvus_cdc.verify.columns import Column, Indexes, column_of
 from milvus_cdc.verify.keys import Key, KeyField
+
+if TYPE_CHECKING:
+    from pymilvus.grpc_gen import milvus_pb2, schema_pb2
+else:
+    from milvus_cdc.milvus_protos import milvus_pb2, schema_pb2
 
 KeyColumn = NDArray[np.int64] | list[str]
 

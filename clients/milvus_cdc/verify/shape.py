@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from pymilvus.grpc_gen import schema_pb2
+from typing import TYPE_CHECKING
 
 from milvus_cdc.verify.keys import KeyField
+
+if TYPE_CHECKING:
+    from pymilvus.grpc_gen import schema_pb2
+else:
+    from milvus_cdc.milvus_protos import schema_pb2
 
 _DEFAULT_ROW_BYTES = {
     schema_pb2.VarChar: 64,
