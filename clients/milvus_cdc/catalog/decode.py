@@ -43,9 +43,9 @@ class Assembly:
     """The keys of one source as last heard, and the Catalogue they make."""
 
     def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+        self._tso_keys = frozenset(layout.tso_keys)
         self._meta = layout.meta
-        self._tso: Entry | None = None
+        self._tsos: dict[str, Entry] = {}
         self._databases: dict[int, Entry] = {}
         self._gone_names: dict[int, str] = {}
         self._users: set[str] = set()
@@ -55,8 +55,11 @@ class Assembly:
 
     def apply(self, key: str, value: bytes | None) -> None:
         """Takes one key's value; None and the tombstone mean that it is gone."""
-        if key == self._layout.tso_key:
-            self._tso = None if value is None else Entry(key, value)
+        if key in self._tso_keys:
+            if value is None:
+                self._tsos.pop(key, None)
+            else:
+                self._tsos[key] = Entry(key, value)
             return
         place = locate(key.removeprefix(self._meta)) if key.startswith(self._meta) else None
         if place is None:
@@ -90,7 +93,7 @@ class Assembly:
         return Catalogue(
             cluster_id=cluster_id,
             revision=revision,
-            tso=0 if self._tso is None else decode_tso(self._tso),
+            tso=max(map(decode_tso, self._tsos.values()), default=0),
             databases=databases,
             collections=tuple(
                 self._collections[collection_id] for collection_id in sorted(self._collections)

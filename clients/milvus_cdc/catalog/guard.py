@@ -115,7 +115,7 @@ def _other_source(what: str) -> Objection:
 
 def _missing_sentinel(known: KnownSource | None, catalogue: Catalogue) -> str:
     if catalogue.tso == 0:
-        return "timestamp key (kv/gid/timestamp)"
+        return "timestamp key (kv/gid/timestamp, in 2.2 kv/tso/timestamp)"
     keyed = catalogue.databases_keyed or (known is not None and known.databases_keyed)
     present = catalogue.databases_keyed and any(
         each.database_id == DEFAULT_DATABASE_ID for each in catalogue.databases

@@ -1,10 +1,10 @@
 """Where a source keeps what: keys below `{root}/{meta}/` and the TSO key beside it.
 
 Prefixes are those of Milvus `internal/metastore/kv/{rootcoord,datacoord,querycoord}` and were seen
-on a 2.3.5 server: `root-coord/` with `snapshots/root-coord/` for every earlier value,
-`field-index/` (indexes) and `querycoord-{collection,partition}-loadinfo/` (what is loaded). 2.2
-keeps collections of its only database below `root-coord/collection/`; later versions still read
-that for the default database.
+on servers of 2.2.16 and 2.3.5: `root-coord/` with `snapshots/root-coord/` for every earlier value,
+`field-index/` (indexes) and `querycoord-{collection,partition}-loadinfo/` (what is loaded). Earlier
+2.2 keeps the collections of its only database below `root-coord/collection/`; later versions still
+read that for the default database.
 """
 
 from __future__ import annotations
@@ -115,14 +115,16 @@ class Layout:
         return "/".join(part.strip("/") for part in (self.root_path, self.meta_sub_path)) + "/"
 
     @property
-    def tso_key(self) -> str:
-        return f"{self.root_path.strip('/')}/kv/gid/timestamp"
+    def tso_keys(self) -> tuple[str, str]:
+        """Of 2.3 and later, and of 2.2 (both seen), which an upgrade leaves behind."""
+        kv = f"{self.root_path.strip('/')}/kv"
+        return f"{kv}/gid/timestamp", f"{kv}/tso/timestamp"
 
     def to_list(self) -> tuple[KeyRange, ...]:
         """What a listing needs: of most snapshots only the key, whose `_ts` dates a drop."""
         snapshots = f"{self.meta}snapshots/root-coord/"
         return (
-            KeyRange.key(self.tso_key),
+            *map(KeyRange.key, self.tso_keys),
             KeyRange.prefix(f"{self.meta}root-coord/"),
             KeyRange.prefix(f"{self.meta}field-index/"),
             KeyRange.prefix(f"{self.meta}querycoord-collection-loadinfo/"),
@@ -147,5 +149,5 @@ class Layout:
             KeyRange.prefix(f"{self.meta}field-index/"),
             KeyRange.prefix(f"{self.meta}querycoord-collection-loadinfo/"),
             KeyRange.prefix(f"{self.meta}querycoord-partition-loadinfo/"),
-            KeyRange.key(self.tso_key),
+            *map(KeyRange.key, self.tso_keys),
         )

@@ -14,9 +14,9 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from milvuscdc.internal import milvus_meta_pb2 as meta_pb
-from pymilvus.grpc_gen import schema_pb2
 
 from milvus_cdc.errors import BugError
+from milvus_cdc.milvus_protos import schema_pb2
 from milvus_cdc.model import (
     Collection,
     Database,
@@ -34,7 +34,7 @@ M = TypeVar("M", bound=Message)
 _CREATED, _CREATING, _DROPPING, _DROPPED = 0, 1, 2, 3
 # milvus.proto.etcd.DatabaseState: unknown, created, creating, dropping, dropped.
 _DATABASE_CREATING, _DATABASE_STATES = 2, 5
-_LOAD_KINDS = {1: LoadKind.PARTITIONS, 2: LoadKind.COLLECTION}
+_LOAD_KINDS = {0: LoadKind.COLLECTION, 1: LoadKind.PARTITIONS, 2: LoadKind.COLLECTION}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _state(entry: Entry, state: int) -> ObjectState | None:
 
 
 def decode_tso(entry: Entry) -> int:
-    """TSO of `kv/gid/timestamp`: Unix nanoseconds, 8 bytes big-endian (seen on 2.3.5).
+    """TSO of a timestamp key: Unix nanoseconds, 8 bytes big-endian (seen on 2.2.16 and 2.3.5).
 
     It is the end of the time that the source has reserved (about 3 s ahead), so it only grows.
     """
@@ -147,6 +147,7 @@ def decode_collection(
     names = {each.fieldID: each.name for each in schema.fields}
     if not names and not dropped:
         raise undecodable(entry.key, "it has no fields")
+    partitions = _partitions(parts, dropped, drop_ts)
     return Collection(
         collection_id=collection_id,
         database_id=database_id,
@@ -159,9 +160,9 @@ def decode_collection(
         properties=_pairs(info.properties),
         state=state,
         drop_ts=drop_ts,
-        partitions=_partitions(parts, dropped, drop_ts),
+        partitions=partitions,
         indexes=() if dropped else _indexes(parts, schema),
-        load=Load() if dropped else _load(parts),
+        load=Load() if dropped else _load(parts, partitions),
         vchannels=_vchannels(entry, info),
     )
 
@@ -269,20 +270,24 @@ def _unfolded(params: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _load(parts: Parts) -> Load:
+def _load(parts: Parts, partitions: Iterable[Partition]) -> Load:
+    """2.2 writes no load type, and for loaded partitions no key of the collection (seen)."""
+    loads = {}
+    for partition_id, entry in sorted(parts.partition_loads.items()):
+        loads[partition_id] = _parse(meta_pb.PartitionLoadInfo, entry)
+        _check_id(entry, partition_id, loads[partition_id].partition_id)
     if parts.load is None:
-        return Load()
+        replicas = max((each.replica_number for each in loads.values()), default=0)
+        return Load(LoadKind.PARTITIONS, tuple(loads), replicas) if loads else Load()
     info = _parse(meta_pb.CollectionLoadInfo, parts.load)
     if info.load_type not in _LOAD_KINDS:
         raise undecodable(parts.load.key, f"unknown load type {info.load_type}")
+    if info.released_partitions:
+        alive = {each.partition_id for each in partitions if each.state is ObjectState.CREATED}
+        left = tuple(sorted(alive.difference(info.released_partitions)))
+        return Load(LoadKind.PARTITIONS, left, info.replica_number)
     kind = _LOAD_KINDS[info.load_type]
-    partition_ids: tuple[int, ...] = ()
-    if kind is LoadKind.PARTITIONS:
-        for partition_id, entry in parts.partition_loads.items():
-            loaded = _parse(meta_pb.PartitionLoadInfo, entry)
-            _check_id(entry, partition_id, loaded.partition_id)
-        partition_ids = tuple(sorted(parts.partition_loads))
-    return Load(kind, partition_ids, info.replica_number)
+    return Load(kind, tuple(loads) if kind is LoadKind.PARTITIONS else (), info.replica_number)
 
 
 def _vchannels(entry: Entry, info: meta_pb.CollectionInfo) -> tuple[Vchannel, ...]:

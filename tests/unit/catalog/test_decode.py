@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from milvus_cdc.catalog import Assembly, Layout, decode_catalogue
 from milvus_cdc.errors import BugError
-from milvus_cdc.model import Catalogue, Collection, LoadKind, ObjectState, Vchannel
+from milvus_cdc.model import Catalogue, Collection, Load, LoadKind, ObjectState, Vchannel
 from milvuscdc.internal import milvus_meta_pb2 as pb
 from pymilvus.grpc_gen import schema_pb2
 
@@ -131,7 +131,8 @@ def field_value(field_id: int, name: str) -> bytes:
     return value
 
 
-TSO = {"by-dev/kv/gid/timestamp": bytes.fromhex("18e9fab7c30a2690")}
+TSO_VALUE = bytes.fromhex("18e9fab7c30a2690")
+TSO = {"by-dev/kv/gid/timestamp": TSO_VALUE}
 LEGACY = {
     **TSO,
     f"{META}root-coord/credential/users/root": b"{}",
@@ -218,6 +219,9 @@ class TestStates:
     def test_the_clock(self) -> None:
         catalogue = decode_catalogue(LEGACY, LAYOUT)
         assert catalogue.tso == (0x18E9FAB7C30A2690 // 1_000_000) << 18
+        older = {"by-dev/kv/tso/timestamp": bytes(7) + b"\x01"}
+        assert decode_catalogue({**LEGACY, **older}, LAYOUT).tso == catalogue.tso
+        assert decode_catalogue(dict.fromkeys(["by-dev/kv/tso/timestamp"], TSO_VALUE), LAYOUT).tso
         with pytest.raises(BugError, match="timestamp"):
             decode_catalogue({"by-dev/kv/gid/timestamp": b"123"}, LAYOUT)
 
@@ -269,6 +273,23 @@ class TestIndexAndLoad:
         }
         load = decode_catalogue(keys, LAYOUT).collections[0].load
         assert (load.kind, load.partition_ids, load.replicas) == (LoadKind.PARTITIONS, (45,), 2)
+
+    def test_loads_of_22(self) -> None:
+        part = pb.PartitionLoadInfo(collection_id=44, partition_id=45, replica_number=3)
+        key = f"{META}querycoord-partition-loadinfo/44/45"
+        load = decode_catalogue({**LEGACY, key: part.SerializeToString()}, LAYOUT)
+        kinds = [each.load for each in load.collections]
+        assert kinds == [Load(LoadKind.PARTITIONS, (45,), 3)]
+        for released, wanted in (
+            ((), Load(LoadKind.COLLECTION, (), 1)),
+            ((46,), Load(LoadKind.PARTITIONS, (45,), 1)),
+        ):
+            info = pb.CollectionLoadInfo(
+                collection_id=44, replica_number=1, released_partitions=released
+            )
+            key = f"{META}querycoord-collection-loadinfo/44"
+            catalogue = decode_catalogue({**LEGACY, key: info.SerializeToString()}, LAYOUT)
+            assert catalogue.collections[0].load == wanted
 
 
 class TestChangeByChange:
