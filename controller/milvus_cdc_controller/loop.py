@@ -178,7 +178,7 @@ class ControlLoop:
         if isinstance(event, ev.Heartbeat):
             # Needs no store: `send` holds it back where the session is not yet synced.
             acks = [e for e in decided if _is_heartbeat_ack(e)]
-            for effect in acks:
+            for effect in acks if self._store.certain else ():
                 assert isinstance(effect, fx.Send)
                 self._outward.send(effect.stream, effect.message)
             decided = [e for e in decided if not _is_heartbeat_ack(e)]

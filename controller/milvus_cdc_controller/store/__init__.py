@@ -33,6 +33,15 @@ class Store(Protocol):
         """Most writes that are stored as one."""
         ...
 
+    @property
+    def certain(self) -> bool:
+        """No other controller can be leading now. While it is not so, no lease may be renewed."""
+        ...
+
+    async def lost(self) -> LeadershipLost:
+        """Returns only when this controller must not go on."""
+        ...
+
     async def load(self) -> dict[str, bytes]:
         """Everything stored."""
         ...

@@ -15,6 +15,8 @@ from typing import TypeVar
 
 from milvus_cdc.errors import RetryableError, UserError
 
+from milvus_cdc_controller.store import LeadershipLost
+
 _T = TypeVar("_T")
 
 
@@ -22,6 +24,7 @@ class SqliteStore:
     """Opened with `open`. All calls run in its own thread, one after the other."""
 
     writes_max = 1_000_000
+    certain = True
 
     def __init__(self, connection: sqlite3.Connection, thread: ThreadPoolExecutor) -> None:
         self._connection = connection
@@ -54,6 +57,11 @@ class SqliteStore:
         store = cls(connection, thread)
         store.incarnation = await _run(thread, lambda: _begin(connection))
         return store
+
+    async def lost(self) -> LeadershipLost:
+        # The file's lock is the process' own: it cannot be lost.
+        await asyncio.Event().wait()
+        raise AssertionError("never")
 
     async def load(self) -> dict[str, bytes]:
         def read() -> dict[str, bytes]:
