@@ -1,0 +1,194 @@
+"""An API server with just enough behind it to see what the command sends and shows."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from milvuscdc.v1 import (
+    fleet_service_pb2,
+    fleet_service_pb2_grpc,
+    task_pb2,
+    task_service_pb2,
+    task_service_pb2_grpc,
+    verify_pb2,
+)
+
+
+async def refuse(
+    context: Any, code: grpc.StatusCode, reason: str, message: str, field: str = ""
+) -> None:
+    details = []
+    info = error_details_pb2.ErrorInfo(reason=reason, domain="milvuscdc.io", metadata={"k": "v"})
+    details.append(any_pb2.Any())
+    details[-1].Pack(info)
+    if field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
+        details.append(any_pb2.Any())
+        details[-1].Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    status = status_pb2.Status(
+        code=code_pb2.Code.Value(code.name), message=message, details=details
+    )
+    trailing = (("grpc-status-details-bin", status.SerializeToString()),)
+    await context.abort(code, message, trailing_metadata=trailing)
+
+
+class FakeTasks(task_service_pb2_grpc.TaskServiceServicer):
+    def __init__(self) -> None:
+        self.tasks: dict[str, task_pb2.Task] = {}
+        self.requests: list[Any] = []
+        self.fail_creates = 0
+        self.equal = True
+        self.watch_breaks = 0
+
+    async def CreateTask(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        if self.fail_creates:
+            self.fail_creates -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "going away")
+        if request.task.name in self.tasks:
+            await refuse(
+                context, grpc.StatusCode.ALREADY_EXISTS, "TASK_EXISTS", "it is there", "task.name"
+            )
+        task = task_pb2.Task()
+        task.CopyFrom(request.task)
+        task.state = task_pb2.TASK_STATE_RUNNING
+        task.etag = "e1"
+        if not request.validate_only:
+            self.tasks[task.name] = task
+        return task_service_pb2.CreateTaskResponse(task=task)
+
+    async def _find(self, name: str, context: Any) -> task_pb2.Task:
+        if name not in self.tasks:
+            await refuse(context, grpc.StatusCode.NOT_FOUND, "TASK_NOT_FOUND", f"no {name}")
+        return self.tasks[name]
+
+    async def GetTask(self, request: Any, context: Any) -> Any:
+        return task_service_pb2.GetTaskResponse(task=await self._find(request.name, context))
+
+    async def ListTasks(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        names = sorted(self.tasks)
+        at = int(request.page_token or 0)
+        token = str(at + 1) if at + 1 < len(names) else ""
+        found = [self.tasks[name] for name in names[at : at + 1]]
+        return task_service_pb2.ListTasksResponse(tasks=found, next_page_token=token)
+
+    async def UpdateTask(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        task = await self._find(request.task.name, context)
+        for path in request.update_mask.paths:
+            if path == "labels":
+                task.labels.clear()
+                task.labels.update(request.task.labels)
+        return task_service_pb2.UpdateTaskResponse(task=task)
+
+    async def PauseTask(self, request: Any, context: Any) -> Any:
+        task = await self._find(request.name, context)
+        task.state = task_pb2.TASK_STATE_PAUSED
+        return task_service_pb2.PauseTaskResponse(task=task)
+
+    async def ResumeTask(self, request: Any, context: Any) -> Any:
+        task = await self._find(request.name, context)
+        task.state = task_pb2.TASK_STATE_RUNNING
+        return task_service_pb2.ResumeTaskResponse(task=task)
+
+    async def RetryTask(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        return task_service_pb2.RetryTaskResponse(task=await self._find(request.name, context))
+
+    async def DeleteTask(self, request: Any, context: Any) -> Any:
+        await self._find(request.name, context)
+        del self.tasks[request.name]
+        return task_service_pb2.DeleteTaskResponse()
+
+    async def ResyncCollection(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        task = await self._find(request.name, context)
+        return task_service_pb2.ResyncCollectionResponse(task=task)
+
+    async def ListTaskCollections(self, request: Any, context: Any) -> Any:
+        await self._find(request.parent, context)
+        one = task_pb2.TaskCollection(
+            database="default",
+            collection="c",
+            state=task_pb2.COLLECTION_STATE_FAILED,
+            reason="LOG_TRUNCATED",
+            message="resync it",
+            rows_inserted=12,
+        )
+        return task_service_pb2.ListTaskCollectionsResponse(collections=[one])
+
+    async def WatchTasks(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        self.requests.append(request)
+        event = task_service_pb2.WatchTasksResponse
+        if not request.revision:
+            for task in self.tasks.values():
+                yield event(type=event.TYPE_ADDED, task=task, revision=5)
+            yield event(type=event.TYPE_BOOKMARK, revision=5)
+        if self.watch_breaks:
+            self.watch_breaks -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "leader gone")
+        task = task_pb2.Task(name="tasks/late", state=task_pb2.TASK_STATE_PAUSED)
+        yield event(type=event.TYPE_MODIFIED, task=task, revision=6)
+        await refuse(context, grpc.StatusCode.OUT_OF_RANGE, "REVISION_COMPACTED", "too old")
+
+    async def VerifyTask(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        self.requests.append(request)
+        await self._find(request.name, context)
+        answer = task_service_pb2.VerifyTaskResponse
+        yield answer(progress=verify_pb2.VerifyProgress(phase="WAITING_FOR_SINK"))
+        if not self.equal:
+            yield answer(
+                difference=verify_pb2.VerifyDifference(
+                    collection="default.c",
+                    partition="_default",
+                    kind=verify_pb2.VerifyDifference.KIND_DIFFERENT,
+                    key="7",
+                    fields=["v"],
+                )
+            )
+        yield answer(
+            collection=verify_pb2.VerifyCollectionResult(
+                collection="default.c",
+                equal=self.equal,
+                rows_source=10,
+                rows_sink=10,
+                different=0 if self.equal else 1,
+            )
+        )
+        yield answer(
+            verdict=verify_pb2.VerifyVerdict(
+                equal=self.equal, collections=1, collections_equal=int(self.equal), rows_compared=10
+            )
+        )
+
+
+class FakeFleet(fleet_service_pb2_grpc.FleetServiceServicer):
+    async def ListReplicators(self, request: Any, context: Any) -> Any:
+        one = fleet_service_pb2.Replicator(
+            name="replicators/r1", state=fleet_service_pb2.REPLICATOR_STATE_ALIVE, version="0.1.0"
+        )
+        return fleet_service_pb2.ListReplicatorsResponse(replicators=[one])
+
+    async def GetReplicator(self, request: Any, context: Any) -> Any:
+        one = fleet_service_pb2.Replicator(name=request.name)
+        return fleet_service_pb2.GetReplicatorResponse(replicator=one)
+
+    async def ListAssignments(self, request: Any, context: Any) -> Any:
+        one = fleet_service_pb2.AssignmentInfo(
+            name="assignments/u.1", task=request.task, collection="a.b", epoch=3, state="ACCEPTED"
+        )
+        return fleet_service_pb2.ListAssignmentsResponse(assignments=[one])
+
+
+async def serve(tasks: FakeTasks) -> tuple[grpc.aio.Server, str]:
+    server = grpc.aio.server()
+    task_service_pb2_grpc.add_TaskServiceServicer_to_server(tasks, server)
+    fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(FakeFleet(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    return server, f"127.0.0.1:{port}"
