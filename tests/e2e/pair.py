@@ -1,0 +1,188 @@
+"""A controller and replicators of our own between two real Milvus servers, and the proof at the
+end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from milvuscdc.v1 import (
+    fleet_service_pb2,
+    fleet_service_pb2_grpc,
+    task_pb2,
+    task_service_pb2,
+    task_service_pb2_grpc,
+    verify_pb2,
+)
+
+from tests.servers import Stack
+from tests.servers.logs import assert_quiet
+from tests.servers.services import ControllerProcess, ReplicatorProcess
+
+TASK = "tasks/follow"
+
+
+class Pair:
+    """Services for one test; `prove()` compares every row, `quiet()` reads the logs."""
+
+    def __init__(
+        self, stack: Stack, folder: Path, *, replicators: int = 1, **settings: Any
+    ) -> None:
+        self.stack = stack
+        self.folder = folder
+        self.controller = ControllerProcess(folder, **settings)
+        self.replicators = [
+            ReplicatorProcess(folder, self.controller.address, f"replicator-{n}")
+            for n in range(replicators)
+        ]
+
+    def __enter__(self) -> Self:
+        self.controller.start()
+        for replicator in self.replicators:
+            replicator.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in (*self.replicators, self.controller):
+            process.stop()
+
+    # ---- the API
+
+    @property
+    def tasks(self) -> task_service_pb2_grpc.TaskServiceStub:
+        return task_service_pb2_grpc.TaskServiceStub(self._channel())
+
+    @property
+    def fleet(self) -> fleet_service_pb2_grpc.FleetServiceStub:
+        return fleet_service_pb2_grpc.FleetServiceStub(self._channel())
+
+    def _channel(self) -> grpc.Channel:
+        # A channel a call: it never waits in a reconnect backoff after a restart of the controller.
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        return grpc.insecure_channel(self.controller.address, options=options)
+
+    def source(self) -> task_pb2.Source:
+        source = task_pb2.Source(
+            etcd=task_pb2.EtcdMetadata(
+                endpoints=[self.stack.etcd.endpoint], root_path=self.stack.source.root_path
+            ),
+            milvus=task_pb2.MilvusEndpoint(uri=self.stack.source.uri),
+        )
+        if self.stack.kafka is not None:
+            source.kafka.brokers.append(self.stack.kafka.brokers)
+        else:
+            source.nats.url = self.stack.source.nats_url
+        return source
+
+    def task(self, *include: str, name: str = TASK, latest: bool = False) -> task_pb2.Task:
+        start = (
+            task_pb2.Start(latest=task_pb2.Latest())
+            if latest
+            else task_pb2.Start(earliest=task_pb2.Earliest())
+        )
+        return task_pb2.Task(
+            name=name,
+            source=self.source(),
+            sink=task_pb2.Sink(milvus=task_pb2.MilvusEndpoint(uri=self.stack.sink.uri)),
+            selection=task_pb2.Selection(include=include),
+            start=start,
+        )
+
+    def create(self, *include: str, **options: Any) -> task_pb2.Task:
+        request = task_service_pb2.CreateTaskRequest(task=self.task(*include, **options))
+        return self.tasks.CreateTask(request, timeout=30).task
+
+    def get(self, name: str = TASK) -> task_pb2.Task:
+        return self.tasks.GetTask(task_service_pb2.GetTaskRequest(name=name), timeout=10).task
+
+    def collections(self, name: str = TASK) -> dict[str, task_pb2.TaskCollection]:
+        request = task_service_pb2.ListTaskCollectionsRequest(parent=name, page_size=1000)
+        listed = self.tasks.ListTaskCollections(request, timeout=10).collections
+        return {f"{c.database}.{c.collection}": c for c in listed}
+
+    def assignments(self) -> Sequence[fleet_service_pb2.AssignmentInfo]:
+        return self.fleet.ListAssignments(
+            fleet_service_pb2.ListAssignmentsRequest(page_size=1000), timeout=10
+        ).assignments
+
+    # ---- waiting and proving
+
+    def wait(self, what: str, condition: Callable[[], bool], seconds: float = 60) -> None:
+        """AssertionError with the task's own words when it does not come true."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                if condition():
+                    return
+            except grpc.RpcError:
+                pass
+            if time.monotonic() > deadline:
+                try:
+                    state = "\n".join(
+                        f"{n}: {task_pb2.CollectionState.Name(c.state)} {c.reason} {c.message}"
+                        for n, c in self.collections().items()
+                    )
+                    state += f"\n{self.get()}"
+                except grpc.RpcError as error:
+                    state = repr(error)
+                raise AssertionError(f"{what}: not within {seconds} s\n{state}")
+            time.sleep(0.2)
+
+    def wait_running(self, *names: str, seconds: float = 60) -> None:
+        def running() -> bool:
+            states = {n: c.state for n, c in self.collections().items()}
+            return all(states.get(name) == task_pb2.COLLECTION_STATE_RUNNING for name in names)
+
+        self.wait(f"{names} running", running, seconds)
+
+    def verify(
+        self, *collections: str, name: str = TASK
+    ) -> list[verify_pb2.VerifyCollectionResult]:
+        request = task_service_pb2.VerifyTaskRequest(name=name, collections=collections)
+        results = []
+        for answer in self.tasks.VerifyTask(request, timeout=180):
+            match answer.WhichOneof("event"):
+                case "collection":
+                    results.append(answer.collection)
+                case "difference":
+                    print(answer.difference)
+        return results
+
+    def prove(self, *collections: str) -> int:
+        """Missing 0, extra 0, different 0, doubled 0 in all of them; returns the rows compared."""
+        results = self.verify(*collections)
+        assert results, "nothing was compared"
+        for result in results:
+            found = (result.missing, result.extra, result.different, result.doubled)
+            assert found == (0, 0, 0, 0), result
+            assert result.equal, result
+            assert result.rows_source == result.rows_sink, result
+        return sum(result.rows_source for result in results)
+
+    def quiet(self, *allowed: str) -> None:
+        """No unexpected warning or error in any log of ours."""
+        for process in (self.controller, *self.replicators):
+            assert_quiet(process.log_path, allowed)
+
+
+def error_info(error: grpc.RpcError) -> error_details_pb2.ErrorInfo:
+    """The ErrorInfo every error of ours carries."""
+    status = rpc_status.from_call(error)
+    assert status is not None, error
+    for detail in status.details:
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info):
+            return info
+    raise AssertionError(f"no ErrorInfo in {status}")
