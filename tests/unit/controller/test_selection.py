@@ -1,0 +1,54 @@
+"""Globs, against the obvious definition."""
+
+from __future__ import annotations
+
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+from milvus_cdc_controller.core.selection import Selection, covers, intersect, matches, overlap
+
+GLOB = st.text("ab.*?", max_size=6)
+TEXT = st.text("ab.", max_size=6)
+
+
+def obvious(glob: str, text: str) -> bool:
+    pattern = "".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in glob)
+    return re.fullmatch(pattern, text) is not None
+
+
+@given(GLOB, TEXT)
+def test_matches(glob: str, text: str) -> None:
+    assert matches(glob, text) == obvious(glob, text)
+
+
+@given(GLOB, GLOB, TEXT)
+def test_what_matches_both_makes_them_intersect(a: str, b: str, text: str) -> None:
+    if matches(a, text) and matches(b, text):
+        assert intersect(a, b)
+
+
+@given(GLOB, GLOB, TEXT)
+def test_what_is_covered_is_matched(outer: str, inner: str, text: str) -> None:
+    if covers(outer, inner) and matches(inner, text):
+        assert matches(outer, text)
+
+
+PATTERNS = st.lists(GLOB, min_size=1, max_size=3).map(tuple)
+
+
+@given(PATTERNS, PATTERNS, PATTERNS, PATTERNS, TEXT)
+def test_a_shared_collection_is_never_missed(
+    a: tuple[str, ...], b: tuple[str, ...], x: tuple[str, ...], y: tuple[str, ...], text: str
+) -> None:
+    left, right = Selection(a, x), Selection(b, y)
+    if left.selects(text) and right.selects(text):
+        assert overlap(left, right) is not None
+
+
+def test_case_counts_and_excludes_win() -> None:
+    selection = Selection(("default.*",), ("default.scratch_*",))
+    assert selection.selects("default.books")
+    assert not selection.selects("Default.books")
+    assert not selection.selects("default.scratch_1")
+    assert overlap(Selection(("*.*",), ("shop.*",)), Selection(("shop.*",))) is None

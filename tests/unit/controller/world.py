@@ -1,0 +1,131 @@
+"""A core with its events made short: time is moved by hand, effects are kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from milvus_cdc.model import Catalogue, Collection, Database, ObjectState, Partition, Vchannel
+from milvus_cdc_controller.core import effects as fx
+from milvus_cdc_controller.core import events as ev
+from milvus_cdc_controller.core.controller import Controller
+from milvus_cdc_controller.core.effects import Effect, Record
+from milvus_cdc_controller.core.grant import ReportedState
+from milvus_cdc_controller.core.liveness import Leases
+from milvus_cdc_controller.core.selection import Selection
+from milvus_cdc_controller.core.task import StartAt, TaskSpec
+
+LEASES = Leases(ttl_ms=15_000, heartbeat_ms=3_000, margin_ms=2_000)
+SOURCE = "source-id"
+
+_Message = TypeVar("_Message")
+
+
+def collection(collection_id: int, name: str = "books", **other: Any) -> Collection:
+    pchannel = f"dml_{collection_id % 4}"
+    return replace(
+        Collection(
+            collection_id,
+            1,
+            "default",
+            name,
+            b"schema",
+            1,
+            0,
+            collection_id * 10,
+            partitions=(Partition(collection_id * 100, "_default", collection_id * 10),),
+            vchannels=(Vchannel(f"{pchannel}_{collection_id}v0", pchannel, b"start"),),
+        ),
+        **other,
+    )
+
+
+def dropped(of: Collection) -> Collection:
+    return replace(of, state=ObjectState.DROPPED)
+
+
+def spec(name: str = "tasks/copy", **other: Any) -> TaskSpec:
+    return replace(
+        TaskSpec(
+            name, (), Selection(("*.*",)), b"source", SOURCE, b"sink", "sink-id", StartAt.EARLIEST
+        ),
+        **other,
+    )
+
+
+class Script:
+    """Feeds a core and remembers what it stored, as a store would."""
+
+    def __init__(self, records: dict[str, Record] | None = None, *, at_ms: int = 0) -> None:
+        self.stored: dict[str, Record] = dict(records or {})
+        self.core = Controller(LEASES, self.stored.values())
+        self.at_ms = at_ms
+        self.revision = 0
+        self.calls = 0
+        self.seq = 0
+        self.last: list[Effect] = []
+        self.take(ev.Started(self.now))
+
+    @property
+    def now(self) -> ev.Instant:
+        return ev.Instant(self.at_ms, 1_700_000_000_000 + self.at_ms)
+
+    def take(self, event: ev.Event) -> list[Effect]:
+        self.last = self.core.step(event)
+        stored = [isinstance(effect, fx.Save | fx.Forget) for effect in self.last]
+        assert stored == sorted(stored, reverse=True), "something was sent before it was stored"
+        for effect in self.last:
+            match effect:
+                case fx.Save(key=key, record=record):
+                    self.stored[key] = record
+                case fx.Forget(key=key):
+                    self.stored.pop(key, None)
+        return self.last
+
+    def pass_time(self, milliseconds: int, *, beating: tuple[int, ...] = ()) -> None:
+        """In ticks; the streams named go on beating."""
+        until = self.at_ms + milliseconds
+        while self.at_ms < until:
+            self.at_ms = min(until, self.at_ms + 1_000)
+            for stream in beating:
+                self.take(ev.Heartbeat(self.now, stream, 1, False))
+            self.take(ev.Ticked(self.now))
+
+    def create(self, task: TaskSpec | None = None, *, probed: bool = True) -> fx.Reply:
+        self.calls += 1
+        task = task or spec()
+        uid = f"uid-{task.name.partition('/')[2]}"
+        self.take(ev.CreateTask(self.now, self.calls, uid, task, "", "f", probed))
+        return self.reply()
+
+    def reply(self) -> fx.Reply:
+        (reply,) = [effect for effect in self.last if isinstance(effect, fx.Reply)]
+        return reply
+
+    def see(self, *collections: Collection, **other: Any) -> list[Effect]:
+        self.revision += 1
+        fields: dict[str, Any] = {"databases": (Database(1, "default"),), **other}
+        catalogue = Catalogue(7, self.revision, 1000, collections=collections, **fields)
+        return self.take(ev.CatalogueSeen(self.now, SOURCE, catalogue))
+
+    def hello(self, stream: int, name: str, held: tuple[ev.Held, ...] = ()) -> list[Effect]:
+        return self.take(
+            ev.Hello(self.now, stream, name, f"instance-{name}", "1", "peer", 1, 0, held)
+        )
+
+    def report(self, stream: int, assignment_id: str, epoch: int, **other: Any) -> list[Effect]:
+        self.seq += 1
+        fields: dict[str, Any] = {"state": ReportedState.RUNNING, **other}
+        return self.take(
+            ev.ProgressReported(self.now, stream, assignment_id, epoch, self.seq, **fields)
+        )
+
+    def sent(self, kind: type[_Message], stream: int | None = None) -> list[_Message]:
+        """What the last step sent."""
+        return [
+            effect.message
+            for effect in self.last
+            if isinstance(effect, fx.Send)
+            and stream in (None, effect.stream)
+            and isinstance(effect.message, kind)
+        ]
