@@ -35,6 +35,8 @@ class MemorySource:
     def __init__(self) -> None:
         self._topics: dict[str, _Topic] = {}
         self._incarnations = 0
+        self._read: dict[str, int] = {}
+        """Incarnation of each topic when it was first opened."""
         self._down = False
 
     def append(self, pchannel: str, payload: bytes, *, streaming: bool = False) -> bytes:
@@ -68,7 +70,8 @@ class MemorySource:
 
     async def open(self, pchannel: str, position: bytes) -> MemoryReader:
         topic = self._topic(pchannel)
-        reader = MemoryReader(self, pchannel, topic.incarnation, decode(position))
+        incarnation = self._read.setdefault(pchannel, topic.incarnation)
+        reader = MemoryReader(self, pchannel, incarnation, decode(position))
         reader.check(topic)
         return reader
 

@@ -369,7 +369,10 @@ class _Connection:
             return self._client
 
     async def _connect(self) -> None:
+        errors: list[Exception] = []
+
         async def on_error(error: Exception) -> None:
+            errors.append(error)
             log.debug("nats client", url=_redacted(self.url), error=repr(error))
 
         async def on_closed() -> None:
@@ -378,16 +381,27 @@ class _Connection:
 
         client = Client()
         with _foreign_errors(self.url):
-            await client.connect(
-                self.url,
-                name="milvus-cdc",
-                error_cb=on_error,
-                disconnected_cb=on_closed,
-                closed_cb=on_closed,
-                allow_reconnect=False,
-                connect_timeout=CONNECT_SECONDS,
-                ping_interval=PING_SECONDS,
-            )
+            try:
+                async with asyncio.timeout(2 * CONNECT_SECONDS):
+                    await client.connect(
+                        self.url,
+                        name="milvus-cdc",
+                        error_cb=on_error,
+                        disconnected_cb=on_closed,
+                        closed_cb=on_closed,
+                        allow_reconnect=False,
+                        # The client tries once more than it is told to, however it is told.
+                        max_reconnect_attempts=1,
+                        reconnect_time_wait=0,
+                        connect_timeout=CONNECT_SECONDS,
+                        ping_interval=PING_SECONDS,
+                    )
+            except BaseException as error:
+                with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+                    await client.close()
+                if isinstance(error, nats.errors.NoServersError) and errors:
+                    raise errors[-1] from error
+                raise
         self._client = client
 
     async def close(self) -> None:
