@@ -12,6 +12,7 @@ Memory: a page is at most about `page_bytes`, once its rows have shown their siz
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -109,31 +110,31 @@ class Side:
                 self._row_bytes = max(self._row_bytes, self._page_bytes / limit)
 
     async def _page(self, after: Key | None, limit: int) -> Page:
-        rows = await self._rows(self._key.between(after, None), limit)
-        upto = rows.key(len(rows) - 1) if len(rows) >= limit else None
-        counted = await self.count(self._key.between(after, upto))
-        recounts = 0
-        while counted != len(rows):
-            # Doubled keys, keys skipped because of them, or a write in between.
-            most = min(MAX_ROWS, 2 * limit)
-            while counted > most and len(rows) > 1 and upto != rows.key(0):
-                upto = rows.key((len(rows) - 1) // 2)
-                rows = rows.upto(upto)
-                counted = await self.count(self._key.between(after, upto))
+        # Keys first: an open range with a limit makes every segment fetch that many whole rows.
+        known = await self._rows(self._key.between(after, None), limit, keys_only=True)
+        upto = known.key(len(known) - 1) if len(known) >= limit else None
+        most = min(MAX_ROWS, max(64, 2 * limit))
+        counts: list[int] = []
+        while True:
             expr = self._key.between(after, upto)
-            rows = await self._rows(expr, min(MAX_ROWS, max(counted, 1)))
-            again = await self.count(expr)
-            recounts += 1
-            if again > MAX_ROWS and len(rows) > 1 and recounts < _RECOUNTS:
-                upto = rows.key(len(rows) // 2)
-                counted = await self.count(self._key.between(after, upto))
+            counted, rows = await asyncio.gather(self.count(expr), self._rows(expr, most))
+            if counted == len(rows):
+                return Page(rows, upto)
+            if counted > most and len(known) and upto != known.key(0):
+                # Keys were skipped because others are doubled: a shorter range shows them.
+                upto = known.key((len(known) - 1) // 2)
+                known, counts = known.upto(upto), []
                 continue
-            if again == counted or recounts == _RECOUNTS:
-                surplus = max(0, min(counted, again) - len(rows))
+            if counted > most and most < MAX_ROWS:
+                # One key only (the smallest is never skipped), with very many copies.
+                most = min(MAX_ROWS, counted)
+                continue
+            counts.append(counted)
+            # Doubled keys, or a write in between; a second equal count rules the latter out.
+            if counts[-2:-1] == [counted] or len(counts) == _RECOUNTS:
+                surplus = max(0, min(counts[-2:]) - len(rows))
                 hidden = surplus > 0 and upto is None and await self._max_key_hidden()
                 return Page(rows, upto, surplus - hidden, hidden)
-            counted = again
-        return Page(rows, upto)
 
     async def surplus(self, after: Key | None, upto: Key | None, distinct: int) -> int:
         """Copies beyond `distinct` keys in this range."""
@@ -145,14 +146,15 @@ class Side:
         expr = f"{self._key.name} == {INT64_MAX}"
         return await self.count(expr) > 0 and not len(await self._rows(expr, 1))
 
-    async def _rows(self, expr: str, limit: int | None) -> Rows:
-        answer = await self._query(expr, self._fields, limit)
+    async def _rows(self, expr: str, limit: int | None, *, keys_only: bool = False) -> Rows:
+        fields = [self._key.name] if keys_only else self._fields
+        answer = await self._query(expr, fields, limit)
         try:
             rows = rows_of(answer, self._key)
         except (ValueError, KeyError) as err:
             where = f"{self._database}.{self._collection}"
             raise BugError("UNREADABLE_ANSWER", f"query of {where}: {err}") from err
-        if len(rows):
+        if len(rows) and not keys_only:
             self._row_bytes = max(16.0, rows.size / len(rows))
         return rows
 
