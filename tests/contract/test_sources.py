@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import Protocol
 from uuid import uuid4
@@ -11,7 +12,7 @@ from uuid import uuid4
 import nats
 import pytest
 from confluent_kafka import Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 from milvus_cdc.errors import BugError, LogResetError, LogTruncatedError, RetryableError
 from milvus_cdc.source import (
     KafkaConfig,
@@ -120,16 +121,24 @@ class KafkaQueue:
         self._stack = stack
         self._server = stack.kafka
         self._settings = {"bootstrap.servers": stack.kafka.brokers, "log_level": "0"}
+        self._admin = AdminClient(self._settings)
         self.source = open_source(KafkaConfig((stack.kafka.brokers,)))
         self.topic = f"contract-{uuid4().hex}"
 
     async def create(self) -> None:
         def create() -> None:
-            admin = AdminClient(self._settings)
+            # A topic just deleted may still be going.
             for _ in range(50):
-                answer = admin.create_topics([NewTopic(self.topic, 1, 1)])[self.topic]
+                answer = self._admin.create_topics([NewTopic(self.topic, 1, 1)])[self.topic]
+                if answer.exception(10) is None:
+                    break
+            # Shortly after, the partition may have no leader yet.
+            partition = {TopicPartition(self.topic, 0): OffsetSpec.latest()}
+            for _ in range(50):
+                (answer,) = self._admin.list_offsets(partition).values()
                 if answer.exception(10) is None:
                     return
+                time.sleep(0.1)
             raise answer.exception() or RuntimeError
 
         await asyncio.to_thread(create)
@@ -154,14 +163,14 @@ class KafkaQueue:
     async def truncate(self, first: bytes) -> None:
         def truncate() -> None:
             partition = TopicPartition(self.topic, 0, decode(first))
-            for answer in AdminClient(self._settings).delete_records([partition]).values():
+            for answer in self._admin.delete_records([partition]).values():
                 answer.result(10)
 
         await asyncio.to_thread(truncate)
 
     async def delete(self) -> None:
         def delete() -> None:
-            for answer in AdminClient(self._settings).delete_topics([self.topic]).values():
+            for answer in self._admin.delete_topics([self.topic]).values():
                 answer.result(10)
 
         await asyncio.to_thread(delete)
