@@ -1,0 +1,174 @@
+"""Whatever dies, however it ends: missing 0, extra 0, different 0, doubled 0."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from milvuscdc.v1 import task_pb2
+
+from tests.e2e.load import SHAPES, Load
+from tests.e2e.pair import Pair
+from tests.servers import Stack
+from tests.servers.process import ManagedProcess
+
+# What a service may say when its peer or its servers vanish under it.
+LOST_PEER = (
+    r"stream to the controller lost",
+    r"controller not reachable",
+    r'"event": "retrying',
+    r"reading interrupted",
+    r"replicator (lost|stream ended|suspect)",
+    r"lease",
+)
+
+QUICK_ROUNDS = 3
+SOAK_ROUNDS = 20
+
+
+def _restart(process: ManagedProcess, how: str) -> None:
+    process.restart(hard=how == "kill")
+
+
+def crash_rounds(
+    stack: Stack,
+    folder: Path,
+    database: str,
+    rounds: int,
+    crash: Callable[[Pair, random.Random], None],
+) -> int:
+    """A mixed load on every shape; `crash` once a round; the proof at the end."""
+    load = Load(stack.source.uri, database, seed=rounds, pause_seconds=0.02)
+    load.create()
+    rng = random.Random(database)
+    with Pair(stack, folder, replicators=2) as pair:
+        pair.create(f"{database}.*")
+        load.start()
+        try:
+            for _ in range(rounds):
+                time.sleep(rng.uniform(1.0, 3.0))
+                crash(pair, rng)
+        finally:
+            load.stop()
+        pair.wait_running(*(f"{database}.{shape.name}" for shape in SHAPES), seconds=90)
+        rows = pair.prove()
+        pair.quiet(*LOST_PEER)
+        return rows
+
+
+WHO = ("replicator", "controller", "both")
+HOW = ("kill", "term")
+
+
+def _crash(who: str, how: str) -> Callable[[Pair, random.Random], None]:
+    def crash(pair: Pair, rng: random.Random) -> None:
+        if who in ("controller", "both"):
+            _restart(pair.controller, how)
+        if who in ("replicator", "both"):
+            _restart(rng.choice(pair.replicators), how)
+
+    return crash
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("who", WHO)
+def test_killed_and_stopped_on_nats(nats_stack: Stack, tmp_path: Path, who: str, how: str) -> None:
+    assert crash_rounds(nats_stack, tmp_path, f"crash_{who}_{how}", QUICK_ROUNDS, _crash(who, how))
+
+
+@pytest.mark.kafka
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("how", HOW)
+def test_killed_and_stopped_on_kafka(kafka_stack: Stack, tmp_path: Path, how: str) -> None:
+    assert crash_rounds(
+        kafka_stack, tmp_path, f"crash_kafka_{how}", QUICK_ROUNDS, _crash("both", how)
+    )
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("who", WHO)
+@pytest.mark.parametrize("queue", ["nats", "kafka"])
+def test_twenty_times(
+    request: pytest.FixtureRequest, tmp_path: Path, queue: str, who: str, how: str
+) -> None:
+    stack: Stack = request.getfixturevalue(f"{queue}_stack")
+    assert crash_rounds(stack, tmp_path, f"soak_{queue}_{who}_{how}", SOAK_ROUNDS, _crash(who, how))
+
+
+@pytest.mark.timeout(300)
+def test_a_frozen_replicator_writes_nothing_after_its_lease(
+    nats_stack: Stack, tmp_path: Path
+) -> None:
+    load = Load(nats_stack.source.uri, "crash_frozen", pause_seconds=0.02)
+    load.create()
+    with Pair(nats_stack, tmp_path, replicators=2) as pair:
+        pair.create("crash_frozen.*")
+        load.start()
+        pair.wait_running(*(f"crash_frozen.{shape.name}" for shape in SHAPES))
+        time.sleep(2)
+        frozen, other = pair.replicators
+        frozen.pause()
+        pair.wait(
+            "the other one has taken over",
+            lambda: {a.replicator for a in pair.assignments()} == {f"replicators/{other.name}"},
+        )
+        time.sleep(2)
+        frozen.resume()
+        time.sleep(3)
+        load.stop()
+        pair.wait_running(*(f"crash_frozen.{shape.name}" for shape in SHAPES))
+        assert pair.prove()
+        epochs = {a.epoch for a in pair.assignments() if a.collection}
+        assert max(epochs) > 1
+        pair.quiet(*LOST_PEER)
+
+
+@pytest.mark.timeout(400)
+def test_servers_that_go_away_and_come_back(nats_stack: Stack, tmp_path: Path) -> None:
+    """The sink, the source with its queue, the source's etcd, the controller: one after the
+    other.
+    """
+    load = Load(nats_stack.source.uri, "crash_servers", pause_seconds=0.02)
+    load.create()
+    names = [f"crash_servers.{shape.name}" for shape in SHAPES]
+    with Pair(nats_stack, tmp_path) as pair:
+        pair.create("crash_servers.*")
+        load.start()
+        pair.wait_running(*names)
+
+        nats_stack.sink.kill()
+        time.sleep(5)
+        states = {c.state for c in pair.collections().values()}
+        assert task_pb2.COLLECTION_STATE_RETRYING in states
+        reasons = {c.reason for c in pair.collections().values() if c.reason}
+        assert reasons <= {"SINK_UNAVAILABLE", "SINK_UNKNOWN_OUTCOME", "SINK_NOT_READY"}, reasons
+        nats_stack.sink.start()
+        pair.wait_running(*names, seconds=120)
+
+        load.stop()
+        nats_stack.source.kill()
+        pair.wait(
+            "the queue's absence is shown",
+            lambda: any(
+                c.state == task_pb2.COLLECTION_STATE_RETRYING for c in pair.collections().values()
+            ),
+        )
+        nats_stack.source.start()
+        pair.wait_running(*names, seconds=120)
+        assert pair.prove()
+
+        pair.controller.kill()
+        again = Load(nats_stack.source.uri, "crash_servers", seed=7, pause_seconds=0.02)
+        again.shapes = (SHAPES[5],)
+        again.start()
+        time.sleep(3)
+        again.stop()
+        pair.controller.start()
+        pair.wait_running(*names, seconds=60)
+        assert pair.prove()
+        pair.quiet(*LOST_PEER, "source (metadata|etcd)", "SOURCE_")
