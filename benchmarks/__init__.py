@@ -1,0 +1,1 @@
+"""What the project reaches on this machine, against real servers (`make bench`)."""

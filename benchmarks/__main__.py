@@ -1,0 +1,124 @@
+"""`python -m benchmarks`: measures on real servers of this machine and prints what was seen.
+
+Rows are those of dimension 128; larger vectors get fewer, so that the bytes stay the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks import catchup, footprint, lag, steady
+from benchmarks.rig import Rig
+from benchmarks.rows import Table, drop
+from benchmarks.table import Results
+from benchmarks.writers import best_direct
+from tests.servers.kafka import kafka_unavailable_reason
+
+PARTS = ("direct", "catchup", "crash", "steady", "lag", "memory", "idle", "list")
+LAG_ROWS_PER_SECOND = 1_000
+IDLE_COLLECTIONS = 64
+LISTED_TASKS = 1_000
+
+_started = time.monotonic()
+
+
+def main() -> int:
+    options = _options()
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    results = Results(command=f"python -m benchmarks {' '.join(sys.argv[1:])}".strip())
+    for queue in options.queues:
+        if queue == "kafka" and (reason := kafka_unavailable_reason()):
+            _say(f"kafka left out: {reason}")
+            continue
+        _say(f"{queue}: starting etcd, two Milvus, controller, replicator")
+        with Rig(queue) as rig:
+            _measure(rig, options, results)
+    results.show(console)
+    if options.json:
+        results.write_json(options.json)
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--queues", type=_words, default=("nats", "kafka"), help="nats,kafka")
+    parser.add_argument("--dims", type=_numbers, default=(128, 768), help="128,768")
+    parser.add_argument("--rows", type=int, default=500_000, help="of dimension 128")
+    parser.add_argument("--only", type=_words, default=PARTS, help=",".join(PARTS))
+    parser.add_argument("--quick", action="store_true", help="fewer rows and shorter streams")
+    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    options = parser.parse_args()
+    for name, allowed in (("queues", ("nats", "kafka")), ("only", PARTS)):
+        if unknown := set(getattr(options, name)) - set(allowed):
+            parser.error(f"--{name} knows {', '.join(allowed)}, not {', '.join(sorted(unknown))}")
+    if options.quick:
+        options.rows = min(options.rows, 100_000)
+    return options
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _measure(rig: Rig, options: argparse.Namespace, results: Results) -> None:
+    queue, parts = rig.queue, options.only
+    stream_seconds = 20 if options.quick else 60
+    probe_seconds = 15 if options.quick else 40
+    for dim in options.dims:
+        key = f"{queue} {dim}"
+        rows = options.rows * 128 // max(dim, 128)
+        if "direct" in parts:
+            _say(f"{key}: direct writers, the best of all batch sizes and parallelisms")
+            uri = rig.stack.sink.uri
+            results.direct[key] = best_direct(uri, rig.stack.sink.address, dim, rows)
+        tables: dict[Table, int] = {}
+        for rows_per_insert in (1_000, 100):
+            table = Table(f"bench_{dim}_{rows_per_insert}", dim)
+            if not {"catchup", "crash", "memory"} & set(parts):
+                continue
+            _say(f"{key}: writing {rows:,} rows in {rows_per_insert}-row inserts")
+            fill_rate = catchup.prepare(rig, table, rows, rows_per_insert)
+            tables[table] = rows
+            if "catchup" in parts:
+                _say(f"{key}: catch-up")
+                results.catch_ups.append(
+                    catchup.catch_up(rig, table, rows, rows_per_insert, fill_rate)
+                )
+            if "crash" in parts and rows_per_insert == 1_000:
+                _say(f"{key}: catch-up whose owner is killed")
+                results.crashes[key] = catchup.crash(rig, table, rows)
+        if "memory" in parts and dim == options.dims[0]:
+            _say(f"{key}: {sum(tables.values()):,} rows wait before a stopped sink")
+            results.stalled[queue] = footprint.stalled(rig, tables)
+        for table in tables:
+            drop(rig.stack.source.uri, table.name)
+        if "steady" in parts:
+            _say(f"{key}: steady stream of {stream_seconds} s")
+            results.steady.append(steady.steady(rig, dim, stream_seconds))
+    if "lag" in parts:
+        for background in (0, LAG_ROWS_PER_SECOND):
+            _say(f"{queue}: lag with {background} rows/s beside the probes")
+            results.lags.append(lag.measure(rig, background, probe_seconds))
+    if "idle" in parts:
+        _say(f"{queue}: at rest with {IDLE_COLLECTIONS} collections")
+        results.idle[queue] = footprint.idle(rig, IDLE_COLLECTIONS, probe_seconds)
+    if "list" in parts and queue == options.queues[0]:
+        _say(f"{queue}: list of {LISTED_TASKS} tasks")
+        results.listing[queue] = footprint.listing(rig, LISTED_TASKS)
+
+
+def _say(text: str) -> None:
+    print(f"[{time.monotonic() - _started:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

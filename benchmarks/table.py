@@ -1,0 +1,166 @@
+"""The results as tables for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from benchmarks.catchup import CatchUp, Crash
+from benchmarks.footprint import Idle, Listing, Stalled
+from benchmarks.lag import Lag
+from benchmarks.steady import Steady
+from benchmarks.usage import machine
+from benchmarks.writers import Direct
+
+GOAL_RATIO = {1_000: 0.8, 100: 0.6}
+GOAL_CPU = {1_000: 4.0, 100: 12.0}
+GOAL_CRASH = 0.9
+GOAL_P50, GOAL_P99 = 0.3, 0.7
+GOAL_MIB = 256.0
+GOAL_IDLE = 5.0
+GOAL_LIST_MS = 100.0
+
+
+@dataclass(slots=True)
+class Results:
+    """One run; direct writers by queue and dimension, pymilvus and prebuilt requests."""
+
+    command: str
+    machine: str = field(default_factory=machine)
+    direct: dict[str, tuple[Direct, Direct]] = field(default_factory=dict)
+    catch_ups: list[CatchUp] = field(default_factory=list)
+    crashes: dict[str, Crash] = field(default_factory=dict)
+    steady: list[Steady] = field(default_factory=list)
+    lags: list[Lag] = field(default_factory=list)
+    stalled: dict[str, Stalled] = field(default_factory=dict)
+    idle: dict[str, Idle] = field(default_factory=dict)
+    listing: dict[str, Listing] = field(default_factory=dict)
+
+    def ratio(self, run: CatchUp) -> float | None:
+        """To plain pymilvus under the same conditions."""
+        direct = self.direct.get(f"{run.queue} {run.dim}")
+        return None if direct is None else run.rate / direct[0].rate
+
+    def crash_ratio(self, key: str) -> float | None:
+        """The second owner's pace to that of the same catch-up without a crash."""
+        for run in self.catch_ups:
+            if f"{run.queue} {run.dim}" == key and run.rows_per_insert == 1_000:
+                return self.crashes[key].inner_rate / run.inner_rate
+        return None
+
+    def write_json(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    def show(self, console: Console) -> None:
+        console.print(f"\n{self.command}\n{self.machine}")
+        self._show_throughput(console)
+        self._show_figures(console)
+
+    def _show_throughput(self, console: Console) -> None:
+        table = RichTable(title="Throughput (no index, not loaded, 2 shards)", title_justify="left")
+        for column in ("", "queue", "dim", "rows/s", "10-90 %", "of direct", "goal"):
+            table.add_column(column, justify="left" if column in ("", "queue") else "right")
+        for column in ("CPU s per M rows", "MiB"):
+            table.add_column(column, justify="right" if column == "MiB" else "left")
+        for key, (plain, prebuilt) in self.direct.items():
+            queue, dim = key.split()
+            for what, direct in (("direct pymilvus", plain), ("direct prebuilt bytes", prebuilt)):
+                label = f"{what}, {direct.batch} x{direct.parallelism}"
+                table.add_row(label, queue, dim, f"{direct.rate:,.0f}", "", "", "", "", "")
+        for run in self.catch_ups:
+            ratio = self.ratio(run)
+            goal = GOAL_RATIO.get(run.rows_per_insert)
+            table.add_row(
+                f"catch-up, {run.rows_per_insert}-row inserts",
+                run.queue,
+                str(run.dim),
+                f"{run.rate:,.0f}",
+                f"{run.inner_rate:,.0f}",
+                "" if ratio is None else _judged(ratio, goal, at_least=True),
+                "" if goal is None else f">= {goal}",
+                _cpu(run.cpu_per_million, GOAL_CPU.get(run.rows_per_insert)),
+                _judged(run.peak_mib, GOAL_MIB, digits=0),
+            )
+        for stream in self.steady:
+            table.add_row(
+                f"steady, {stream.rows_per_insert}-row inserts",
+                stream.queue,
+                str(stream.dim),
+                f"{stream.source_rate:,.0f}",
+                "",
+                "",
+                "lag flat",
+                _cpu(stream.cpu_per_million, None),
+                _judged(stream.peak_mib, GOAL_MIB, digits=0),
+            )
+        console.print(table)
+
+    def _show_figures(self, console: Console) -> None:
+        table = RichTable(title="Other figures", title_justify="left")
+        for column in ("", "seen", "goal"):
+            table.add_column(column)
+        for key, crash in self.crashes.items():
+            ratio = self.crash_ratio(key)
+            table.add_row(
+                f"{key}: pace after kill -9 of the owner, to the ordinary one",
+                f"{'' if ratio is None else _judged(ratio, GOAL_CRASH, at_least=True)} "
+                f"({crash.pause_seconds:.1f} s to the first row, {crash.upserted:,} of "
+                f"{crash.rows:,} rows upserted)",
+                f">= {GOAL_CRASH}",
+            )
+        for stream in self.steady:
+            lags = " ".join(f"{lag:.1f}" for lag in stream.lags)
+            table.add_row(
+                f"{stream.queue} {stream.dim}: lag every 10 s at {stream.source_rate:,.0f} rows/s",
+                f"{lags} s, the last row {stream.drain_seconds:.1f} s after the end",
+                "flat",
+            )
+        for lag in self.lags:
+            load = f"{lag.background:,} rows/s" if lag.background else "idle"
+            table.add_row(
+                f"{lag.queue}: acknowledged to visible, {load} ({lag.probes} probes)",
+                f"p50 {_judged(lag.p50, GOAL_P50)} s, p99 {_judged(lag.p99, GOAL_P99)} s, "
+                f"largest {lag.largest:.2f} s",
+                f"< {GOAL_P50}, < {GOAL_P99} s",
+            )
+        for queue, stall in self.stalled.items():
+            table.add_row(
+                f"{queue}: replicator memory, sink stopped, {stall.rows_waiting:,} rows waiting",
+                f"{_judged(stall.peak_mib, GOAL_MIB, digits=0)} MiB "
+                f"({stall.before_mib:.0f} before the first task)",
+                f"< {GOAL_MIB:.0f} MiB",
+            )
+        for queue, rest in self.idle.items():
+            shares = ", ".join(f"{n} {_judged(p, GOAL_IDLE, 1)} %" for n, p in rest.percent.items())
+            table.add_row(
+                f"{queue}: CPU at rest, {rest.collections} collections",
+                shares,
+                f"< {GOAL_IDLE:.0f} % of a core",
+            )
+        for queue, listed in self.listing.items():
+            table.add_row(
+                f"{queue}: List of {listed.tasks:,} tasks",
+                f"{_judged(listed.milliseconds, GOAL_LIST_MS, 0)} ms",
+                f"< {GOAL_LIST_MS:.0f} ms",
+            )
+        console.print(table)
+
+
+def _judged(value: float, goal: float | None, digits: int = 2, *, at_least: bool = False) -> str:
+    text = f"{value:.{digits}f}"
+    if goal is None:
+        return text
+    reached = value >= goal if at_least else value <= goal
+    return f"[green]{text}[/]" if reached else f"[red]{text} (short)[/]"
+
+
+def _cpu(per_million: dict[str, float], goal: float | None) -> str:
+    return ", ".join(
+        f"{name} {_judged(value, goal if name == 'replicator' else None, 1)}"
+        for name, value in per_million.items()
+    )
