@@ -111,7 +111,9 @@ class Demo:
         for process in reversed([self.controller, *self.replicators]):
             with contextlib.suppress(Exception):
                 process.stop()
-        self.stack.stop()
+        for server in reversed(self.stack.servers):
+            # Their data goes with the folder: nobody needs their orderly end.
+            server.stop(grace=2)
         if self._keep_logs:
             for data in self.folder.glob("**/data"):
                 shutil.rmtree(data, ignore_errors=True)

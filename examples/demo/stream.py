@@ -14,6 +14,8 @@ from pymilvus import MilvusClient
 
 from examples.demo.data import Row, Table
 
+JOIN_SECONDS = 30.0
+
 
 @dataclass(slots=True)
 class Counts:
@@ -100,7 +102,6 @@ class Stream:
 
     def __init__(self, uri: str) -> None:
         self.counts = Counts()
-        self.started = 0.0
         self._uri = uri
         self._stops: list[threading.Event] = []
         self._threads: list[threading.Thread] = []
@@ -112,13 +113,17 @@ class Stream:
         self._writers.append(writer)
         return writer
 
-    def start(self, writer: Writer) -> threading.Event:
-        """Runs it; the event stops this writer alone."""
-        self.started = self.started or time.monotonic()
+    def start(self, writer: Writer) -> Callable[[], None]:
+        """Runs it; what is returned ends this writer alone, its last batch included."""
         stop = threading.Event()
         self._stops.append(stop)
-        self._spawn(f"writer of {writer.table.full_name}", lambda: writer.run(stop))
-        return stop
+        thread = self._spawn(f"writer of {writer.table.full_name}", lambda: writer.run(stop))
+
+        def end() -> None:
+            stop.set()
+            thread.join(JOIN_SECONDS)
+
+        return end
 
     def do(self, what: str, action: Callable[[], None]) -> None:
         """An act of its own beside the writers."""
@@ -134,11 +139,11 @@ class Stream:
         for stop in self._stops:
             stop.set()
         for thread in self._threads:
-            thread.join(30)
+            thread.join(JOIN_SECONDS)
         for writer in self._writers:
             writer.close()
 
-    def _spawn(self, name: str, body: Callable[[], None]) -> None:
+    def _spawn(self, name: str, body: Callable[[], None]) -> threading.Thread:
         def run() -> None:
             try:
                 body()
@@ -148,3 +153,4 @@ class Stream:
         thread = threading.Thread(target=run, name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
+        return thread

@@ -17,6 +17,7 @@ from rich.table import Table as RichTable
 from examples.demo.services import Demo
 
 PLAIN_EVERY_SECONDS = 5.0
+COUNT_EVERY_SECONDS = 1.0
 _EVENTS_SHOWN = 8
 
 
@@ -28,6 +29,7 @@ class Seen:
     collection_id: int
     state: str
     reason: str
+    message: str
     owner: str
     behind: float | None
     """Seconds between now and the source time up to which everything is durable in the sink."""
@@ -47,8 +49,17 @@ class Counter:
     def __init__(self, uri: str) -> None:
         self._uri = uri
         self._clients: dict[str, MilvusClient] = {}
+        self._known: dict[str, tuple[float, int | None]] = {}
 
     def rows(self, full_name: str) -> int | None:
+        """A count may be COUNT_EVERY_SECONDS old: counting must not slow the two clusters down."""
+        at, rows = self._known.get(full_name, (0.0, None))
+        if time.monotonic() - at > COUNT_EVERY_SECONDS:
+            rows = self._count(full_name)
+            self._known[full_name] = (time.monotonic(), rows)
+        return rows
+
+    def _count(self, full_name: str) -> int | None:
         database, _, name = full_name.partition(".")
         try:
             client = self._clients.get(database)
@@ -61,8 +72,8 @@ class Counter:
                 consistency_level="Eventually",
                 timeout=2,
             )
-        except MilvusException:
-            return None  # not there or not loaded yet
+        except (MilvusException, grpc.RpcError):
+            return None  # not there, not loaded yet, or too busy to say
         return int(answer[0]["count(*)"])
 
     def close(self) -> None:
@@ -116,7 +127,7 @@ class Watch:
         """Asks the controller and both clusters, and shows the answers."""
         try:
             answer = self.demo.tasks.ListTaskCollections(
-                task_service_pb2.ListTaskCollectionsRequest(parent=self.task), timeout=5
+                task_service_pb2.ListTaskCollectionsRequest(parent=self.task), timeout=15
             )
         except grpc.RpcError as error:
             raise RuntimeError(f"the controller does not answer: {error}") from error
@@ -126,6 +137,12 @@ class Watch:
         elif time.monotonic() - self._printed >= PLAIN_EVERY_SECONDS:
             self._print()
         return self.seen
+
+    def check(self) -> None:
+        """RuntimeError when a collection was FAILED when last looked at."""
+        for seen in self.seen:
+            if seen.state == "FAILED":
+                raise RuntimeError(f"{seen.name} FAILED {seen.reason}: {seen.message}")
 
     def owner(self, full_name: str) -> str:
         """Name of the replicator that held the collection when last looked at; "" if none did."""
@@ -141,6 +158,7 @@ class Watch:
             collection.collection_id,
             task_pb2.CollectionState.Name(collection.state).removeprefix("COLLECTION_STATE_"),
             collection.reason,
+            collection.message,
             collection.replicator.removeprefix("replicators/"),
             behind,
             self.source.rows(name),
