@@ -81,6 +81,7 @@ class Cluster(RuleBasedStateMachine):
         held = tuple(ev.Held(key, epoch, 1) for key, epoch in self.holds[name].items())
         self.asked[name] = {}
         self.take(lambda: self.script.hello(self.last_stream, name, held))
+        self.beat(name, False)
 
     @rule(name=NAMES)
     def lose(self, name: str) -> None:
@@ -142,7 +143,7 @@ class Cluster(RuleBasedStateMachine):
             )
             self.take(self.script.take, event)
 
-    @rule(milliseconds=st.sampled_from((100, 3_000, 20_000)))
+    @rule(milliseconds=st.sampled_from((100, 3_000, 6_000, 20_000)))
     def wait(self, milliseconds: int) -> None:
         self.script.at_ms += milliseconds
         self.take(self.script.take, ev.Ticked(self.script.now))
