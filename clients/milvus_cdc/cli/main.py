@@ -171,9 +171,10 @@ def _api_failure(err: ApiError, address: str) -> int:
             UNREACHABLE,
         )
     field = f", field {err.field}" if err.field else ""
-    advice = _ADVICE_BY_REASON.get(err.reason) or _ADVICE.get(
-        err.code, "the controller's log says more"
-    )
+    advice = _ADVICE.get(err.code, "the controller's log says more")
+    if err.code == grpc.StatusCode.FAILED_PRECONDITION and err.field:
+        advice = f"check {err.field} and what it points to, then try again"
+    advice = _ADVICE_BY_REASON.get(err.reason, advice)
     return _fail(f"{err.message} ({err.code.name}, {err.reason}{field})", advice, REFUSED)
 
 
