@@ -15,7 +15,7 @@ from benchmarks.rig import Rig, wait_until, written
 from benchmarks.rows import Table, create, drop
 from benchmarks.usage import Meter, peak_mib, resident_mib
 
-STALL_SECONDS = 10.0
+STALL_SECONDS = 7.0
 """Less than the lease of a Milvus in its etcd, which a stopped process does not renew."""
 SETTLE_SECONDS = 5.0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import sys
 import tempfile
 import time
 import urllib.request
@@ -150,6 +151,7 @@ class Rig:
         self.stack.stop()
         if keep_logs:
             shutil.rmtree(self.folder / "servers", ignore_errors=True)
+            print(f"the services' logs are in {self.folder}", file=sys.stderr)
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
 
