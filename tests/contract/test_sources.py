@@ -404,3 +404,22 @@ async def test_nobody_listening_is_retryable() -> None:
         with pytest.raises(RetryableError, match="QUEUE_UNREACHABLE"):
             await source.probe()
         await source.close()
+
+
+async def test_a_nats_reader_holds_no_more_than_was_asked_for(nats_stack: Stack) -> None:
+    queue = NatsQueue(nats_stack)
+    await queue.create()
+    await queue.append(*[bytes(500_000)] * 20)
+    reader = await beginning(queue)
+    assert await reader.read(1_000_000, 5)
+    client = await nats.connect(nats_stack.source.nats_url)
+    # Time enough to pull everything, for a reader that would.
+    await asyncio.sleep(1)
+    (consumer,) = await client.jetstream().consumers_info(queue.topic)
+    assert consumer.delivered is not None
+    assert consumer.delivered.stream_seq <= 5
+    assert len(await read_all(reader, 19)) == 19
+    await client.close()
+    await reader.close()
+    await queue.source.close()
+    await queue.delete()

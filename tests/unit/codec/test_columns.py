@@ -135,7 +135,8 @@ def build(kind: Kind, rows: Sequence[Row], *, nullable: bool = False, full: bool
         else:
             rows = [row for row in rows if row is not None]
     kind.put(f, rows)
-    return f.SerializeToString()
+    column: bytes = f.SerializeToString()
+    return column
 
 
 def rows_of(kind: Kind, column: bytes) -> list[Row]:
