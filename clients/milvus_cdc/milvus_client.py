@@ -1,43 +1,56 @@
 """Calls to a Milvus' public API: address, token, deadlines, and its errors as ours.
 
-Law: nothing foreign leaves: every failure is one of milvus_cdc.errors. A write whose answer is
-missing is an UnknownOutcomeError unless no connection ever carried it.
+Laws: every call has a deadline; every answer's status is looked at; nothing is repeated here. What
+leaves is one of milvus_cdc.errors, except Refusal from `ask`, whose caller knows what a code means
+to it, and MessageTooLargeError from `write`.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import grpc
 
-from milvus_cdc.errors import CdcError, RetryableError, UnknownOutcomeError, UserError
-from milvus_cdc.milvus_protos import common_pb2, milvus_pb2_grpc
+from milvus_cdc.errors import CdcError, UserError
+from milvus_cdc.milvus_protos import common_pb2, milvus_pb2
+from milvus_cdc.milvus_status import (
+    MilvusStatusError,
+    Refusal,
+    check,
+    from_refusal,
+    from_rpc,
+    too_large,
+)
 
-MIB = 1024 * 1024
-MAX_MESSAGE_BYTES = 256 * MIB
+__all__ = ["CALL_SECONDS", "MessageTooLargeError", "MilvusClient", "MilvusStatusError", "Refusal"]
+
 CALL_SECONDS = 10.0
+_MAX_RECEIVE_BYTES = 256 * 2**20
+_DEFAULT_PORT = 19530
+_SERVICE = "milvus.proto.milvus.MilvusService"
 
-COLLECTION_NOT_FOUND = "SINK_COLLECTION_MISSING"
+_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", _MAX_RECEIVE_BYTES),
+    # Milvus refuses pings more often than every 5 s (proxy/service.go, keepalive enforcement).
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # By default gRPC waits up to two minutes before it looks for a server that was away.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
+    ("grpc.max_reconnect_backoff_ms", 3_000),
+    # Clients of one process otherwise share a connection and its flow control.
+    ("grpc.use_local_subchannel_pool", 1),
+    # A retry policy from DNS could repeat a plain insert.
+    ("grpc.service_config_disable_resolution", 1),
+)
 
-# merr codes (milvus `pkg/util/merr/errors.go`, 2.3 to 2.5).
-_CODE_COLLECTION_NOT_FOUND = 100
-_CODE_COLLECTION_NOT_LOADED = 101
-_CODE_LIMIT_REACHED = (8,)
-_TRANSIENT_CODES = frozenset({1, 2, 3, 5, 6, 9, 10, 22, 503, 901, 902, 1801})
-_AUTH_CODES = frozenset({1400, 1401, 1402, 1403})
-_DENIED_CODES = frozenset({108, 1900})
-_PARAMETER_CODES = frozenset({1100, 1101, 1102})
 
-
-class MilvusStatusError(UserError):
-    """Milvus refused for a reason that only a person can mend; `code` is merr's."""
-
-    def __init__(self, reason: str, message: str, code: int) -> None:
-        super().__init__(reason, message)
-        self.code = code
+class MessageTooLargeError(Exception):
+    """The server refused a write for its size and executed nothing of it."""
 
 
 class MilvusClient:
@@ -45,132 +58,116 @@ class MilvusClient:
 
     def __init__(self, uri: str, token: str | None = None, *, who: str = "sink") -> None:
         """`who` begins the reasons of errors: SINK_UNAVAILABLE, SOURCE_UNAVAILABLE, ..."""
-        self._who = who.upper()
         self.uri = uri
-        parts = urlsplit(uri)
-        default = 443 if parts.scheme == "https" else 19530
-        target = f"{parts.hostname}:{parts.port or default}"
-        options = [
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.keepalive_time_ms", 20_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.max_reconnect_backoff_ms", 3_000),
-            # Connections are not shared between clients of one process: each has its own flow control.
-            ("grpc.use_local_subchannel_pool", 1),
-        ]
-        if parts.scheme == "https":
-            credentials = grpc.ssl_channel_credentials()
-            self.channel = grpc.aio.secure_channel(target, credentials, options=options)
-        else:
-            self.channel = grpc.aio.insecure_channel(target, options=options)
+        self._who = who.upper()
+        target, tls = _parse(uri, self._who)
+        self.channel = (
+            grpc.aio.secure_channel(
+                target, grpc.ssl_channel_credentials(), options=_CHANNEL_OPTIONS
+            )
+            if tls
+            else grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        )
         self.metadata: tuple[tuple[str, str], ...] = ()
         if token:
             encoded = base64.b64encode(token.encode()).decode()
             self.metadata = (("authorization", encoded),)
-        self._stub: Any = milvus_pb2_grpc.MilvusServiceStub(self.channel)
+        self._methods: dict[str, Any] = {}
 
-    async def __aenter__(self) -> MilvusClient:
+    async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         await self.close()
 
     async def close(self) -> None:
         await self.channel.close()
 
-    def raw(
-        self, method: str, serialize: Callable[[Any], bytes], parse: Callable[[bytes], Any]
-    ) -> Any:
-        """A unary call with serializers of one's own."""
-        return self.channel.unary_unary(
-            f"/milvus.proto.milvus.MilvusService/{method}",
-            request_serializer=serialize,
-            response_deserializer=parse,
-        )
-
     async def call(self, method: str, request: Any, *, timeout: float = CALL_SECONDS) -> Any:
         """Any method but a write. Raises RetryableError, MilvusStatusError, UserError."""
         try:
-            answer = await getattr(self._stub, method)(
-                request, timeout=timeout, metadata=self.metadata
-            )
+            return await self.ask(method, request, timeout=timeout)
+        except Refusal as refusal:
+            raise self.error(refusal) from refusal
+
+    async def ask(self, method: str, request: Any, *, timeout: float = CALL_SECONDS) -> Any:
+        """Like `call`, but a status that is not success is Refusal."""
+        try:
+            answer = await self._method(method)(request, timeout=timeout, metadata=self.metadata)
         except grpc.aio.AioRpcError as error:
-            raise self.rpc_error(method, error) from error
-        status = answer if isinstance(answer, common_pb2.Status) else answer.status
-        self.check(method, status)
+            raise from_rpc(self._who, self.uri, method, error, writes=False) from error
+        check(method, answer if isinstance(answer, common_pb2.Status) else answer.status)
         return answer
 
-    def check(self, method: str, status: Any) -> None:
-        """Raises what an unsuccessful `common.Status` means."""
-        if status.code == 0 and status.error_code == 0:
-            return
-        raise self.status_error(method, status)
+    def error(self, refusal: Refusal) -> CdcError:
+        """What a refusal from `ask` means when it means nothing special."""
+        return from_refusal(self._who, self.uri, refusal, writes=False)
 
-    def status_error(self, method: str, status: Any) -> CdcError:
-        code = status.code
-        text = f"{method} at {self.uri}: {status.reason} (code {code})"
-        lowered = status.reason.lower()
-        if (
-            status.error_code == common_pb2.RateLimit
-            or code in _CODE_LIMIT_REACHED
-            or "rate limit" in lowered
-        ):
-            return RetryableError(f"{self._who}_RATE_LIMITED", text)
-        if code == _CODE_COLLECTION_NOT_FOUND or (
-            "can't find collection" in lowered or "collection not found" in lowered
-        ):
-            return MilvusStatusError(f"{self._who}_COLLECTION_MISSING", text, code)
-        if code in _AUTH_CODES or "auth check failure" in lowered:
-            return MilvusStatusError(
-                f"{self._who}_UNAUTHENTICATED", f"{text}; check the token of this task", code
-            )
-        if code in _DENIED_CODES or "permission deny" in lowered or "privilege" in lowered:
-            return MilvusStatusError(
-                f"{self._who}_PERMISSION_DENIED", f"{text}; grant its user what it needs", code
-            )
-        if code in _TRANSIENT_CODES or status.retriable or "service not ready" in lowered:
-            return RetryableError(f"{self._who}_NOT_READY", text)
-        if "quota" in lowered or "exhausted" in lowered:
-            return RetryableError(f"{self._who}_QUOTA", text)
-        return MilvusStatusError(f"{self._who}_REFUSED", text, code)
+    async def write(self, method: str, request: bytes, *, timeout: float) -> Any:
+        """Sends a serialized Insert, Upsert or Delete; its MutationResult, status success.
 
-    def rpc_error(
-        self, method: str, error: grpc.aio.AioRpcError, *, write: bool = False
-    ) -> CdcError:
-        """What a failed call means; `write`: whether it happened matters."""
-        code = error.code()
-        text = f"{method} at {self.uri}: {code.name}: {error.details()}"
-        if code is grpc.StatusCode.UNAUTHENTICATED:
-            return UserError(
-                f"{self._who}_UNAUTHENTICATED", f"{text}; check the token of this task"
+        Raises MessageTooLargeError, UnknownOutcomeError when the rows may or may not be there,
+        RetryableError when they are certainly not, UserError.
+        """
+        call = self._methods.get(f"{method} bytes")
+        if call is None:
+            call = self._methods[f"{method} bytes"] = self.channel.unary_unary(
+                f"/{_SERVICE}/{method}",
+                request_serializer=None,
+                response_deserializer=milvus_pb2.MutationResult.FromString,
             )
-        if code is grpc.StatusCode.PERMISSION_DENIED:
-            return UserError(
-                f"{self._who}_PERMISSION_DENIED", f"{text}; grant its user what it needs"
+        try:
+            answer = await call(request, timeout=timeout, metadata=self.metadata)
+        except grpc.aio.AioRpcError as error:
+            if too_large(error):
+                raise MessageTooLargeError(error.details()) from error
+            raise from_rpc(self._who, self.uri, method, error, writes=True) from error
+        try:
+            check(method, answer.status)
+        except Refusal as refusal:
+            raise from_refusal(self._who, self.uri, refusal, writes=True) from refusal
+        return answer
+
+    def _method(self, method: str) -> Any:
+        call = self._methods.get(method)
+        if call is None:
+            call = self._methods[method] = self.channel.unary_unary(
+                f"/{_SERVICE}/{method}",
+                request_serializer=_serialize,
+                response_deserializer=_ANSWERS[method]._concrete_class.FromString,
             )
-        if code is grpc.StatusCode.UNIMPLEMENTED:
-            return UserError(
-                f"{self._who}_UNSUPPORTED", f"{text}; is this a Milvus of 2.2 or later?"
-            )
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (
-            error.details() or ""
-        ):
-            return UserError(
-                f"{self._who}_REQUEST_TOO_LARGE",
-                f"{text}; lower writes.bytesPerRequest of the replicators",
-            )
-        if write and not _never_sent(error):
-            return UnknownOutcomeError(f"{self._who}_UNKNOWN_OUTCOME", text)
-        return RetryableError(f"{self._who}_UNAVAILABLE", text)
+        return call
 
 
-def _never_sent(error: grpc.aio.AioRpcError) -> bool:
-    """gRPC fails a call fast when it has no connection: then the request cannot have arrived."""
-    details = error.details() or ""
-    return error.code() is grpc.StatusCode.UNAVAILABLE and (
-        "failed to connect to all addresses" in details
-        or "Failed to connect" in details
-        or "DNS resolution failed" in details
-    )
+def _parse(uri: str, who: str) -> tuple[str, bool]:
+    """gRPC target and whether to use TLS."""
+    try:
+        parts = urlsplit(uri)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if not host or parts.scheme not in ("http", "https") or parts.path.strip("/") or parts.username:
+        raise UserError(
+            f"{who}_URI_INVALID",
+            f"{uri!r} is not the address of a Milvus: http://host:port or https://host:port, "
+            "credentials as a token beside it",
+            field=f"{who.lower()}.milvus.uri",
+        )
+    tls = parts.scheme == "https"
+    shown = f"[{host}]" if ":" in host else host
+    return f"{shown}:{port or (443 if tls else _DEFAULT_PORT)}", tls
+
+
+def _serialize(request: Any) -> bytes:
+    return bytes(request.SerializeToString())
+
+
+_ANSWERS: dict[str, Any] = {
+    method.name: method.output_type
+    for method in milvus_pb2.DESCRIPTOR.services_by_name["MilvusService"].methods
+}

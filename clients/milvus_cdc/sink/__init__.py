@@ -1,8 +1,9 @@
 """The seam to a sink: open, apply schema, write ordered batches, close.
 
-A write returns only when its rows are durable. Errors are those of `milvus_cdc.errors`: UnknownOutcomeError when the
-write may have happened (the caller repeats it as an upsert), RetryableError when it certainly did not or may simply be
-repeated, UserError when only a person can help. Sinks register under the entry point group `milvus_cdc.sinks`.
+A write returns only when its rows are durable. Errors are those of `milvus_cdc.errors`:
+UnknownOutcomeError when the write may have happened (the caller repeats it as an upsert),
+RetryableError when it certainly did not or may simply be repeated, UserError when only a person can
+help. Sinks register under the entry point group `milvus_cdc.sinks`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class RowChunk:
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """Chunks to be written as one request, into one partition ("" = none named, as partition-key tables want)."""
+    """Chunks to be written as one request, into one partition ("" = none named, as partition-key
+    tables want).
+    """
 
     op: Op
     partition: str
@@ -93,7 +96,9 @@ class Sink(Protocol):
         ...
 
     async def drop_database(self, database: str) -> None:
-        """Succeeds when it does not exist. Raises UserError SINK_DATABASE_NOT_EMPTY when it holds collections."""
+        """Succeeds when it does not exist. Raises UserError SINK_DATABASE_NOT_EMPTY when it holds
+        collections.
+        """
         ...
 
     async def open_collection(
@@ -105,16 +110,20 @@ class Sink(Protocol):
         recreate: bool,
         sink_collection_id: int,
     ) -> Opened:
-        """Makes the sink collection be there with a fitting schema, and all partitions in state CREATED.
+        """Makes the sink collection be there with a fitting schema, and all partitions in state
+        CREATED.
 
-        Not yet `opened`: what is there must fit (SCHEMA_MISMATCH names the field) and be empty, unless `adopt`
-        (COLLECTION_EXISTS); `recreate` drops it first. `opened`: it is this task's; when it is missing it is an
-        error (SINK_COLLECTION_MISSING says: resync), never silently made anew without its rows.
+        Not yet `opened`: what is there must fit (SCHEMA_MISMATCH names the field) and be empty,
+        unless `adopt` (COLLECTION_EXISTS); `recreate` drops it first. `opened`: it is this task's;
+        when it is missing it is an error (SINK_COLLECTION_MISSING says: resync), never silently
+        made anew without its rows.
         """
         ...
 
     async def drop_collection(self, want: Collection, *, sink_collection_id: int) -> None:
-        """Succeeds when it does not exist, or is another one by now (id differs, where ids are told)."""
+        """Succeeds when it does not exist, or is another one by now (id differs, where ids are
+        told).
+        """
         ...
 
     async def create_partition(self, want: Collection, partition: str) -> None: ...
@@ -124,7 +133,9 @@ class Sink(Protocol):
         ...
 
     async def reconcile(self, want: Collection) -> None:
-        """Makes indexes and load state be as wanted (missing ones created, surplus ones dropped)."""
+        """Makes indexes and load state be as wanted (missing ones created, surplus ones
+        dropped).
+        """
         ...
 
     def target(self, want: Collection) -> CollectionTarget: ...
@@ -132,7 +143,9 @@ class Sink(Protocol):
     async def write(
         self, target: CollectionTarget, batch: RowBatch | DeleteBatch, timeout_seconds: float
     ) -> None:
-        """Durable when it returns. The deadline of everything it sends ends within `timeout_seconds`."""
+        """Durable when it returns. The deadline of everything it sends ends within
+        `timeout_seconds`.
+        """
         ...
 
     async def close(self) -> None: ...
