@@ -230,18 +230,20 @@ def place_waiting(world: World) -> None:
     sessions = world.alive()
     if not sessions:
         return
+    # A process that still has it from an earlier epoch must let go (or its lease must end) first.
+    stale = {key for known in world.sessions.values() for key, _ in known.stale}
     needs: list[Need] = []
     for task in sorted(world.tasks.values(), key=lambda t: (t.create_time_ms, t.uid)):
         if not task.active:
             continue
         key = metadata_assignment_id(task.uid)
-        if not _held(world, key) and not metadata_wanted(world, task):
-            needs.append(Need(key, barred=_barred(sessions, key)))
+        if key not in stale and not _held(world, key) and not metadata_wanted(world, task):
+            needs.append(Need(key))
         for record in world.collections[task.uid].values():
             key = record.assignment_id
-            if not _held(world, key) and not wanted(task, record):
+            if key not in stale and not _held(world, key) and not wanted(task, record):
                 logs = frozenset((task.spec.source_id, v.pchannel) for v in record.want.vchannels)
-                needs.append(Need(key, logs, _barred(sessions, key)))
+                needs.append(Need(key, logs))
     if not needs:
         return
     for assignment_id, instance in place(needs, _candidates(world, sessions)).items():
@@ -260,12 +262,6 @@ def give(world: World, assignment_id: str, session: Session) -> None:
 def _held(world: World, assignment_id: str) -> bool:
     grant = world.grants.get(assignment_id)
     return grant is not None and bool(grant.instance)
-
-
-def _barred(sessions: list[Session], assignment_id: str) -> frozenset[str]:
-    return frozenset(
-        s.instance for s in sessions if any(stale[0] == assignment_id for stale in s.stale)
-    )
 
 
 def _candidates(world: World, sessions: list[Session]) -> list[Candidate]:

@@ -20,8 +20,6 @@ class Need:
 
     assignment_id: str
     logs: frozenset[tuple[str, str]] = frozenset()
-    barred: frozenset[str] = frozenset()
-    """Instances that must not have it now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +44,7 @@ def place(needs: list[Need], candidates: list[Candidate]) -> dict[str, str]:
         able = [
             instance
             for instance in sorted(held)
-            if instance not in need.barred
-            and (capacity[instance] == 0 or held[instance] < capacity[instance])
+            if capacity[instance] == 0 or held[instance] < capacity[instance]
         ]
         if not able:
             continue

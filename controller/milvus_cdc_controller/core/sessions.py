@@ -113,7 +113,8 @@ def stream_lost(world: World, event: StreamLost) -> None:
     if session is None:
         return
     _detach(world, session)
-    if not any(grant.instance == session.instance for grant in world.grants.values()):
+    holds = any(grant.instance == session.instance for grant in world.grants.values())
+    if not holds and not session.stale:
         del world.sessions[session.instance]
     world.touch_all()
 

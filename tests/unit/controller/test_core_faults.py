@@ -20,7 +20,8 @@ IDS = (11, 12, 13)
 
 class Cluster(RuleBasedStateMachine):
     """Replicators modelled by what they may do: hold what they were given and have not released,
-    while the lease runs that their last acknowledged heartbeat gave them.
+    and write it while the lease runs that their last acknowledged heartbeat gave them, or that ran
+    when it was asked back.
     """
 
     @initialize()
@@ -30,6 +31,7 @@ class Cluster(RuleBasedStateMachine):
         self.last_stream = 0
         self.holds: dict[str, dict[str, int]] = {name: {} for name in "abc"}
         self.asked: dict[str, dict[str, int]] = {name: {} for name in "abc"}
+        self.stopping: dict[str, dict[str, int]] = {name: {} for name in "abc"}
         self.lease_end: dict[str, int] = dict.fromkeys("abc", 0)
         self.owners: dict[tuple[str, int], str] = {}
         self.ts = 0
@@ -56,13 +58,21 @@ class Cluster(RuleBasedStateMachine):
                     assert self.owners.setdefault((key, epoch), name) == name, "a shared epoch"
                     for other, held in self.holds.items():
                         if other != name and key in held:
-                            ended = self.lease_end[other] <= self.script.at_ms
+                            ended = self.writes_until(other, key) <= self.script.at_ms
                             assert ended, f"{key}: {name} beside {other}"
+                    if self.holds[name].get(key) != epoch:
+                        self.stopping[name].pop(key, None)
                     self.holds[name][key] = epoch
                 case fx.Revoke(assignment_id=key, epoch=epoch):
                     self.asked[name][key] = epoch
+                    # It starts nothing more; what is in flight ends within the lease as it is now.
+                    if self.holds[name].get(key) == epoch:
+                        self.stopping[name].setdefault(key, self.lease_end[name])
                 case fx.HeartbeatAck():
                     self.lease_end[name] = self.script.at_ms + LEASES.ttl_ms
+
+    def writes_until(self, name: str, key: str) -> int:
+        return self.stopping[name].get(key, self.lease_end[name])
 
     def read(self) -> None:
         there = [
