@@ -162,7 +162,13 @@ class Pair:
 
     def prove(self, *collections: str) -> int:
         """Missing 0, extra 0, different 0, doubled 0 in all of them; returns the rows compared."""
-        results = self.verify(*collections)
+        deadline = time.monotonic() + 60
+        while True:
+            results = self.verify(*collections)
+            # Loading at the sink begins when the rows before it are there, and takes its time.
+            if time.monotonic() > deadline or not any(r.reason == "NOT_LOADED" for r in results):
+                break
+            time.sleep(1)
         assert results, "nothing was compared"
         for result in results:
             found = (result.missing, result.extra, result.different, result.doubled)

@@ -6,6 +6,7 @@ Nothing here loads, creates or changes anything. A busy or absent server is aske
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +23,7 @@ NOT_LOADED = "NOT_LOADED"
 ANSWER_TOO_LARGE = "ANSWER_TOO_LARGE"
 
 _RETRIES = 4
+_LOADING_SECONDS = 30.0
 _QUERY_SECONDS = 30.0
 _CODE_COLLECTION_NOT_FOUND = 100
 _CODES_NOT_LOADED = (101, 103, 201)
@@ -69,8 +71,13 @@ class MilvusReads:
         request = milvus_pb2.GetLoadStateRequest(
             db_name=database, collection_name=collection, partition_names=partitions
         )
-        answer = await self._call("GetLoadState", request)
-        return bool(answer.state == common_pb2.LoadStateLoaded)
+        deadline = time.monotonic() + _LOADING_SECONDS
+        while True:
+            answer = await self._call("GetLoadState", request)
+            if answer.state != common_pb2.LoadStateLoading or time.monotonic() > deadline:
+                return bool(answer.state == common_pb2.LoadStateLoaded)
+            # It was asked for and is on its way: no reason to give up.
+            await asyncio.sleep(0.3)
 
     async def timestamp(self) -> int:
         answer = await self._call("AllocTimestamp", milvus_pb2.AllocTimestampRequest())
