@@ -252,13 +252,20 @@ def _scalars(scalars: Any) -> list[Any]:
         return []
     values = list(getattr(scalars, kind).data)
     if kind == "array_data":
-        return [value.SerializeToString(deterministic=True) for value in values]
+        return [_array(value) for value in values]
     if kind == "float_data":
         # By bits, so that NaN equals itself and 0.0 is not -0.0.
         return [struct.pack("<f", value) for value in values]
     if kind == "double_data":
         return [struct.pack("<d", value) for value in values]
     return values
+
+
+def _array(value: Any) -> bytes:
+    # An empty array may or may not say of which type it is.
+    kind = value.WhichOneof("data")
+    empty = kind is None or not getattr(value, kind).data
+    return b"" if empty else bytes(value.SerializeToString(deterministic=True))
 
 
 def _vectors(vectors: Any) -> list[Any]:
