@@ -423,3 +423,23 @@ async def test_a_nats_reader_holds_no_more_than_was_asked_for(nats_stack: Stack)
     await reader.close()
     await queue.source.close()
     await queue.delete()
+
+
+async def test_a_nats_reader_whose_consumer_is_forgotten_makes_a_new_one(
+    nats_stack: Stack,
+) -> None:
+    queue = NatsQueue(nats_stack)
+    await queue.create()
+    await queue.append(*NUMBERS[:10])
+    reader = await beginning(queue)
+    assert payloads(await read_all(reader, 10)) == NUMBERS[:10]
+    client = await nats.connect(nats_stack.source.nats_url)
+    stream = client.jetstream()
+    for consumer in await stream.consumers_info(queue.topic):
+        await stream.delete_consumer(queue.topic, consumer.name)
+    await queue.append(*NUMBERS[10:])
+    assert payloads(await read_all(reader, 10)) == NUMBERS[10:]
+    await client.close()
+    await reader.close()
+    await queue.source.close()
+    await queue.delete()

@@ -12,9 +12,7 @@ import asyncio
 import contextlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import nats.errors
 import nats.js.errors
@@ -34,17 +32,13 @@ from milvus_cdc.errors import (
     LogResetError,
     LogTruncatedError,
     RetryableError,
-    UserError,
 )
 from milvus_cdc.source import LogEntry, LogRange, NatsConfig
+from milvus_cdc.source.nats_connection import API_SECONDS, Connection, foreign_errors, stream_info
 from milvus_cdc.source.positions import decode, encode
 
 log = structlog.get_logger()
 
-CONNECT_SECONDS = 5
-PING_SECONDS = 10
-"""A server that answers no ping for twice this long is gone."""
-API_SECONDS = 5.0
 PULL_SECONDS = 10.0
 """How long the server holds a pull open."""
 PULL_MESSAGES = 4096
@@ -52,7 +46,6 @@ LEAST_PULL_BYTES = 64 * 1024
 CONSUMER_IDLE_SECONDS = 60.0
 """The server forgets a consumer nobody pulled from for this long; a reader then makes a new one."""
 STREAMING_HEADER = "_v"
-_NO_STREAM = 10059
 
 
 class NatsSource:
@@ -60,7 +53,7 @@ class NatsSource:
 
     def __init__(self, config: NatsConfig) -> None:
         self._url = config.url
-        self._asking = _Connection(self._url)
+        self._asking = Connection(self._url)
         self._created: dict[str, Any] = {}
 
     async def open(self, pchannel: str, position: bytes) -> NatsReader:
@@ -77,14 +70,14 @@ class NatsSource:
 
     async def probe(self) -> None:
         client = await self._asking.get()
-        with _foreign_errors(self._url):
+        with foreign_errors(self._url):
             await client.jetstream(timeout=API_SECONDS).account_info()
 
     async def close(self) -> None:
         await self._asking.close()
 
-    async def connect(self) -> _Connection:
-        connection = _Connection(self._url)
+    async def connect(self) -> Connection:
+        connection = Connection(self._url)
         await connection.get()
         return connection
 
@@ -190,7 +183,7 @@ class NatsReader:
             self._error = BugError("READER_BUG", f"reading {self._pchannel}: {error!r}")
         self._arrived.set()
 
-    async def _follow(self, connection: _Connection) -> None:
+    async def _follow(self, connection: Connection) -> None:
         """Pulls from one consumer after another until the connection breaks."""
         barren = 0
         while True:
@@ -234,7 +227,7 @@ class _Consumer:
     """An ephemeral consumer of ours and the pulls on it."""
 
     def __init__(
-        self, reader: NatsReader, connection: _Connection, pchannel: str, start: int
+        self, reader: NatsReader, connection: Connection, pchannel: str, start: int
     ) -> None:
         self._reader = reader
         self._connection = connection
@@ -253,7 +246,7 @@ class _Consumer:
     async def pull_until_lost(self) -> None:
         client = await self._connection.get()
         self._connection.on_closed = self._changed.set
-        with _foreign_errors(self._connection.url, self._pchannel):
+        with foreign_errors(self._connection.url, self._pchannel):
             info = await client.jetstream(timeout=API_SECONDS).add_consumer(
                 self._pchannel,
                 ConsumerConfig(
@@ -347,76 +340,6 @@ class _Consumer:
                 await client.publish(f"$JS.API.CONSUMER.DELETE.{self._pchannel}.{self._name}", b"")
 
 
-class _Connection:
-    """A connection without reconnection of its own: whoever uses it must learn that it broke."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.on_closed: Callable[[], None] | None = None
-        self._client: Client | None = None
-        self._lock = asyncio.Lock()
-
-    @property
-    def up(self) -> bool:
-        return self._client is not None and self._client.is_connected
-
-    async def get(self) -> Client:
-        """The client, connected. Raises RetryableError or UserError."""
-        async with self._lock:
-            if self._client is None or not self._client.is_connected:
-                await self._connect()
-            assert self._client is not None
-            return self._client
-
-    async def _connect(self) -> None:
-        errors: list[Exception] = []
-
-        async def on_error(error: Exception) -> None:
-            errors.append(error)
-            log.debug("nats client", url=_redacted(self.url), error=repr(error))
-
-        async def on_closed() -> None:
-            if self.on_closed is not None:
-                self.on_closed()
-
-        client = Client()
-        with _foreign_errors(self.url):
-            try:
-                async with asyncio.timeout(2 * CONNECT_SECONDS):
-                    await client.connect(
-                        self.url,
-                        name="milvus-cdc",
-                        error_cb=on_error,
-                        disconnected_cb=on_closed,
-                        closed_cb=on_closed,
-                        allow_reconnect=False,
-                        # The client tries once more than it is told to, however it is told.
-                        max_reconnect_attempts=1,
-                        reconnect_time_wait=0,
-                        connect_timeout=CONNECT_SECONDS,
-                        ping_interval=PING_SECONDS,
-                    )
-            except BaseException as error:
-                with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-                    await client.close()
-                if isinstance(error, nats.errors.NoServersError) and errors:
-                    raise errors[-1] from error
-                raise
-        self._client = client
-
-    async def close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-                await client.close()
-
-
-async def stream_info(client: Client, url: str, pchannel: str) -> StreamInfo:
-    """Raises LogResetError when there is no such stream."""
-    with _foreign_errors(url, pchannel):
-        return await client.jetstream(timeout=API_SECONDS).stream_info(pchannel)
-
-
 def _bounds(info: StreamInfo) -> tuple[int, int]:
     """First sequence still there and the next to be written, equal when there is none."""
     end = info.state.last_seq + 1
@@ -431,39 +354,3 @@ def _sequence(reply: str) -> int:
     """
     tokens = reply.split(".")
     return int(tokens[5] if len(tokens) == 9 else tokens[7])
-
-
-@contextlib.contextmanager
-def _foreign_errors(url: str, pchannel: str = "") -> Iterator[None]:
-    where = f"NATS at {_redacted(url)}"
-    try:
-        yield
-    except nats.js.errors.NotFoundError as error:
-        if error.err_code == _NO_STREAM and pchannel:
-            raise LogResetError(
-                f"stream {pchannel} does not exist at {where}: it was deleted, or the task names "
-                "another queue than the source writes to"
-            ) from error
-        raise RetryableError("QUEUE_UNREACHABLE", f"{where}: {error}") from error
-    except nats.js.errors.BadRequestError as error:
-        raise BugError("QUEUE_PROTOCOL", f"{where} refuses a request: {error}") from error
-    except nats.errors.Error as error:
-        if (
-            isinstance(error, nats.errors.AuthorizationError)
-            or "authorization" in str(error).lower()
-        ):
-            raise UserError(
-                "QUEUE_ACCESS_DENIED",
-                f"{where} refuses the credentials; mend them in the url",
-                field="source.nats.url",
-            ) from error
-        raise RetryableError("QUEUE_UNREACHABLE", f"{where}: {error}") from error
-    except (OSError, TimeoutError) as error:
-        raise RetryableError(
-            "QUEUE_UNREACHABLE", f"{where}: {error or type(error).__name__}"
-        ) from error
-
-
-def _redacted(url: str) -> str:
-    """The address without user, password or token."""
-    return urlsplit(url).netloc.rpartition("@")[2] or url.rpartition("@")[2]
