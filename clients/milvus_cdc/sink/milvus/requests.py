@@ -28,6 +28,7 @@ DELETE_KEYS_MAX = 100_000
 DELETE_BYTES_MAX = 8 * 2**20
 
 _FIELDS_DATA = 5
+_INT64_MIN = -(2**63)
 _MSG_TYPES = {
     Op.INSERT: int(common_pb2.MsgType.Insert),
     Op.UPSERT: int(common_pb2.MsgType.Upsert),
@@ -123,7 +124,7 @@ def _key_runs(keys: Keys) -> Iterator[list[str]]:
     literals = (
         (json.dumps(key, ensure_ascii=False) for key in keys)
         if isinstance(keys, tuple)
-        else map(str, keys.tolist())
+        else map(_integer, keys.tolist())
     )
     run: list[str] = []
     size = 0
@@ -136,6 +137,12 @@ def _key_runs(keys: Keys) -> Iterator[list[str]]:
         size += cost + 1
     if run:
         yield run
+
+
+def _integer(key: int) -> str:
+    # The grammar reads the sign apart from the digits, and these digits alone are too large
+    # (2.3.5: "failed to create expr plan"); a sum of constants is folded.
+    return str(key) if key != _INT64_MIN else f"{_INT64_MIN + 1} - 1"
 
 
 def _halves(batch: RowBatch, first_rows: int) -> tuple[RowBatch, RowBatch]:
