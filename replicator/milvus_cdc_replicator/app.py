@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import signal
 import sys
 from importlib.metadata import version
@@ -40,11 +41,21 @@ def main(argv: list[str] | None = None) -> int:
         print(f"milvus-cdc-replicator: {error.message}", file=sys.stderr)
         return 2
     logs.configure(settings.log.format, settings.log.level)
+    _calm_collector()
     try:
         return uvloop.run(_serve(settings))
     except UserError as error:
         print(f"milvus-cdc-replicator: {error.message}", file=sys.stderr)
         return 2
+
+
+def _calm_collector() -> None:
+    """Rows in transit hold no cycles, but a collection for every 700 new objects walks all that
+    was ever imported: seen to be a third of the CPU of a catch-up.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 async def _serve(settings: Settings) -> int:

@@ -40,6 +40,7 @@ from milvus_cdc_replicator.spec import CollectionAssignment
 
 log = structlog.get_logger()
 
+HOUSEKEEPING_SECONDS = 1.0
 LOG_END_QUIET_SECONDS = 2.0
 PARTITION_UNKNOWN_SECONDS = 30.0
 RETRY_BACKOFF_SECONDS = (0.1, 0.3, 1.0, 2.0, 5.0)
@@ -92,6 +93,7 @@ class CollectionRunner:
         self._inbox: deque[Callable[[], None]] = deque()
         self._inbox_bytes = 0
         self._wake = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._owner: asyncio.Task[None] | None = None
         self._subscriptions: list[tuple[PchannelHub, Subscription]] = []
@@ -222,11 +224,9 @@ class CollectionRunner:
             await self._open()
             if not self._stopping and self._failure is None:
                 await self._subscribe()
+            self._tick_over()
             while not self._stopping and self._failure is None:
-                try:
-                    await asyncio.wait_for(self._wake.wait(), 1.0)
-                except TimeoutError:
-                    self._housekeeping()
+                await self._wake.wait()
                 self._wake.clear()
                 self._drain()
                 self._act()
@@ -239,6 +239,8 @@ class CollectionRunner:
             self._fail(BugError("REPLICATOR_BUG", f"{type(error).__name__}: {error}"))
         finally:
             self._unsubscribe()
+            if self._timer is not None:
+                self._timer.cancel()
             while self._tasks:
                 await asyncio.wait(self._tasks)
                 self._drain()
@@ -382,6 +384,12 @@ class CollectionRunner:
         if held < before_held:
             self._on_room()
 
+    def _tick_over(self) -> None:
+        """A timer of its own: a timeout around every wait costs more than what is waited for."""
+        if self._timer is not None:
+            self._post(self._housekeeping)
+        self._timer = asyncio.get_running_loop().call_later(HOUSEKEEPING_SECONDS, self._tick_over)
+
     def _housekeeping(self) -> None:
         want = self.assignment.want
         if want.state is ObjectState.DROPPED and not self._core.closed:
@@ -502,14 +510,10 @@ class CollectionRunner:
         if want.state is ObjectState.DROPPED:
             return
         resolved = min(lane.resolved_ts for lane in self._core.lanes.values())
-        due = tuple(index for index in want.indexes if index.create_ts <= resolved)
-        if len(due) < len(want.indexes):
-            # What is loaded needs all its indexes: not yet.
-            want = replace(want, indexes=due, load=type(want.load)())
-            if not due:
-                return
         if resolved == 0 or want == self._reconciled:
             return
+        if any(index.create_ts > resolved for index in want.indexes):
+            return  # as a whole, once everything older than the newest of them is in the sink
         self._reconciling = True
         sink = self._sink
         assert sink is not None
