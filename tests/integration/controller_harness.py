@@ -69,8 +69,6 @@ class HandFedSource:
             collections=collections,
             incarnation=5,
         )
-        self.unread: Collection | None = None
-        """Takes its place in the metadata without the watch noticing."""
         self.error: CdcError | None = None
         self._changed = asyncio.Event()
 
@@ -167,6 +165,7 @@ class FakeReplicator:
         self.acks: dict[str, pb.ProgressAck] = {}
         self.history: list[str] = []
         self.jobs: list[pb.JobRequest] = []
+        self.cancelled: list[str] = []
         self.source_ts = 1000
         self._seq: dict[tuple[str, int], int] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -257,6 +256,8 @@ class FakeReplicator:
                 self.synced.set()
             case "progress_ack":
                 self.acks[message.progress_ack.assignment_id] = message.progress_ack
+            case "job_cancel":
+                self.cancelled.append(message.job_cancel.job_id)
             case "job_request":
                 self.jobs.append(message.job_request)
                 if self.serves_jobs:

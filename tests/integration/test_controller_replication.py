@@ -247,7 +247,7 @@ async def test_an_unreachable_source_is_shown_and_harms_nobody(path: Path) -> No
     source = HandFedSource(collection(11))
     async with controller(path, source) as api, FakeReplicator(api, "a") as replicator:
         await create(api, task_message())
-        await until_task(api, "tasks/copy", task_pb2.TASK_STATE_RUNNING)
+        await until(lambda: "default.books" in replicator.collections())
         source.fail(RetryableError("SOURCE_ETCD_UNAVAILABLE", "down"))
         await until_task(api, "tasks/copy", task_pb2.TASK_STATE_RETRYING, "SOURCE_ETCD_UNAVAILABLE")
         assert "default.books" in replicator.collections()

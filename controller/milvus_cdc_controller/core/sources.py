@@ -54,8 +54,10 @@ def catalogue_seen(world: World, event: CatalogueSeen) -> None:
             if world.work[task.uid].recheck:
                 world.work[task.uid].recheck = False
                 world.put_task(replace(task, failure=None))
-            adopt_catalogue(world, task.uid)
+            _adopt(world, task.uid)
         world.touch(task.uid)
+    if event.trusted:
+        _remember(world, event.source_id, event.catalogue)
 
 
 def source_unavailable(world: World, event: SourceUnavailable) -> None:
@@ -103,6 +105,14 @@ def _tasks_of(world: World, source_id: str) -> list[TaskRecord]:
 
 def adopt_catalogue(world: World, uid: str) -> None:
     """Brings one task's records in line with the last trusted reading of its source."""
+    source_id = world.tasks[uid].spec.source_id
+    view = world.sources.get(source_id)
+    if view is not None and view.catalogue is not None:
+        _adopt(world, uid)
+        _remember(world, source_id, view.catalogue)
+
+
+def _adopt(world: World, uid: str) -> None:
     task = world.tasks[uid]
     view = world.sources.get(task.spec.source_id)
     if view is None or view.catalogue is None or task.deleting:
@@ -119,7 +129,6 @@ def adopt_catalogue(world: World, uid: str) -> None:
         world.put_collection(record)
     if changes.metadata is not None:
         world.put_metadata(changes.metadata)
-    _remember(world, task.spec.source_id, catalogue)
     world.touch(uid)
 
 
