@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     logs.configure(settings.log.format, settings.log.level)
     _calm_collector()
     try:
-        return uvloop.run(_serve(settings))
+        code: int = uvloop.run(_serve(settings))
+        return code
     except UserError as error:
         print(f"milvus-cdc-replicator: {error.message}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 
+from milvus_cdc.errors import RetryableError
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc_replicator import metrics
@@ -20,6 +21,7 @@ from milvus_cdc_replicator.core.lease import Lease
 WRITE_TIMEOUT_SECONDS = 8.0
 LEAST_TIMEOUT_SECONDS = 1.0
 """A write that has less than this before the lease ends is not worth starting."""
+DDL_SECONDS = 30.0
 DDL_LEAST_SECONDS = 3.0
 
 
@@ -47,9 +49,19 @@ class WriteGate:
     def open_for_writes(self) -> bool:
         return self.core.remaining(boottime()) >= LEAST_TIMEOUT_SECONDS
 
-    async def lease(self, halt: asyncio.Event) -> None:
-        """Returns once there is lease enough for a schema change; raises Halted."""
-        await self._timeout(halt, DDL_LEAST_SECONDS)
+    @contextlib.asynccontextmanager
+    async def ddl(self, halt: asyncio.Event) -> AsyncIterator[None]:
+        """Schema changes: begun with enough lease, broken off before it ends; raises Halted, or
+        RetryableError when the lease did not last.
+        """
+        timeout = await self._timeout(halt, DDL_SECONDS, DDL_LEAST_SECONDS)
+        try:
+            async with asyncio.timeout(timeout):
+                yield
+        except TimeoutError as error:
+            raise RetryableError(
+                "SINK_TIMEOUT", f"a schema change at the sink took longer than {timeout:.0f} s"
+            ) from error
 
     @contextlib.asynccontextmanager
     async def slot(self, sink: task_pb2.Sink, halt: asyncio.Event) -> AsyncIterator[float]:
@@ -59,15 +71,15 @@ class WriteGate:
         if semaphore is None:
             semaphore = self._slots[key] = asyncio.Semaphore(self._per_sink)
         async with semaphore:
-            timeout = await self._timeout(halt, LEAST_TIMEOUT_SECONDS)
+            timeout = await self._timeout(halt, WRITE_TIMEOUT_SECONDS, LEAST_TIMEOUT_SECONDS)
             with metrics.WRITES_IN_FLIGHT.track_inprogress():
                 yield timeout
 
-    async def _timeout(self, halt: asyncio.Event, least: float) -> float:
+    async def _timeout(self, halt: asyncio.Event, wanted: float, least: float) -> float:
         while True:
             if halt.is_set():
                 raise Halted
-            timeout = self.core.write_timeout(boottime(), WRITE_TIMEOUT_SECONDS, least)
+            timeout = self.core.write_timeout(boottime(), wanted, least)
             if timeout is not None:
                 return timeout
             self._renewed.clear()

@@ -117,8 +117,8 @@ class MetadataRunner:
     async def _apply(self, wanted: MetadataAssignment) -> None:
         sink = await self._connections.sink(wanted.sink)
         for name, dropped in wanted.databases:
-            await self._gate.lease(self._halt)
-            if dropped:
-                await sink.drop_database(name)
-            else:
-                await sink.ensure_database(name)
+            async with self._gate.ddl(self._halt):
+                if dropped:
+                    await sink.drop_database(name)
+                else:
+                    await sink.ensure_database(name)

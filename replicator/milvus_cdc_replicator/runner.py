@@ -101,12 +101,14 @@ class CollectionRunner:
         self._target: CollectionTarget | None = None
         self._stopping = False
         self._halt = asyncio.Event()
+        self._ended = False
         self._failure: CdcError | None = None
         self._troubles: dict[str, CdcError] = {}
         self._opened: tuple[int, bool, int] | None = None
         self._conditions: dict[str, str] = {}
         self._dropped = False
         self._accounted = (0, 0)
+        self._asked_horizons: tuple[int, ...] = ()
         self._waiting_since: float | None = None
         self._reconciled: object = None
         self._reconciling = False
@@ -202,7 +204,9 @@ class CollectionRunner:
 
     def _state(self) -> tuple[str, str, str]:
         if self._failure is not None:
-            return "FAILED", self._failure.reason, self._failure.message
+            # FAILED promises that nothing is in flight any more.
+            state = "FAILED" if self._ended else "RETRYING"
+            return state, self._failure.reason, self._failure.message
         for trouble in self._troubles.values():
             return "RETRYING", trouble.reason, trouble.message
         waiting = self._core.waiting_partitions
@@ -245,6 +249,7 @@ class CollectionRunner:
                 await asyncio.wait(self._tasks)
                 self._drain()
             self._account(final=self._failure is not None)
+            self._ended = True
             if self._failure is not None:
                 self._notify(self.assignment.assignment_id)
 
@@ -260,15 +265,15 @@ class CollectionRunner:
         attempt = 0
         while not self._stopping:
             try:
-                await self._gate.lease(self._halt)
-                await self._sink.ensure_database(want.database)
-                opened = await self._sink.open_collection(
-                    want,
-                    opened=self.assignment.opened,
-                    adopt=self.assignment.adopt_existing,
-                    recreate=self.assignment.recreate,
-                    sink_collection_id=self.assignment.sink_collection_id,
-                )
+                async with self._gate.ddl(self._halt):
+                    await self._sink.ensure_database(want.database)
+                    opened = await self._sink.open_collection(
+                        want,
+                        opened=self.assignment.opened,
+                        adopt=self.assignment.adopt_existing,
+                        recreate=self.assignment.recreate,
+                        sink_collection_id=self.assignment.sink_collection_id,
+                    )
                 break
             except Halted:
                 return
@@ -372,7 +377,10 @@ class CollectionRunner:
         self._maybe_reconcile()
         self._maybe_drop()
         if self._core.horizon_blocks():
-            self._notify(self.assignment.assignment_id)
+            wanted = tuple(map(self._core.wanted_horizon, self._core.lanes.values()))
+            if wanted != self._asked_horizons:
+                self._asked_horizons = wanted
+                self._notify(self.assignment.assignment_id)
 
     def _account(self, *, final: bool = False) -> None:
         """Keeps the process' memory budget true."""
@@ -490,8 +498,8 @@ class CollectionRunner:
         attempt = 0
         while True:
             try:
-                await self._gate.lease(self._halt)
-                await call()
+                async with self._gate.ddl(self._halt):
+                    await call()
             except Halted:
                 return False
             except RetryableError as error:

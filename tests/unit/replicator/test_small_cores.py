@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-
 from milvus_cdc_replicator.core.budget import Budget
 from milvus_cdc_replicator.core.holdings import Holdings, Verdict
 from milvus_cdc_replicator.core.lane import Lane
