@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from milvuscdc.v1 import task_pb2
@@ -39,12 +40,13 @@ def crash_rounds(
     database: str,
     rounds: int,
     crash: Callable[[Pair, random.Random], None],
+    **settings: Any,
 ) -> int:
     """A mixed load on every shape; `crash` once a round; the proof at the end."""
     load = Load(stack.source.uri, database, seed=rounds, pause_seconds=0.02)
     load.create()
     rng = random.Random(database)
-    with Pair(stack, folder, replicators=2) as pair:
+    with Pair(stack, folder, replicators=2, **settings) as pair:
         pair.create(f"{database}.*")
         load.start()
         try:
@@ -78,6 +80,16 @@ def _crash(who: str, how: str) -> Callable[[Pair, random.Random], None]:
 @pytest.mark.parametrize("who", WHO)
 def test_killed_and_stopped_on_nats(nats_stack: Stack, tmp_path: Path, who: str, how: str) -> None:
     assert crash_rounds(nats_stack, tmp_path, f"crash_{who}_{how}", QUICK_ROUNDS, _crash(who, how))
+
+
+@pytest.mark.timeout(400)
+def test_a_killed_controller_on_etcd_finds_everything_again(
+    nats_stack: Stack, tmp_path: Path
+) -> None:
+    store = {"etcd": {"endpoints": [nats_stack.etcd.endpoint], "prefix": "cdc", "leaseSeconds": 3}}
+    assert crash_rounds(
+        nats_stack, tmp_path, "crash_etcd_store", 2, _crash("both", "kill"), store=store
+    )
 
 
 @pytest.mark.kafka

@@ -1,0 +1,340 @@
+"""A collection assignment on an in-memory log and sink: failures, pressure, the lease, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from milvus_cdc.codec.messages import Keys
+from milvus_cdc.errors import RetryableError, UnknownOutcomeError, UserError
+from milvus_cdc.milvus_protos import common_pb2, schema_pb2
+from milvus_cdc.model import Collection, Partition, Vchannel, ms_to_tso
+from milvus_cdc.sink import CollectionTarget, DeleteBatch, RowBatch
+from milvus_cdc.sink.memory import MemorySink
+from milvus_cdc.source.memory import MemorySource
+from milvus_cdc_replicator.core.budget import Budget
+from milvus_cdc_replicator.core.lease import Lease
+from milvus_cdc_replicator.gate import WriteGate, boottime
+from milvus_cdc_replicator.reader import PchannelHub
+from milvus_cdc_replicator.runner import CollectionRunner
+from milvus_cdc_replicator.settings import Limits
+from milvus_cdc_replicator.spec import CollectionAssignment, LaneStart
+from milvuscdc.internal import milvus_log_pb2 as log_pb2
+from milvuscdc.v1 import task_pb2
+
+PCHANNEL, VCHANNEL = "by-dev-rootcoord-dml_0", "by-dev-rootcoord-dml_0_7v0"
+START = ms_to_tso(1_000_000)
+
+
+class Connections:
+    """Memory in place of queue and sink."""
+
+    def __init__(self, source: MemorySource, sink: MemorySink) -> None:
+        self._source, self._sink = source, sink
+        self._hub = PchannelHub(source, PCHANNEL)
+
+    async def sink(self, _spec: object) -> MemorySink:
+        return self._sink
+
+    async def hub(self, _spec: object, _pchannel: str) -> PchannelHub:
+        return self._hub
+
+    async def order(self, _spec: object, position: bytes) -> int:
+        return self._source.order(position)
+
+    async def log_end(self, _spec: object, pchannel: str) -> int:
+        return self._source.order((await self._source.log_range(pchannel)).end)
+
+    def wake_readers(self) -> None:
+        self._hub.wake()
+
+    async def close(self) -> None:
+        await self._hub.close()
+
+
+def _schema() -> bytes:
+    schema = schema_pb2.CollectionSchema(name="c")
+    schema.fields.add(fieldID=100, name="id", is_primary_key=True, data_type=schema_pb2.Int64)
+    schema.fields.add(fieldID=101, name="text", data_type=schema_pb2.VarChar).type_params.add(
+        key="max_length", value="64"
+    )
+    return bytes(schema.SerializeToString())
+
+
+def insert(ts: int, keys: list[int], text: str = "x") -> bytes:
+    """A log message as Milvus writes it."""
+    ids = schema_pb2.FieldData(type=schema_pb2.Int64, field_name="id", field_id=100)
+    ids.scalars.long_data.data.extend(keys)
+    texts = schema_pb2.FieldData(type=schema_pb2.VarChar, field_name="text", field_id=101)
+    texts.scalars.string_data.data.extend([text] * len(keys))
+    return log_pb2.LogInsert(
+        base=log_pb2.LogBase(msg_type=common_pb2.Insert, timestamp=ts),
+        shard_name=VCHANNEL,
+        partition_name="_default",
+        collection_id=7,
+        partition_id=70,
+        timestamps=[ts] * len(keys),
+        fields_data=[ids.SerializeToString(), texts.SerializeToString()],
+        num_rows=len(keys),
+        version=1,
+    ).SerializeToString()
+
+
+def tick(ts: int) -> bytes:
+    return log_pb2.LogHeader(
+        base=log_pb2.LogBase(msg_type=common_pb2.TimeTick, timestamp=ts)
+    ).SerializeToString()
+
+
+class Bench:
+    """One runner, with a log to append to and a sink to look into."""
+
+    def __init__(self, *, memory: int = 1 << 20, horizon_ts: int = ms_to_tso(10**9)) -> None:
+        self.source, self.sink = MemorySource(), MemorySink()
+        self.source.create(PCHANNEL)
+        self.connections = Connections(self.source, self.sink)
+        self.lease = Lease()
+        self.lease.configure(1_000)
+        self.beat()
+        self.gate = WriteGate(self.lease, 8)
+        self.budget = Budget(memory)
+        assignment = CollectionAssignment(
+            assignment_id="uid.7",
+            epoch=3,
+            version=1,
+            task="tasks/t",
+            source=task_pb2.Source(nats=task_pb2.NatsQueue(url="nats://127.0.0.1:1")),
+            sink=task_pb2.Sink(milvus=task_pb2.MilvusEndpoint(uri="http://127.0.0.1:1")),
+            want=Collection(
+                7,
+                1,
+                "default",
+                "c",
+                _schema(),
+                1,
+                2,
+                START,
+                partitions=(Partition(70, "_default", START),),
+                vchannels=(Vchannel(VCHANNEL, PCHANNEL, bytes(8)),),
+            ),
+            lanes=(LaneStart(VCHANNEL, PCHANNEL, bytes(8), 0, 0, False),),
+            opened=False,
+            sink_collection_id=0,
+            adopt_existing=False,
+            recreate=False,
+            drop_granted=False,
+        )
+        self.runner = CollectionRunner(
+            assignment,
+            connections=self.connections,  # type: ignore[arg-type]
+            gate=self.gate,
+            budget=self.budget,
+            limits=Limits(assignment_bytes=memory * 3 // 4),
+            notify=lambda _: None,
+            query_partition=lambda *_: None,
+            on_room=self.connections.wake_readers,
+        )
+        self._horizon_ts = horizon_ts
+
+    def beat(self) -> None:
+        self.lease.heartbeat_sent(1, boottime())
+        self.lease.heartbeat_acked(1)
+
+    def append(self, *payloads: bytes) -> None:
+        for payload in payloads:
+            self.source.append(PCHANNEL, payload)
+
+    async def start(self) -> None:
+        self.runner.start()
+        await until(lambda: self.runner.report().opened is not None)
+        self.runner.grant([(VCHANNEL, self._horizon_ts)])
+
+    @property
+    def resolved_ts(self) -> int:
+        return self.runner.report().lanes[0].resolved_ts
+
+    def count(self) -> int:
+        return self.sink.count("default", "c")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def running(**options: Any) -> AsyncIterator[Bench]:
+    bench = Bench(**options)
+    await bench.start()
+    try:
+        yield bench
+    finally:
+        await bench.runner.stop()
+        await bench.connections.close()
+        assert (bench.budget.held, bench.budget.writable) == (0, 0), "memory is given back"
+
+
+async def test_rows_become_durable_and_only_then_the_checkpoint_moves() -> None:
+    async with running() as bench:
+        bench.append(insert(START + 5, [1, 2]), tick(START + 9))
+        await until(lambda: bench.resolved_ts == START + 9)
+        assert bench.count() == 2
+        report = bench.runner.report()
+        assert report.counters.rows_inserted == 2
+        assert (report.state, report.lag_ms) == ("RUNNING", 0)
+
+
+async def test_an_undecodable_message_fails_the_collection_with_its_place() -> None:
+    async with running() as bench:
+        bench.append(insert(START + 5, [1]), tick(START + 6), b"\xff\x00garbage", tick(START + 9))
+        await until(lambda: bench.runner.report().state == "FAILED")
+        report = bench.runner.report()
+        assert report.reason == "UNDECODABLE_MESSAGE"
+        assert PCHANNEL in report.message
+        assert "position 2" in report.message
+        assert "ff00" in report.message, "the message's first bytes"
+        assert report.lanes[0].resolved_ts < START + 9, "never skipped"
+
+
+async def test_a_truncated_log_fails_the_collection() -> None:
+    bench = Bench()
+    bench.append(*(tick(START + n) for n in range(10)))
+    bench.source.truncate(PCHANNEL, (5).to_bytes(8, "little"))
+    bench.runner.start()
+    await until(lambda: bench.runner.report().state == "FAILED")
+    assert bench.runner.report().reason == "LOG_TRUNCATED"
+    await bench.runner.stop()
+    await bench.connections.close()
+
+
+async def test_a_lost_answer_is_repeated_as_an_upsert() -> None:
+    async with running() as bench:
+        lost = [True]
+
+        async def lose(_target: CollectionTarget, _batch: RowBatch | DeleteBatch) -> None:
+            if lost.pop() if lost else False:
+                raise UnknownOutcomeError("SINK_UNKNOWN_OUTCOME", "the answer was lost")
+
+        bench.sink.after_write = lose
+        bench.append(insert(START + 5, [1, 2]), tick(START + 9))
+        await until(lambda: bench.resolved_ts == START + 9)
+        assert bench.count() == 2, "doubled"
+
+
+async def test_a_refused_row_fails_the_collection_after_what_is_in_flight() -> None:
+    async with running() as bench:
+        gate = asyncio.Event()
+        calls: list[Keys] = []
+
+        async def refuse(_target: CollectionTarget, batch: RowBatch | DeleteBatch) -> None:
+            calls.append(())
+            if len(calls) == 1:
+                await gate.wait()
+            else:
+                raise UserError("SINK_REFUSED", "no such field")
+
+        bench.sink.before_write = refuse
+        bench.append(insert(START + 5, [1]), tick(START + 6))
+        await until(lambda: len(calls) == 1)
+        bench.append(insert(START + 7, [2]), tick(START + 8))
+        await until(lambda: bench.runner.report().reason == "SINK_REFUSED")
+        assert bench.runner.report().state == "RETRYING", "a write is still in flight"
+        gate.set()
+        await until(lambda: bench.runner.report().state == "FAILED")
+
+
+async def test_a_stalled_sink_bounds_what_is_held_and_loses_nothing() -> None:
+    async with running(memory=1 << 20) as bench:
+        stalled = asyncio.Event()
+
+        async def stall(_target: CollectionTarget, _batch: RowBatch | DeleteBatch) -> None:
+            await stalled.wait()
+
+        bench.sink.before_write = stall
+        text = "y" * 60
+        for n in range(400):
+            ts = START + 2 * n
+            bench.append(insert(ts, list(range(n * 100, n * 100 + 100)), text), tick(ts + 1))
+        await asyncio.sleep(0.5)
+        helping = 4 << 20  # one read
+        assert bench.budget.held <= (1 << 20) + helping
+        stalled.set()
+        await until(lambda: bench.count() == 40_000)
+
+
+async def test_without_the_lease_nothing_is_written_and_with_it_again_all_is() -> None:
+    async with running() as bench:
+        bench.lease._expires_at = boottime()  # as after a freeze
+        bench.append(insert(START + 5, [1]), tick(START + 9))
+        await asyncio.sleep(0.3)
+        assert bench.count() == 0
+        bench.beat()
+        bench.gate.renewed()
+        await until(lambda: bench.count() == 1)
+
+
+async def test_rows_beyond_the_horizon_wait_for_the_grant() -> None:
+    async with running(horizon_ts=START + 5) as bench:
+        bench.append(insert(START + 5, [1]), insert(START + 6, [2]), tick(START + 9))
+        await until(lambda: bench.count() == 1)
+        await asyncio.sleep(0.2)
+        assert bench.count() == 1
+        wanted = bench.runner.report().lanes[0].wanted_horizon_ts
+        assert wanted > START + 6
+        bench.runner.grant([(VCHANNEL, wanted)])
+        await until(lambda: bench.count() == 2)
+
+
+async def test_a_queue_that_goes_away_is_shown_and_read_on_when_it_is_back() -> None:
+    async with running() as bench:
+        bench.source.set_down(True)
+        await until(lambda: bench.runner.report().state == "RETRYING")
+        bench.source.set_down(False)
+        bench.append(insert(START + 5, [1]), tick(START + 9))
+        await until(lambda: bench.count() == 1)
+        await until(lambda: bench.runner.report().state == "RUNNING")
+
+
+async def test_stopping_waits_for_what_is_in_flight_and_gives_up_what_is_not() -> None:
+    bench = Bench()
+    await bench.start()
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    async def hold(_target: CollectionTarget, _batch: RowBatch | DeleteBatch) -> None:
+        entered.set()
+        await leave.wait()
+
+    bench.sink.before_write = hold
+    bench.append(insert(START + 5, [1]), tick(START + 9))
+    await entered.wait()
+    stopping = asyncio.create_task(bench.runner.stop())
+    await asyncio.sleep(0.1)
+    assert not stopping.done()
+    leave.set()
+    await stopping
+    assert bench.resolved_ts == START + 9, "the last word tells what became durable"
+    await bench.connections.close()
+
+
+async def test_a_sink_that_is_down_is_retried_visibly_until_it_is_back() -> None:
+    async with running() as bench:
+        down = [True]
+
+        async def refuse(_target: CollectionTarget, _batch: RowBatch | DeleteBatch) -> None:
+            if down:
+                raise RetryableError("SINK_UNAVAILABLE", "connection refused")
+
+        bench.sink.before_write = refuse
+        bench.append(insert(START + 5, [1]), tick(START + 9))
+        await until(lambda: bench.runner.report().reason == "SINK_UNAVAILABLE")
+        assert bench.runner.report().state == "RETRYING"
+        down.clear()
+        await until(lambda: bench.count() == 1)
+        await until(lambda: bench.runner.report().state == "RUNNING")
+
+
+pytestmark = pytest.mark.timeout(60)
