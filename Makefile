@@ -7,7 +7,7 @@ TYPED := $(wildcard tests examples benchmarks)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check fmt protos check-protos bench soak clean
+.PHONY: help demo test check fmt protos protos-go check-protos bench soak clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ fmt: $(INSTALLED) ## format the code and fix what can be fixed
 
 protos: $(INSTALLED) ## generate the committed stubs below clients/ from protos/
 	@PYTHON=$(BIN)/python protos/generate.sh
+
+protos-go: $(INSTALLED) ## the same for the Go client below clients/go/ (needs Go)
+	@PYTHON=$(BIN)/python clients/go/generate.sh
 
 check-protos: $(INSTALLED) ## the committed stubs are what the protos generate, and the protos pass buf lint
 	@echo '== protos'
