@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 from pymilvus import MilvusClient
@@ -245,14 +247,15 @@ def _stay(demo: Demo) -> None:
         print(f"  metrics         {url}   ({name})")
     print(f"  logs            {demo.folder}\n")
     print("Next:")
+    if shutil.which("milvus-cdc") is None:
+        print(f"  export PATH={Path(sys.executable).parent}:$PATH")
     print(f"  export {demo.variable}")
     for command in ("task collections demo", "task watch", "assignment list", "verify demo"):
         print(f"  milvus-cdc {command}")
-    print(
-        f"  python -c \"from pymilvus import MilvusClient as C; c = C('{demo.stack.source.uri}');"
-        " print(c.delete('digits', filter='digit == 3'))\"",
-        flush=True,
-    )
+    print("Delete at the source and see it arrive; then delete at the sink and see verify find it:")
+    _print_delete(demo.stack.source.uri, "digit == 3")
+    _print_delete(demo.stack.sink.uri, "image in [1, 2]")
+    sys.stdout.flush()
     done = threading.Event()
     try:
         while not done.wait(1):
@@ -261,6 +264,14 @@ def _stay(demo: Demo) -> None:
                 raise RuntimeError(f"{', '.join(ended)} ended by itself")
     except KeyboardInterrupt:
         print("\nstopping")
+
+
+def _print_delete(uri: str, expression: str) -> None:
+    code = (
+        f"from pymilvus import MilvusClient as C; print(C('{uri}').delete('digits',"
+        f" filter='{expression}'))"
+    )
+    print(f'  {sys.executable} -c "{code}"')
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
