@@ -63,7 +63,7 @@ class Field:
                     getattr(data.scalars.array_data.data.add(), part).data.extend(value)
             case _:
                 getattr(data.scalars, _SCALARS[self.type]).data.extend(values)
-        return data.SerializeToString()
+        return bytes(data.SerializeToString())
 
 
 _SCALARS = {

@@ -98,7 +98,7 @@ def test_arrays_differ_by_their_elements() -> None:
         {"element": DataType.Int64},
         {"params": {"max_capacity": "6"}},
     ):
-        there = made(Sample("db", "c", (KEY, replace(array, **change))).want())  # type: ignore[arg-type]
+        there = made(Sample("db", "c", (KEY, replace(array, **change))).want())
         assert blamed(want, there) == "a"
 
 
