@@ -317,18 +317,19 @@ class CollectionRunner:
 
     def _deliver(self, vchannel: str, items: list[Item]) -> None:
         size = sum(getattr(item.message, "size", 0) for item in items)
-        self._inbox_bytes += size
-        self._account()
+        if size:
+            self._inbox_bytes += size
+            self._account()
 
         def feed() -> None:
             self._inbox_bytes -= size
             lane = self._core.lanes[vchannel]
             for item in items:
-                op = self._converter.op(item.message, item.position, item.order)
-                if op is not None:
+                message = item.message
+                if isinstance(message, Tick):
+                    lane.tick(message.ts, item.position)
+                elif (op := self._converter.op(message, item.position, item.order)) is not None:
                     lane.add(op)
-                elif isinstance(item.message, Tick):
-                    lane.tick(item.message.ts, item.position)
 
         self._post(feed)
 
@@ -384,8 +385,12 @@ class CollectionRunner:
 
     def _account(self, *, final: bool = False) -> None:
         """Keeps the process' memory budget true."""
-        held = 0 if final else self._core.held_bytes + self._inbox_bytes
-        writable = 0 if final else self._core.staged_bytes + self._core.sequencer.held_bytes
+        held = writable = 0
+        if not final:
+            writable = self._core.staged_bytes + self._core.sequencer.held_bytes
+            held = writable + self._core.buffered_bytes + self._inbox_bytes
+        if (held, writable) == self._accounted:
+            return
         before_held, before_writable = self._accounted
         self._budget.update(held - before_held, writable - before_writable)
         self._accounted = (held, writable)
@@ -515,7 +520,7 @@ class CollectionRunner:
         if self._reconciling or self._stopping or not self._core.opened or self._dropping:
             return
         want = self.assignment.want
-        if want.state is ObjectState.DROPPED:
+        if want is self._reconciled or want.state is ObjectState.DROPPED:
             return
         resolved = min(lane.resolved_ts for lane in self._core.lanes.values())
         if resolved == 0 or want == self._reconciled:

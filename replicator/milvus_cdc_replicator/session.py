@@ -36,6 +36,7 @@ from milvus_cdc_replicator.spec import Assignment, CollectionAssignment, from_as
 log = structlog.get_logger()
 
 PROTOCOL = 1
+HOUSEKEEPING_SECONDS = 0.2
 RECONNECT_SECONDS = (0.1, 0.3, 1.0, 2.0)
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 * MIB),
@@ -244,14 +245,14 @@ class Replicator:
         loop = asyncio.get_running_loop()
         next_heartbeat = next_progress = loop.time()
         while True:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(HOUSEKEEPING_SECONDS)
             now = loop.time()
             if self.connected.is_set():
                 if now >= next_heartbeat:
-                    next_heartbeat = now + self._heartbeat_seconds
+                    next_heartbeat = max(next_heartbeat + self._heartbeat_seconds, now)
                     self._heartbeat()
                 if now >= next_progress:
-                    next_progress = now + self._progress_seconds
+                    next_progress = max(next_progress + self._progress_seconds, now)
                     self._due.update(self._runners)
                     self._outbox_ready.set()
             metrics.QUEUE_BYTES.set(self._budget.held)

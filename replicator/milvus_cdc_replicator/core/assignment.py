@@ -163,15 +163,16 @@ class AssignmentCore:
     @property
     def held_bytes(self) -> int:
         """Memory held for this assignment."""
-        return (
-            sum(lane.buffered_bytes for lane in self.lanes.values())
-            + self.staged_bytes
-            + self.sequencer.held_bytes
-        )
+        return self.buffered_bytes + self.staged_bytes + self.sequencer.held_bytes
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Of rows that wait for their tick."""
+        return sum([lane.buffered_bytes for lane in self.lanes.values()])
 
     @property
     def staged_bytes(self) -> int:
-        return sum(lane.staged_bytes for lane in self.lanes.values())
+        return sum([lane.staged_bytes for lane in self.lanes.values()])
 
     @property
     def closed(self) -> bool:
