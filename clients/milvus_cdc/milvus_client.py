@@ -88,17 +88,27 @@ class MilvusClient:
     async def close(self) -> None:
         await self.channel.close()
 
-    async def call(self, method: str, request: Any, *, timeout: float = CALL_SECONDS) -> Any:
-        """Any method but a write. Raises RetryableError, MilvusStatusError, UserError."""
+    async def call(
+        self, method: str, request: Any, *, timeout: float = CALL_SECONDS, database: str = ""
+    ) -> Any:
+        """Any method but a write. Raises RetryableError, MilvusStatusError, UserError.
+
+        `database` is the one whose rights count: Milvus looks for grants in the database that a
+        header names, not in the request's (`proxy/privilege_interceptor.go`).
+        """
         try:
-            return await self.ask(method, request, timeout=timeout)
+            return await self.ask(method, request, timeout=timeout, database=database)
         except Refusal as refusal:
             raise self.error(refusal) from refusal
 
-    async def ask(self, method: str, request: Any, *, timeout: float = CALL_SECONDS) -> Any:
+    async def ask(
+        self, method: str, request: Any, *, timeout: float = CALL_SECONDS, database: str = ""
+    ) -> Any:
         """Like `call`, but a status that is not success is Refusal."""
         try:
-            answer = await self._method(method)(request, timeout=timeout, metadata=self.metadata)
+            answer = await self._method(method)(
+                request, timeout=timeout, metadata=self._headers(database)
+            )
         except grpc.aio.AioRpcError as error:
             raise from_rpc(self._who, self.uri, method, error, writes=False) from error
         check(method, answer if isinstance(answer, common_pb2.Status) else answer.status)
@@ -108,7 +118,9 @@ class MilvusClient:
         """What a refusal from `ask` means when it means nothing special."""
         return from_refusal(self._who, self.uri, refusal, writes=False)
 
-    async def write(self, method: str, request: bytes, *, timeout: float) -> Any:
+    async def write(
+        self, method: str, request: bytes, *, timeout: float, database: str = ""
+    ) -> Any:
         """Sends a serialized Insert, Upsert or Delete; its MutationResult, status success.
 
         Raises MessageTooLargeError, UnknownOutcomeError when the rows may or may not be there,
@@ -122,7 +134,7 @@ class MilvusClient:
                 response_deserializer=milvus_pb2.MutationResult.FromString,
             )
         try:
-            answer = await call(request, timeout=timeout, metadata=self.metadata)
+            answer = await call(request, timeout=timeout, metadata=self._headers(database))
         except grpc.aio.AioRpcError as error:
             if too_large(error):
                 raise MessageTooLargeError(error.details()) from error
@@ -132,6 +144,9 @@ class MilvusClient:
         except Refusal as refusal:
             raise from_refusal(self._who, self.uri, refusal, writes=True) from refusal
         return answer
+
+    def _headers(self, database: str) -> tuple[tuple[str, str], ...]:
+        return (*self.metadata, ("dbname", database)) if database else self.metadata
 
     def _method(self, method: str) -> Any:
         call = self._methods.get(method)

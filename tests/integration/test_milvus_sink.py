@@ -18,7 +18,7 @@ from milvus_cdc.errors import RetryableError, UnknownOutcomeError, UserError
 from milvus_cdc.etcd import EtcdClient
 from milvus_cdc.milvus_client import MilvusClient, Refusal
 from milvus_cdc.model import Collection, Index, Load, LoadKind
-from milvus_cdc.sink import DeleteBatch, Op, RowBatch
+from milvus_cdc.sink import CollectionTarget, DeleteBatch, Op, RowBatch
 from milvus_cdc.sink.milvus import MilvusSink
 from pymilvus import DataType
 from pymilvus import MilvusClient as UserClient
@@ -423,12 +423,47 @@ async def test_tokens_and_rights(guarded: MilvusServer) -> None:
     with pytest.raises(UserError) as failed:
         await reader.ensure_database("another")
     assert failed.value.reason == "SINK_PERMISSION_DENIED"
+    await _grant(guarded.uri, "granted", "reader")
+    inner = Sample("granted", "rights", PLAIN)
+    await root.open_collection(inner.want(), **options)  # type: ignore[arg-type]
+    target = reader.target(inner.want())
+    async with asyncio.timeout(30):
+        while not await _taken(reader, target, inner.batch(plain_rows([1]))):
+            await asyncio.sleep(0.2)  # grants take a moment
     await root.ensure_database("second")
     with pytest.raises(UserError) as failed:
         await root.ensure_database("third")
     assert failed.value.reason == "SINK_LIMIT"
     await reader.close()
     await root.close()
+
+
+async def _grant(uri: str, database: str, user: str) -> None:
+    """The right to insert into every collection of one database, and no other."""
+    async with MilvusClient(uri, "root:Milvus") as client:
+        role = milvus_pb2.RoleEntity(name="writer")
+        await client.call("CreateRole", milvus_pb2.CreateRoleRequest(entity=role))
+        await client.call(
+            "OperateUserRole", milvus_pb2.OperateUserRoleRequest(username=user, role_name="writer")
+        )
+        entity = milvus_pb2.GrantEntity(
+            role=role,
+            object=milvus_pb2.ObjectEntity(name="Collection"),
+            object_name="*",
+            db_name=database,
+            grantor=milvus_pb2.GrantorEntity(privilege=milvus_pb2.PrivilegeEntity(name="Insert")),
+        )
+        await client.call("OperatePrivilege", milvus_pb2.OperatePrivilegeRequest(entity=entity))
+
+
+async def _taken(sink: MilvusSink, target: CollectionTarget, batch: RowBatch) -> bool:
+    try:
+        await sink.write(target, batch, SECONDS)
+    except UserError as error:
+        if error.reason != "SINK_PERMISSION_DENIED":
+            raise
+        return False
+    return True
 
 
 async def test_limits_of_size_and_rate(guarded: MilvusServer) -> None:

@@ -77,7 +77,7 @@ class MilvusSink:
         """None when there is no such database."""
         request = milvus_pb2.ShowCollectionsRequest(db_name=database)
         try:
-            answer = await self._client.ask("ShowCollections", request)
+            answer = await self._client.ask("ShowCollections", request, database=database)
         except Refusal as refusal:
             if _no_database(refusal):
                 return None
@@ -142,7 +142,7 @@ class MilvusSink:
             db_name=want.database, collection_name=want.name
         )
         try:
-            answer = await self._client.ask("DescribeCollection", request)
+            answer = await self._client.ask("DescribeCollection", request, database=want.database)
         except Refusal as refusal:
             if refusal.not_found or _no_database(refusal):
                 return None
@@ -157,7 +157,10 @@ class MilvusSink:
 
     async def _create(self, want: Collection) -> Any:
         await self._client.call(
-            "CreateCollection", schemas.create_request(want), timeout=DDL_SECONDS
+            "CreateCollection",
+            schemas.create_request(want),
+            timeout=DDL_SECONDS,
+            database=want.database,
         )
         there = await self._describe(want)
         if there is None:
@@ -169,8 +172,16 @@ class MilvusSink:
     async def _drop(self, want: Collection) -> None:
         request = milvus_pb2.DropCollectionRequest(db_name=want.database, collection_name=want.name)
         try:
-            await self._client.ask("DropCollection", request, timeout=DDL_SECONDS)
+            await self._client.ask(
+                "DropCollection", request, timeout=DDL_SECONDS, database=want.database
+            )
         except Refusal as refusal:
+            if refusal.says("alias"):
+                raise UserError(
+                    "SINK_HAS_ALIASES",
+                    f"{want.full_name} at the sink cannot be dropped: {refusal.text}; drop or move "
+                    "the alias there",
+                ) from refusal
             if not refusal.not_found:
                 raise self._client.error(refusal) from refusal
 
@@ -185,12 +196,15 @@ class MilvusSink:
             "Flush",
             milvus_pb2.FlushRequest(db_name=want.database, collection_names=[want.name]),
             timeout=DDL_SECONDS,
+            database=want.database,
         )
         sealed = flushed.coll_segIDs[want.name].data
         older = flushed.flush_coll_segIDs[want.name].data
         if not sealed and not older:
             statistics = await self._client.call(
-                "GetCollectionStatistics", milvus_pb2.GetCollectionStatisticsRequest(**names)
+                "GetCollectionStatistics",
+                milvus_pb2.GetCollectionStatisticsRequest(**names),
+                database=want.database,
             )
             return any(p.key == "row_count" and p.value != "0" for p in statistics.stats)
         if not await self._objects.is_loaded(want):
@@ -203,6 +217,7 @@ class MilvusSink:
                 consistency_level=common_pb2.ConsistencyLevel.Strong,
             ),
             timeout=DDL_SECONDS,
+            database=want.database,
         )
         return bool(answer.fields_data[0].scalars.long_data.data[0])
 
@@ -276,7 +291,7 @@ class MilvusSink:
                 "SINK_TIMEOUT",
                 f"{method} into {target.database}.{target.collection}: no time left to send it",
             )
-        return await self._client.write(method, request, timeout=timeout)
+        return await self._client.write(method, request, timeout=timeout, database=target.database)
 
 
 def _still_ours(want: Collection, there: Any | None, sink_collection_id: int) -> Any:

@@ -94,8 +94,7 @@ class Objects:
             if name in kept:
                 continue
             log.info("dropping index", collection=want.full_name, index=name)
-            await self._release(want)
-            await self._call("DropIndex", want, field_name=found.field_name, index_name=name)
+            await self._drop_index(want, found)
         for name, index in wanted.items():
             if name not in kept:
                 await self._create_index(want, index)
@@ -108,6 +107,17 @@ class Objects:
                 return {}
             raise self._client.error(refusal) from refusal
         return {found.index_name: found for found in answer.index_descriptions}
+
+    async def _drop_index(self, want: Collection, found: Any) -> None:
+        names = {"field_name": found.field_name, "index_name": found.index_name}
+        try:
+            await self._ask("DropIndex", want, **names)
+        except Refusal as refusal:
+            # What serves is released only where the server insists.
+            if not refusal.says("release"):
+                raise self._client.error(refusal) from refusal
+            await self._release(want)
+            await self._call("DropIndex", want, **names)
 
     async def _create_index(self, want: Collection, index: Index) -> None:
         log.info("creating index", collection=want.full_name, index=index.name)
@@ -139,6 +149,9 @@ class Objects:
             and partition.partition_id in want.load.partition_ids
         }
         names.intersection_update(await self._call_partitions(want))
+        if not names:
+            # Their names have not arrived yet: no reason to release what serves.
+            return
         loaded = await self._loaded_partitions(want)
         if missing := sorted(names - loaded):
             await self._load("LoadPartitions", want, bool(loaded), partition_names=missing)
@@ -210,7 +223,7 @@ class Objects:
         request = getattr(milvus_pb2, f"{method}Request")(
             db_name=want.database, collection_name=want.name, **fields
         )
-        return await self._client.ask(method, request, timeout=DDL_SECONDS)
+        return await self._client.ask(method, request, timeout=DDL_SECONDS, database=want.database)
 
 
 def same_index(wanted: Index, found: Any) -> bool:
