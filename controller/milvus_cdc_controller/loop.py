@@ -22,6 +22,7 @@ from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core.controller import Controller
 from milvus_cdc_controller.core.jobs import JobFailed, JobPayload, JobResult
 from milvus_cdc_controller.core.task import TaskRecord
+from milvus_cdc_controller.journal import Journal
 from milvus_cdc_controller.metrics import Metrics
 from milvus_cdc_controller.store import Store
 from milvus_cdc_controller.store.records import encode
@@ -93,6 +94,7 @@ class ControlLoop:
         self._store = store
         self._outward: Outward
         self._metrics = metrics
+        self._journal = Journal(metrics)
         self._queue: asyncio.Queue[Callable[[ev.Instant], ev.Event]] = asyncio.Queue(QUEUE_MAX)
         self._pending = _Pending()
         self._wake = asyncio.Event()
@@ -175,6 +177,7 @@ class ControlLoop:
 
     def _take(self, event: ev.Event) -> None:
         decided = self.controller.step(event)
+        self._journal.note(decided, self.controller.world)
         if isinstance(event, ev.Heartbeat):
             # Needs no store: `send` holds it back where the session is not yet synced.
             acks = [e for e in decided if _is_heartbeat_ack(e)]

@@ -29,7 +29,7 @@ from milvuscdc.v1 import (
 )
 from milvuscdc.v1 import replication_service_pb2 as pb
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 45.0
 
 
 def collection(
@@ -124,7 +124,7 @@ class Api:
 
 
 def config(path: Path, **lease: float) -> Config:
-    timing = {"ttl": 1.5, "heartbeat": 0.1, "clock_margin": 0.2, "progress": 0.05, **lease}
+    timing = {"ttl": 30.0, "heartbeat": 2.0, "clock_margin": 0.2, "progress": 0.05, **lease}
     return Config.model_validate(
         {
             "listen": "127.0.0.1:0",
@@ -297,6 +297,11 @@ class FakeReplicator:
                 resolved = pb.ResolveResult(log_ends=ends, source_ts=self.source_ts)
                 await self.say(job_update=pb.JobUpdate(job_id=job.job_id, resolve=resolved))
 
+    def epoch_of(self, collection: str) -> int:
+        """0 when it does not hold it."""
+        assign = self.collections().get(collection)
+        return assign.epoch if assign is not None else 0
+
     def collections(self) -> dict[str, pb.Assign]:
         """Collection assignments held, by name."""
         return {
@@ -309,7 +314,7 @@ class FakeReplicator:
 async def until(condition: Callable[[], object], seconds: float = WAIT_SECONDS) -> None:
     """Waits for something that other tasks bring about."""
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 (a test looks from outside)
+        while not condition():
             await asyncio.sleep(0.01)
 
 

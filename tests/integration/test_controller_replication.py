@@ -102,7 +102,7 @@ async def test_restart_of_the_controller_moves_nothing(path: Path) -> None:
 
 async def test_a_lost_owner_is_replaced_only_after_its_lease(path: Path) -> None:
     source = HandFedSource(collection(11))
-    async with controller(path, source) as api:
+    async with controller(path, source, ttl=3, heartbeat=1) as api:
         first = FakeReplicator(api, "a")
         await first.connect()
         await create(api, task_message())
@@ -112,7 +112,7 @@ async def test_a_lost_owner_is_replaced_only_after_its_lease(path: Path) -> None
             await until_task(api, "tasks/copy", task_pb2.TASK_STATE_RETRYING, "REPLICATOR_LOST")
             assert second.collections() == {}
             await until(lambda: "default.books" in second.collections())
-            assert second.collections()["default.books"].epoch == 2
+            assert second.epoch_of("default.books") >= 2
             # The old owner comes back: what it holds is asked back, and its reports count nothing.
             await first.connect()
             await until(lambda: "revoke 1 STALE_EPOCH" in first.history)
@@ -121,7 +121,7 @@ async def test_a_lost_owner_is_replaced_only_after_its_lease(path: Path) -> None
 
 async def test_draining_hands_over_at_once(path: Path) -> None:
     source = HandFedSource(collection(11))
-    async with controller(path, source, ttl=60, heartbeat=0.1) as api:
+    async with controller(path, source, ttl=300) as api:
         async with FakeReplicator(api, "a") as first:
             await create(api, task_message())
             await until(lambda: "default.books" in first.collections())
@@ -199,7 +199,7 @@ async def test_a_failed_collection_leaves_by_retry_and_by_resync(path: Path) -> 
         assert "default.films" in replicator.collections()
         request = api_pb.RetryTaskRequest(name="tasks/copy", collection="default.books")
         await api.tasks.RetryTask(request)
-        await until(lambda: replicator.collections()["default.books"].epoch == 2)
+        await until(lambda: replicator.epoch_of("default.books") == 2)
         assert replicator.collections()["default.books"].collection.vchannels[0].resolved_ts == 50
         await api.tasks.ResyncCollection(
             api_pb.ResyncCollectionRequest(name="tasks/copy", collection="default.books")
