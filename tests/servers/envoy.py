@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +24,21 @@ class EnvoyServer(ManagedProcess):
     Ready when it listens, whether or not the controller is up.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        upstream: str,
-        *,
-        name: str = "envoy",
-        change: Callable[[dict[str, Any]], None] | None = None,
-    ) -> None:
-        """`change` may alter the configuration before it is written."""
+    def __init__(self, folder: Path, upstream: str, *, name: str = "envoy") -> None:
         port, admin = free_port(), free_port()
         self.address = f"127.0.0.1:{port}"
         self.admin_url = f"http://127.0.0.1:{admin}"
-        config: dict[str, Any] = yaml.safe_load(SHIPPED_CONFIG.read_text())
-        resources = config["static_resources"]
+        bootstrap: dict[str, Any] = yaml.safe_load(SHIPPED_CONFIG.read_text())
+        resources = bootstrap["static_resources"]
         [listener], [cluster] = resources["listeners"], resources["clusters"]
         [endpoint] = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
         host, _, upstream_port = upstream.rpartition(":")
-        config["admin"]["address"] = _address("127.0.0.1", admin)
+        bootstrap["admin"]["address"] = _address("127.0.0.1", admin)
         listener["address"] = _address("127.0.0.1", port)
         endpoint["endpoint"]["address"] = _address(host, int(upstream_port))
-        if change is not None:
-            change(config)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
+        path.write_text(yaml.safe_dump(bootstrap))
         options = ["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "warning"]
         super().__init__(
             name,
@@ -58,12 +47,6 @@ class EnvoyServer(ManagedProcess):
             ports=(port, admin),
             ready=self._live,
         )
-
-    def counter(self, name: str) -> int:
-        """One of Envoy's own statistics, by its full name; 0 when it has none of that name."""
-        with urllib.request.urlopen(f"{self.admin_url}/stats?filter=^{name}$", timeout=5) as answer:
-            text = answer.read().decode().strip()
-        return int(text.rpartition(": ")[2]) if text else 0
 
     def _live(self) -> bool:
         with urllib.request.urlopen(f"{self.admin_url}/ready", timeout=2) as answer:
