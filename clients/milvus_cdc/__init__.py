@@ -1,1 +1,3 @@
-"""Adapters and nouns that the controller, the replicator, the command line and plugin authors share."""
+"""Adapters and nouns that the controller, the replicator, the command line and plugin authors
+share.
+"""

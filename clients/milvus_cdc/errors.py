@@ -1,7 +1,8 @@
 """Errors by what may be done about them; adapters raise these and nothing else across their seam.
 
-Law 8 of the design: every error has a class. The class decides whether work is retried, a user is asked, or a bug is
-reported; the reason is an upper-case identifier that programs match on, the message tells a person what to do.
+Law 8 of the design: every error has a class. The class decides whether work is retried, a user is
+asked, or a bug is reported; the reason is an upper-case identifier that programs match on, the
+message tells a person what to do.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class RetryableError(CdcError):
 
 
 class UnknownOutcomeError(RetryableError):
-    """A write may or may not have happened (deadline, broken connection): repeat it as an upsert."""
+    """A write may or may not have happened (deadline, broken connection): repeat it as an
+    upsert.
+    """
 
 
 class UserError(CdcError):
@@ -31,7 +34,9 @@ class UserError(CdcError):
 
 
 class BugError(CdcError):
-    """An assumption of ours does not hold (undecodable message, broken invariant): FAILED, loudly."""
+    """An assumption of ours does not hold (undecodable message, broken invariant): FAILED,
+    loudly.
+    """
 
 
 class LogTruncatedError(UserError):

@@ -16,11 +16,11 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from milvuscdc.internal import milvus_log_pb2 as log_pb2
 from numpy.typing import NDArray
-from pymilvus.grpc_gen import schema_pb2
 
 from milvus_cdc.codec.messages import Keys
 from milvus_cdc.codec.wire import LEN, VARINT, BadWireError, delimited, encode_varint, varint, walk
 from milvus_cdc.errors import BugError
+from milvus_cdc.milvus_protos import schema_pb2
 
 # schema.FieldData
 _SCALARS, _VECTORS, _FIELD_ID, _VALID_DATA = 3, 4, 5, 7

@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 from google.protobuf.message import DecodeError
 from milvuscdc.internal import milvus_log_pb2 as log_pb2
-from pymilvus.grpc_gen import common_pb2, msg_pb2
 
 from milvus_cdc.codec.messages import (
     CreateCollection,
@@ -24,6 +23,7 @@ from milvus_cdc.codec.messages import (
     Tick,
 )
 from milvus_cdc.errors import BugError, UserError
+from milvus_cdc.milvus_protos import common_pb2, msg_pb2
 from milvus_cdc.source import LogEntry
 
 _INSERT = 400
