@@ -7,14 +7,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import grpc
-from milvus_cdc.errors import CdcError
+from milvus_cdc.errors import CdcError, RetryableError
 from milvus_cdc.model import Catalogue, Collection, Database, ObjectState, Partition, Vchannel
 from milvus_cdc_controller.catalogues import Closable, Watcher
 from milvus_cdc_controller.config import Config
@@ -109,20 +109,6 @@ class HandFedSource:
         return self, self
 
 
-@dataclass
-class Api:
-    """One controller and its stubs."""
-
-    running: Running
-    channel: grpc.aio.Channel
-    tasks: Any = field(init=False)
-    fleet: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tasks = task_service_pb2_grpc.TaskServiceStub(self.channel)
-        self.fleet = fleet_service_pb2_grpc.FleetServiceStub(self.channel)
-
-
 def config(path: Path, **lease: float) -> Config:
     timing = {"ttl": 30.0, "heartbeat": 2.0, "clock_margin": 0.2, "progress": 0.05, **lease}
     return Config.model_validate(
@@ -135,14 +121,41 @@ def config(path: Path, **lease: float) -> Config:
     )
 
 
+class BreakableStore(SqliteStore):
+    """SQLite that stops answering while `down`."""
+
+    down = False
+
+    async def commit(self, writes: Mapping[str, bytes | None]) -> None:
+        if self.down:
+            raise RetryableError("STORE_UNAVAILABLE", "the disk is full")
+        await super().commit(writes)
+
+
+@dataclass
+class Api:
+    """One controller and its stubs."""
+
+    running: Running
+    channel: grpc.aio.Channel
+    store: BreakableStore
+    tasks: Any = field(init=False)
+    fleet: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tasks = task_service_pb2_grpc.TaskServiceStub(self.channel)
+        self.fleet = fleet_service_pb2_grpc.FleetServiceStub(self.channel)
+
+
 @asynccontextmanager
 async def controller(path: Path, source: HandFedSource, **lease: float) -> AsyncIterator[Api]:
     """A controller on a store file; leaving the block is a clean stop."""
-    store = await SqliteStore.open(path)
+    store = await BreakableStore.open(path)
+    assert isinstance(store, BreakableStore)
     try:
         async with serve(config(path, **lease), store, source.connect) as running:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}") as channel:
-                yield Api(running, channel)
+                yield Api(running, channel, store)
     finally:
         await store.close()
 
@@ -167,9 +180,11 @@ class FakeReplicator:
         self.jobs: list[pb.JobRequest] = []
         self.cancelled: list[str] = []
         self.source_ts = 1000
+        self.beats_acked = 0
         self._seq: dict[tuple[str, int], int] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._call: Any = None
+        self._writing = asyncio.Lock()
         self.synced = asyncio.Event()
         self.ended: grpc.aio.AioRpcError | None = None
 
@@ -212,7 +227,8 @@ class FakeReplicator:
         self._tasks = []
 
     async def say(self, **message: Any) -> None:
-        await self._call.write(pb.ConnectRequest(**message))
+        async with self._writing:  # a call takes one write at a time
+            await self._call.write(pb.ConnectRequest(**message))
 
     async def report(self, assignment_id: str, **fields: Any) -> int:
         """Progress of an assignment it holds; its number."""
@@ -254,6 +270,8 @@ class FakeReplicator:
                     await self.release(revoke.assignment_id, revoke.epoch)
             case "synced":
                 self.synced.set()
+            case "heartbeat_ack":
+                self.beats_acked += 1
             case "progress_ack":
                 self.acks[message.progress_ack.assignment_id] = message.progress_ack
             case "job_cancel":

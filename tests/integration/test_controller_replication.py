@@ -295,3 +295,30 @@ async def test_collections_are_spread(path: Path) -> None:
         await until(lambda: len(a.collections()) + len(b.collections()) == 8)
         assert len(a.collections()) == len(b.collections()) == 4
         await until(lambda: all(x.collection.opened for x in a.collections().values()))
+
+
+async def test_while_the_store_is_down_nothing_is_acknowledged_but_heartbeats(path: Path) -> None:
+    source = HandFedSource(collection(11))
+    async with controller(path, source) as api, FakeReplicator(api, "a") as replicator:
+        await create(api, task_message())
+        await until(lambda: "default.books" in replicator.collections())
+        assign = replicator.collections()["default.books"]
+        first = await replicator.report(assign.assignment_id, rows_inserted=1)
+        await replicator.acked(assign.assignment_id, first)
+        api.store.down = True
+        point = pb.VchannelReport(
+            vchannel=assign.collection.vchannels[0].vchannel,
+            read_from=b"p",
+            resolved_ts=5,
+            wanted_horizon_ts=9000,
+        )
+        seq = await replicator.report(assign.assignment_id, vchannels=[point])
+        await until_task(api, "tasks/copy", task_pb2.TASK_STATE_RETRYING, "STORE_UNAVAILABLE")
+        beats = replicator.beats_acked
+        await until(lambda: replicator.beats_acked > beats + 3)
+        assert replicator.acks[assign.assignment_id].seq < seq
+        assert "default.books" in replicator.collections()
+        api.store.down = False
+        ack = await replicator.acked(assign.assignment_id, seq)
+        assert [h.horizon_ts for h in ack.horizons] == [9000]
+        await until_task(api, "tasks/copy", task_pb2.TASK_STATE_RUNNING)
