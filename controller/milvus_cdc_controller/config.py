@@ -1,4 +1,4 @@
-"""The controller's configuration file (YAML). Unknown keys are errors; every error names its key."""
+"""The controller's configuration file (YAML). Unknown keys are errors; errors name their key."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ class ControlLoop:
             await self.post(lambda at: ev.JobCancelled(at, job_id))
 
     async def drain(self, seconds: float) -> None:
-        """Waits until what has happened is stored, at most so long: what replicators said counts."""
+        """Waits until what has happened is stored, at most so long: what was reported counts."""
         self._last_call += 1
         stored: asyncio.Future[TaskRecord | None] = asyncio.get_running_loop().create_future()
         self._calls[self._last_call] = stored

@@ -100,7 +100,7 @@ class Controller:
 
 
 def ordered(effects: list[Effect]) -> list[Effect]:
-    """Saves first, each key once with its last contents; then the rest, each task published once."""
+    """Saves first, each key once with its last contents; then the rest, tasks published once."""
     saves: dict[str, Effect] = {}
     published: dict[str, Publish] = {}
     rest: list[Effect] = []

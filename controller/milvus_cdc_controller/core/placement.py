@@ -24,7 +24,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A replicator that takes work. `load` counts its collection assignments, `held` all of them."""
+    """A replicator that takes work. `load` counts its collection assignments, `held` all."""
 
     instance: str
     capacity: int

@@ -82,7 +82,7 @@ def intersect(a: str, b: str) -> bool:
 
 
 def covers(outer: str, inner: str) -> bool:
-    """Whether everything that `inner` matches is surely matched by `outer` (sound, not complete)."""
+    """Whether all that `inner` matches is surely matched by `outer` (sound, not complete)."""
     reach = {(0, 0)}
     todo = [(0, 0)]
     while todo:

@@ -74,7 +74,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """What the user wants. `source` and `sink` are opaque here; their ids say which are the same."""
+    """What the user wants. `source` and `sink` are opaque here; their ids say which are one."""
 
     name: str
     labels: tuple[tuple[str, str], ...]
