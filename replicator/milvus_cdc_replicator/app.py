@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import gc
 import signal
 import sys
@@ -26,6 +27,13 @@ from milvus_cdc_replicator.settings import Settings, load
 
 log = structlog.get_logger()
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_MALLOC_OPTIONS = (
+    (_M_ARENA_MAX, 2),
+    (_M_MMAP_THRESHOLD, 1 << 20),
+    (_M_TRIM_THRESHOLD, 8 << 20),
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -42,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     logs.configure(settings.log.format, settings.log.level)
     _calm_collector()
+    _give_memory_back()
     try:
         code: int = uvloop.run(_serve(settings))
         return code
@@ -57,6 +66,18 @@ def _calm_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+def _give_memory_back() -> None:
+    """Requests are blocks of megabytes. glibc raises its thresholds as soon as one is freed, keeps
+    the next ones in its heaps, one per thread, and those only grow: seen to cost 80 MiB.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # another C library
+    for option, value in _MALLOC_OPTIONS:
+        mallopt(option, value)
 
 
 async def _serve(settings: Settings) -> int:

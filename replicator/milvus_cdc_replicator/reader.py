@@ -33,7 +33,8 @@ from milvus_cdc_replicator.metrics import BYTES_READ, READ_ERRORS
 
 log = structlog.get_logger()
 
-READ_BYTES = 4 * 1024 * 1024
+READ_BYTES = 2 * 1024 * 1024
+"""Read ahead per cursor: memory that no budget counts."""
 READ_WAIT_SECONDS = 0.5
 SLOW_SECONDS = 1.0
 """How long a subscriber without room may hold back those that have some."""

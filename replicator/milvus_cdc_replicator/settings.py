@@ -42,7 +42,7 @@ class WriteSettings(_Strict):
     """Shape and number of requests to a sink."""
 
     rows_per_request: Annotated[int, Field(ge=1, le=100_000)] = 10_000
-    bytes_per_request: Annotated[int, Field(ge=65_536, le=48 * MIB)] = 16 * MIB
+    bytes_per_request: Annotated[int, Field(ge=65_536, le=48 * MIB)] = 8 * MIB
     in_flight_per_collection: Annotated[int, Field(ge=1, le=64)] = 4
     in_flight_per_sink: Annotated[int, Field(ge=1, le=256)] = 8
 
