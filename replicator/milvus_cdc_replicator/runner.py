@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import structlog
 from milvus_cdc.codec.messages import Tick
-from milvus_cdc.errors import BugError, CdcError, RetryableError, UnknownOutcomeError
-from milvus_cdc.model import ObjectState, ms_to_tso, tso_to_ms
-from milvus_cdc.sink import CollectionTarget, Sink
+from milvus_cdc.errors import BugError, CdcError, RetryableError
+from milvus_cdc.model import Collection, ObjectState, ms_to_tso, tso_to_ms
+from milvus_cdc.sink import Opened, Sink
 
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.connections import Connections
@@ -30,12 +29,13 @@ from milvus_cdc_replicator.convert import Converter
 from milvus_cdc_replicator.core import assignment as core
 from milvus_cdc_replicator.core.budget import Budget
 from milvus_cdc_replicator.core.lane import Lane
-from milvus_cdc_replicator.core.ops import Write, WriteKind
-from milvus_cdc_replicator.gate import Halted, WriteGate
+from milvus_cdc_replicator.core.ops import Write
+from milvus_cdc_replicator.gate import WriteGate
 from milvus_cdc_replicator.reader import Item, PchannelHub, Subscription
 from milvus_cdc_replicator.report import LaneReport, Report
 from milvus_cdc_replicator.schema import key_field
 from milvus_cdc_replicator.settings import Limits
+from milvus_cdc_replicator.sink_work import SinkWork, Troubles
 from milvus_cdc_replicator.spec import CollectionAssignment
 
 log = structlog.get_logger()
@@ -43,7 +43,8 @@ log = structlog.get_logger()
 HOUSEKEEPING_SECONDS = 1.0
 LOG_END_QUIET_SECONDS = 2.0
 PARTITION_UNKNOWN_SECONDS = 30.0
-RETRY_BACKOFF_SECONDS = (0.1, 0.3, 1.0, 2.0, 5.0)
+ADOPTION_MARGIN_MS = 60_000
+"""Rows of an adopted collection are no newer than now by the source's clock, which may be ahead."""
 
 
 class CollectionRunner:
@@ -98,12 +99,11 @@ class CollectionRunner:
         self._owner: asyncio.Task[None] | None = None
         self._subscriptions: list[tuple[PchannelHub, Subscription]] = []
         self._sink: Sink | None = None
-        self._target: CollectionTarget | None = None
+        self._work: SinkWork | None = None
         self._stopping = False
         self._halt = asyncio.Event()
         self._ended = False
         self._failure: CdcError | None = None
-        self._troubles: dict[str, CdcError] = {}
         self._opened: tuple[int, bool, int] | None = None
         self._conditions: dict[str, str] = {}
         self._dropped = False
@@ -116,6 +116,7 @@ class CollectionRunner:
         self._log = log.bind(
             task=assignment.task, collection=want.full_name, epoch=assignment.epoch
         )
+        self._troubles = Troubles(self._log, lambda: notify(assignment.assignment_id))
 
     # ---- from outside, all on the loop
 
@@ -207,7 +208,7 @@ class CollectionRunner:
             # FAILED promises that nothing is in flight any more.
             state = "FAILED" if self._ended else "RETRYING"
             return state, self._failure.reason, self._failure.message
-        for trouble in self._troubles.values():
+        if (trouble := self._troubles.first) is not None:
             return "RETRYING", trouble.reason, trouble.message
         waiting = self._core.waiting_partitions
         if waiting and self._waiting_since is not None:
@@ -247,44 +248,50 @@ class CollectionRunner:
                 self._timer.cancel()
             while self._tasks:
                 await asyncio.wait(self._tasks)
-                self._drain()
+            self._drain()  # what became durable meanwhile is part of the last word
             self._account(final=self._failure is not None)
             self._ended = True
             if self._failure is not None:
                 self._notify(self.assignment.assignment_id)
 
     async def _open(self) -> None:
-        self._sink = await self._connections.sink(self.assignment.sink)
+        self._sink = sink = await self._connections.sink(self.assignment.sink)
         want = self.assignment.want
-        self._target = self._sink.target(want)
+        self._work = SinkWork(
+            sink,
+            sink.target(want),
+            self.assignment.sink,
+            self.assignment.task,
+            converter=self._converter,
+            gate=self._gate,
+            halt=self._halt,
+            troubles=self._troubles,
+        )
         if self.assignment.drop_granted or self._core.closed:
             # Only the drop is left; the collection may be gone from the sink already.
             self._core.mark_opened(0)
             self._act()
             return
-        attempt = 0
-        while not self._stopping:
-            try:
-                async with self._gate.ddl(self._halt):
-                    await self._sink.ensure_database(want.database)
-                    opened = await self._sink.open_collection(
-                        want,
-                        opened=self.assignment.opened,
-                        adopt=self.assignment.adopt_existing,
-                        recreate=self.assignment.recreate,
-                        sink_collection_id=self.assignment.sink_collection_id,
-                    )
-                break
-            except Halted:
-                return
-            except RetryableError as error:
-                self._trouble("open", error)
-                await self._backoff(attempt)
-                attempt += 1
-        else:
+        answers: list[Opened] = []
+
+        async def open_collection() -> None:
+            await sink.ensure_database(want.database)
+            answers.append(
+                await sink.open_collection(
+                    want,
+                    opened=self.assignment.opened,
+                    adopt=self.assignment.adopt_existing,
+                    recreate=self.assignment.recreate,
+                    sink_collection_id=self.assignment.sink_collection_id,
+                )
+            )
+
+        if not await self._work.ddl("open", open_collection):
             return
-        self._recover("open")
-        existing_until = ms_to_tso(int(time.time() * 1000) + 1_000) if opened.adopted else 0
+        opened = answers[-1]
+        existing_until = 0
+        if opened.adopted:
+            existing_until = ms_to_tso(int(time.time() * 1000) + ADOPTION_MARGIN_MS)
         self._opened = (opened.sink_collection_id, opened.adopted, existing_until)
         self._conditions.update(opened.conditions)
         self._core.mark_opened(existing_until)
@@ -344,9 +351,9 @@ class CollectionRunner:
 
     def _read_error(self, vchannel: str, error: CdcError | None) -> None:
         if error is None:
-            self._recover(f"read {vchannel}")
+            self._troubles.clear(f"read {vchannel}")
         elif isinstance(error, RetryableError):
-            self._trouble(f"read {vchannel}", error)
+            self._troubles.add(f"read {vchannel}", error)
         else:
             self._fail(error)
 
@@ -445,75 +452,27 @@ class CollectionRunner:
             self._fail(BugError("REPLICATOR_BUG", f"{type(error).__name__}: {error}"))
 
     async def _write(self, write: Write) -> None:
-        assert self._sink is not None
-        assert self._target is not None
-        batch = self._converter.batch(write, as_upsert=False)
-        kind = write.kind
-        attempt = 0
-        labels = (self.assignment.task, self.assignment.want.full_name)
-        while True:
-            try:
-                async with self._gate.slot(self.assignment.sink, self._halt) as timeout:
-                    started = time.perf_counter()
-                    await self._sink.write(self._target, batch, timeout)
-                    metrics.WRITE_SECONDS.labels(kind).observe(time.perf_counter() - started)
-                break
-            except Halted:
-                return  # not durable: the next owner reads it again
-            except RetryableError as error:
-                metrics.WRITE_ERRORS.labels(self.assignment.task, "retry", error.reason).inc()
-                if isinstance(error, UnknownOutcomeError) and write.kind is WriteKind.INSERT:
-                    batch = self._converter.batch(write, as_upsert=True)
-                    kind = WriteKind.UPSERT
-                self._trouble(f"write {write.write_id}", error)
-                await self._backoff(attempt)
-                attempt += 1
-            except CdcError as error:
-                metrics.WRITE_ERRORS.labels(self.assignment.task, "user", error.reason).inc()
-                raise
-        if attempt:
-            self._recover(f"write {write.write_id}")
-        metrics.ROWS_WRITTEN.labels(*labels, kind).inc(write.rows)
-        metrics.BYTES_WRITTEN.labels(*labels).inc(write.size)
+        assert self._work is not None
+        if await self._work.write(write):
+            self._post(lambda: self._settle(write.write_id))
 
-        def settle() -> None:
-            self._core.write_done(write.write_id)
-
-        self._post(settle)
+    def _settle(self, write_id: int) -> None:
+        self._core.write_done(write_id)
 
     async def _create_partition(self, partition_id: int, name: str) -> None:
         assert self._sink is not None
-        sink = self._sink
-        if await self._ddl(
-            f"create partition {name}", lambda: sink.create_partition(self.assignment.want, name)
-        ):
+        assert self._work is not None
+        create = partial(self._sink.create_partition, self.assignment.want, name)
+        if await self._work.ddl(f"create partition {name}", create):
             self._post(lambda: self._core.partition_created(partition_id))
 
     async def _drop_partition(self, partition_id: int, name: str) -> None:
         assert self._sink is not None
-        sink = self._sink
-        if await self._ddl(
-            f"drop partition {name}", lambda: sink.drop_partition(self.assignment.want, name)
-        ):
+        assert self._work is not None
+        drop = partial(self._sink.drop_partition, self.assignment.want, name)
+        if await self._work.ddl(f"drop partition {name}", drop):
             self._log.info("partition dropped", partition=name)
             self._post(lambda: self._core.partition_dropped(partition_id))
-
-    async def _ddl(self, what: str, call: Callable[[], Awaitable[None]]) -> bool:
-        """Repeats an idempotent call until it succeeds; False when stopped before."""
-        attempt = 0
-        while True:
-            try:
-                async with self._gate.ddl(self._halt):
-                    await call()
-            except Halted:
-                return False
-            except RetryableError as error:
-                self._trouble(what, error)
-                await self._backoff(attempt)
-                attempt += 1
-            else:
-                self._recover(what)
-                return True
 
     def _maybe_reconcile(self) -> None:
         """Indexes and load state follow once everything older than they is in the sink."""
@@ -528,57 +487,43 @@ class CollectionRunner:
         if any(index.create_ts > resolved for index in want.indexes):
             return  # as a whole, once everything older than the newest of them is in the sink
         self._reconciling = True
-        sink = self._sink
-        assert sink is not None
+        self._spawn(self._reconcile(want))
 
-        async def reconcile() -> None:
-            try:
-                if await self._ddl(
-                    "reconcile indexes and load state", lambda: sink.reconcile(want)
-                ):
-                    self._reconciled = want
-            finally:
-                self._reconciling = False
-
-        self._spawn(reconcile())
+    async def _reconcile(self, want: Collection) -> None:
+        assert self._sink is not None
+        assert self._work is not None
+        try:
+            if await self._work.ddl(
+                "reconcile indexes and load state", partial(self._sink.reconcile, want)
+            ):
+                self._reconciled = want
+        finally:
+            self._reconciling = False
+            self._wake.set()
 
     def _maybe_drop(self) -> None:
         if (
             self._dropping
+            or self._reconciling
+            or self._stopping
             or not self.assignment.drop_granted
             or not self._core.sequencer.idle
-            or self._stopping
         ):
             return
         self._dropping = True
-        sink = self._sink
-        assert sink is not None
+        self._spawn(self._drop())
 
-        async def drop() -> None:
-            if await self._ddl(
-                "drop collection",
-                lambda: sink.drop_collection(
-                    self.assignment.want, sink_collection_id=self.assignment.sink_collection_id
-                ),
-            ):
-                self._dropped = True
-                self._log.info("collection dropped")
-                self._notify(self.assignment.assignment_id)
-
-        self._spawn(drop())
-
-    # ---- trouble
-
-    def _trouble(self, where: str, error: CdcError) -> None:
-        if where not in self._troubles:
-            self._log.warning("retrying", where=where, reason=error.reason, error=error.message)
-            self._troubles[where] = error
-            self._notify(self.assignment.assignment_id)
-        self._troubles[where] = error
-
-    def _recover(self, where: str) -> None:
-        if self._troubles.pop(where, None) is not None:
-            self._log.info("recovered", where=where)
+    async def _drop(self) -> None:
+        assert self._sink is not None
+        assert self._work is not None
+        drop = partial(
+            self._sink.drop_collection,
+            self.assignment.want,
+            sink_collection_id=self.assignment.sink_collection_id,
+        )
+        if await self._work.ddl("drop collection", drop):
+            self._dropped = True
+            self._log.info("collection dropped")
             self._notify(self.assignment.assignment_id)
 
     def _fail(self, error: CdcError) -> None:
@@ -587,8 +532,3 @@ class CollectionRunner:
             self._failure = error
             self._halt.set()
             self._wake.set()
-
-    async def _backoff(self, attempt: int) -> None:
-        delay = RETRY_BACKOFF_SECONDS[min(attempt, len(RETRY_BACKOFF_SECONDS) - 1)]
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._halt.wait(), delay * (0.5 + random.random()))

@@ -22,6 +22,7 @@ LOST_PEER = (
     r"controller not reachable",
     r'"event": "retrying',
     r"reading interrupted",
+    r"stream ended",
     r"replicator (lost|stream ended|suspect)",
     r"lease",
 )

@@ -1,0 +1,131 @@
+"""What one assignment does at its sink: writes and schema changes, each repeated until it is done,
+told to stop, or refused.
+
+Laws: nothing starts without the lease. A write whose outcome is unknown is repeated as an upsert.
+Trouble is visible for as long as it lasts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from milvus_cdc.errors import CdcError, RetryableError, UnknownOutcomeError
+from milvus_cdc.sink import CollectionTarget, Sink
+from milvuscdc.v1 import task_pb2
+
+from milvus_cdc_replicator import metrics
+from milvus_cdc_replicator.convert import Converter
+from milvus_cdc_replicator.core.ops import Write, WriteKind
+from milvus_cdc_replicator.gate import Halted, WriteGate
+
+RETRY_BACKOFF_SECONDS = (0.1, 0.3, 1.0, 2.0, 5.0)
+
+
+class Troubles:
+    """What is in the way now, by place; the first is shown."""
+
+    def __init__(self, log: Any, changed: Callable[[], None]) -> None:
+        self._log = log
+        self._changed = changed
+        self._now: dict[str, CdcError] = {}
+
+    @property
+    def first(self) -> CdcError | None:
+        return next(iter(self._now.values()), None)
+
+    def add(self, where: str, error: CdcError) -> None:
+        news = where not in self._now
+        self._now[where] = error
+        if news:
+            self._log.warning("retrying", where=where, reason=error.reason, error=error.message)
+            self._changed()
+
+    def clear(self, where: str) -> None:
+        if self._now.pop(where, None) is not None:
+            self._log.info("recovered", where=where)
+            self._changed()
+
+
+class SinkWork:
+    """Bound to one sink, one collection and one order to halt."""
+
+    def __init__(
+        self,
+        sink: Sink,
+        target: CollectionTarget,
+        spec: task_pb2.Sink,
+        task: str,
+        *,
+        converter: Converter,
+        gate: WriteGate,
+        halt: asyncio.Event,
+        troubles: Troubles,
+    ) -> None:
+        self._sink = sink
+        self._target = target
+        self._spec = spec
+        self._task = task
+        self._collection = f"{target.database}.{target.collection}"
+        self._converter = converter
+        self._gate = gate
+        self._halt = halt
+        self._troubles = troubles
+
+    async def write(self, write: Write) -> bool:
+        """True when it is durable, False when told to stop before. Raises UserError, BugError."""
+        batch = self._converter.batch(write, as_upsert=False)
+        kind = write.kind
+        where = f"write {write.write_id}"
+        attempt = 0
+        while True:
+            try:
+                async with self._gate.slot(self._spec, self._halt) as timeout:
+                    started = time.perf_counter()
+                    await self._sink.write(self._target, batch, timeout)
+                    metrics.WRITE_SECONDS.labels(kind).observe(time.perf_counter() - started)
+                break
+            except Halted:
+                return False  # the next owner reads it again
+            except RetryableError as error:
+                metrics.WRITE_ERRORS.labels(self._task, "retry", error.reason).inc()
+                if isinstance(error, UnknownOutcomeError) and write.kind is WriteKind.INSERT:
+                    batch = self._converter.batch(write, as_upsert=True)
+                    kind = WriteKind.UPSERT
+                self._troubles.add(where, error)
+                await self.backoff(attempt)
+                attempt += 1
+            except CdcError as error:
+                metrics.WRITE_ERRORS.labels(self._task, "user", error.reason).inc()
+                raise
+        self._troubles.clear(where)
+        metrics.ROWS_WRITTEN.labels(self._task, self._collection, kind).inc(write.rows)
+        metrics.BYTES_WRITTEN.labels(self._task, self._collection).inc(write.size)
+        return True
+
+    async def ddl(self, what: str, call: Callable[[], Awaitable[None]]) -> bool:
+        """Repeats an idempotent call until it succeeds; False when told to stop before."""
+        attempt = 0
+        while True:
+            try:
+                async with self._gate.ddl(self._halt):
+                    await call()
+            except Halted:
+                return False
+            except RetryableError as error:
+                self._troubles.add(what, error)
+                await self.backoff(attempt)
+                attempt += 1
+            else:
+                self._troubles.clear(what)
+                return True
+
+    async def backoff(self, attempt: int) -> None:
+        """Grows, with jitter; cut short by the order to halt."""
+        delay = RETRY_BACKOFF_SECONDS[min(attempt, len(RETRY_BACKOFF_SECONDS) - 1)]
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._halt.wait(), delay * (0.5 + random.random()))
