@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -32,6 +33,15 @@ class Entry:
     kind: str  # tick, insert, delete
     ts: int
     rows: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass
+class Stored:
+    """What the controller keeps of one vchannel."""
+
+    read_from: bytes
+    resolved_ts: int = 0
+    horizon_ts: int = 0
 
 
 def position(order: int) -> bytes:
@@ -113,7 +123,7 @@ def run(seed: int, lanes: int, steps: int, crash_rate: float) -> None:
         entries, live = make_log(rng, index, lanes, steps)
         logs[f"p{index}_7v{index}"] = entries
         expected.extend(live.items())
-    store = {v: [position(0), 0, 0] for v in logs}  # read_from, resolved_ts, horizon_ts
+    store = {v: Stored(position(0)) for v in logs}
     sink = ModelSink()
     want = Collection(
         7, 1, "default", "c", b"", lanes, 0, 1, partitions=(Partition(70, "_default", 1),)
@@ -126,9 +136,9 @@ def run(seed: int, lanes: int, steps: int, crash_rate: float) -> None:
                 Lane(
                     v,
                     v.split("_")[0],
-                    read_from=s[0],
-                    resolved_ts=s[1],
-                    horizon_ts=s[2],
+                    read_from=s.read_from,
+                    resolved_ts=s.resolved_ts,
+                    horizon_ts=s.horizon_ts,
                     closed=False,
                 )
                 for v, s in store.items()
@@ -137,7 +147,7 @@ def run(seed: int, lanes: int, steps: int, crash_rate: float) -> None:
             partition_key=False,
         )
         core.mark_opened(0)
-        at = {v: int.from_bytes(s[0], "little") for v, s in store.items()}
+        at = {v: int.from_bytes(s.read_from, "little") for v, s in store.items()}
         in_flight: dict[int, tuple[Write, WriteKind, bool]] = {}
         while True:
             if rng.random() < crash_rate:
@@ -165,7 +175,7 @@ def run(seed: int, lanes: int, steps: int, crash_rate: float) -> None:
                             size=10,
                             rows=len(entry.rows),
                             partition_id=70 if entry.kind == "insert" else -1,
-                            load_keys=lambda keys=keys: keys,
+                            load_keys=partial(frozenset, keys),
                         )
                     )
                 at[v] += 1
@@ -182,15 +192,17 @@ def run(seed: int, lanes: int, steps: int, crash_rate: float) -> None:
                     core.write_done(write_id)
             elif action < 0.85:
                 for v, lane in core.lanes.items():
-                    assert lane.resolved_ts >= store[v][1], "a checkpoint went back"
-                    horizon = max(store[v][2], core.wanted_horizon(lane))
-                    store[v] = [lane.read_from, lane.resolved_ts, horizon]
+                    assert lane.resolved_ts >= store[v].resolved_ts, "a checkpoint went back"
+                    horizon = max(store[v].horizon_ts, core.wanted_horizon(lane))
+                    store[v] = Stored(lane.read_from, lane.resolved_ts, horizon)
                     core.grant(v, horizon)
             for effect in core.step():
                 assert isinstance(effect, StartWrite)
                 write = effect.write
                 if write.kind is WriteKind.INSERT:
-                    assert all(op.ts <= store_horizon(store, core, op) for op in write.ops)
+                    assert all(
+                        op.ts <= max(s.horizon_ts for s in store.values()) for op in write.ops
+                    )
                 applied = rng.random() < 0.5
                 if applied:
                     sink.apply(write.kind, rows_of(write))
@@ -200,10 +212,6 @@ def run(seed: int, lanes: int, steps: int, crash_rate: float) -> None:
                 assert Counter(sink.rows) == Counter(expected)
                 return
     pytest.fail("did not finish")
-
-
-def store_horizon(store: dict[str, list], core: AssignmentCore, op: LogOp) -> int:  # type: ignore[type-arg]
-    return max(s[2] for s in store.values())
 
 
 @settings(max_examples=300, deadline=None)
