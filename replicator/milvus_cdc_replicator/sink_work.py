@@ -44,6 +44,8 @@ class Troubles:
         if news:
             self._log.warning("retrying", where=where, reason=error.reason, error=error.message)
             self._changed()
+        # Its traceback would keep the request alive, megabytes each.
+        error.__traceback__ = error.__cause__ = error.__context__ = None
 
     def clear(self, where: str) -> None:
         if self._now.pop(where, None) is not None:
