@@ -18,8 +18,7 @@ from functools import partial
 from typing import Any
 
 import structlog
-from milvus_cdc.codec.messages import Tick
-from milvus_cdc.errors import BugError, CdcError, RetryableError
+from milvus_cdc.errors import BugError, CdcError
 from milvus_cdc.model import Collection, ObjectState, ms_to_tso, tso_to_ms
 from milvus_cdc.sink import Opened, Sink
 
@@ -31,7 +30,7 @@ from milvus_cdc_replicator.core.budget import Budget
 from milvus_cdc_replicator.core.lane import Lane
 from milvus_cdc_replicator.core.ops import Write
 from milvus_cdc_replicator.gate import WriteGate
-from milvus_cdc_replicator.reader import Item, PchannelHub, Subscription
+from milvus_cdc_replicator.intake import Intake
 from milvus_cdc_replicator.report import LaneReport, Report
 from milvus_cdc_replicator.schema import key_field
 from milvus_cdc_replicator.settings import Limits
@@ -41,7 +40,6 @@ from milvus_cdc_replicator.spec import CollectionAssignment
 log = structlog.get_logger()
 
 HOUSEKEEPING_SECONDS = 1.0
-LOG_END_QUIET_SECONDS = 2.0
 PARTITION_UNKNOWN_SECONDS = 30.0
 ADOPTION_MARGIN_MS = 60_000
 """Rows of an adopted collection are no newer than now by the source's clock, which may be ahead."""
@@ -67,11 +65,8 @@ class CollectionRunner:
         self.assignment = assignment
         self._connections = connections
         self._gate = gate
-        self._budget = budget
-        self._limits = limits
         self._notify = notify
         self._query_partition = query_partition
-        self._on_room = on_room
         want = assignment.want
         key = key_field(want.schema)
         self._converter = Converter(key.field_id)
@@ -92,12 +87,10 @@ class CollectionRunner:
             partition_key=key.partition_key,
         )
         self._inbox: deque[Callable[[], None]] = deque()
-        self._inbox_bytes = 0
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._owner: asyncio.Task[None] | None = None
-        self._subscriptions: list[tuple[PchannelHub, Subscription]] = []
         self._sink: Sink | None = None
         self._work: SinkWork | None = None
         self._stopping = False
@@ -107,7 +100,6 @@ class CollectionRunner:
         self._opened: tuple[int, bool, int] | None = None
         self._conditions: dict[str, str] = {}
         self._dropped = False
-        self._accounted = (0, 0)
         self._asked_horizons: tuple[int, ...] = ()
         self._waiting_since: float | None = None
         self._reconciled: object = None
@@ -117,6 +109,18 @@ class CollectionRunner:
             task=assignment.task, collection=want.full_name, epoch=assignment.epoch
         )
         self._troubles = Troubles(self._log, lambda: notify(assignment.assignment_id))
+        self._intake = Intake(
+            assignment,
+            self._core,
+            connections=connections,
+            converter=self._converter,
+            budget=budget,
+            limit_bytes=limits.assignment_bytes,
+            troubles=self._troubles,
+            post=self._post,
+            fail=self._fail,
+            on_room=on_room,
+        )
 
     # ---- from outside, all on the loop
 
@@ -145,12 +149,12 @@ class CollectionRunner:
         """
         self._stopping = True
         self._halt.set()
-        self._unsubscribe()
+        self._intake.close()
         self._wake.set()
         if self._owner is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._owner
-        self._account(final=True)
+        self._intake.account(final=True)
 
     @property
     def failed(self) -> bool:
@@ -228,7 +232,7 @@ class CollectionRunner:
         try:
             await self._open()
             if not self._stopping and self._failure is None:
-                await self._subscribe()
+                await self._intake.open()
             self._tick_over()
             while not self._stopping and self._failure is None:
                 await self._wake.wait()
@@ -243,13 +247,13 @@ class CollectionRunner:
             self._log.exception("assignment failed unexpectedly")
             self._fail(BugError("REPLICATOR_BUG", f"{type(error).__name__}: {error}"))
         finally:
-            self._unsubscribe()
+            self._intake.close()
             if self._timer is not None:
                 self._timer.cancel()
             while self._tasks:
                 await asyncio.wait(self._tasks)
             self._drain()  # what became durable meanwhile is part of the last word
-            self._account(final=self._failure is not None)
+            self._intake.account(final=self._failure is not None)
             self._ended = True
             if self._failure is not None:
                 self._notify(self.assignment.assignment_id)
@@ -298,65 +302,6 @@ class CollectionRunner:
         self._log.info("collection opened", adopted=opened.adopted)
         self._notify(self.assignment.assignment_id)
 
-    async def _subscribe(self) -> None:
-        for lane in self._core.lanes.values():
-            if lane.ended:
-                continue
-            hub = await self._connections.hub(self.assignment.source, lane.pchannel)
-            order = await self._connections.order(self.assignment.source, lane.read_from)
-            subscription = Subscription(
-                pchannel=lane.pchannel,
-                vchannel=lane.vchannel,
-                collection_id=self.assignment.want.collection_id,
-                position=lane.read_from,
-                last_order=order - 1,
-                deliver=self._deliver,
-                has_room=self._has_room,
-                on_error=partial(self._read_error, lane.vchannel),
-            )
-            self._subscriptions.append((hub, subscription))
-            hub.subscribe(subscription)
-
-    def _unsubscribe(self) -> None:
-        for hub, subscription in self._subscriptions:
-            hub.unsubscribe(subscription)
-        self._subscriptions.clear()
-
-    def _deliver(self, vchannel: str, items: list[Item]) -> None:
-        size = sum(getattr(item.message, "size", 0) for item in items)
-        if size:
-            self._inbox_bytes += size
-            self._account()
-
-        def feed() -> None:
-            self._inbox_bytes -= size
-            lane = self._core.lanes[vchannel]
-            for item in items:
-                message = item.message
-                if isinstance(message, Tick):
-                    lane.tick(message.ts, item.position)
-                elif (op := self._converter.op(message, item.position, item.order)) is not None:
-                    lane.add(op)
-
-        self._post(feed)
-
-    def _has_room(self) -> bool:
-        mine, writable = self._accounted
-        if mine == 0:
-            return True  # whoever holds nothing may always take one helping
-        if mine < self._limits.assignment_bytes:
-            return self._budget.may_read
-        # Rows that wait for their tick: only reading on brings it.
-        return writable == 0 and mine < self._budget.hard_limit_bytes
-
-    def _read_error(self, vchannel: str, error: CdcError | None) -> None:
-        if error is None:
-            self._troubles.clear(f"read {vchannel}")
-        elif isinstance(error, RetryableError):
-            self._troubles.add(f"read {vchannel}", error)
-        else:
-            self._fail(error)
-
     def _post(self, event: Callable[[], None]) -> None:
         self._inbox.append(event)
         self._wake.set()
@@ -381,7 +326,7 @@ class CollectionRunner:
                     )
         if not self._core.waiting_partitions:
             self._waiting_since = None
-        self._account()
+        self._intake.account()
         self._maybe_reconcile()
         self._maybe_drop()
         if self._core.horizon_blocks():
@@ -389,20 +334,6 @@ class CollectionRunner:
             if wanted != self._asked_horizons:
                 self._asked_horizons = wanted
                 self._notify(self.assignment.assignment_id)
-
-    def _account(self, *, final: bool = False) -> None:
-        """Keeps the process' memory budget true."""
-        held = writable = 0
-        if not final:
-            writable = self._core.staged_bytes + self._core.sequencer.held_bytes
-            held = writable + self._core.buffered_bytes + self._inbox_bytes
-        if (held, writable) == self._accounted:
-            return
-        before_held, before_writable = self._accounted
-        self._budget.update(held - before_held, writable - before_writable)
-        self._accounted = (held, writable)
-        if held < before_held:
-            self._on_room()
 
     def _tick_over(self) -> None:
         """A timer of its own: a timeout around every wait costs more than what is waited for."""
@@ -413,27 +344,11 @@ class CollectionRunner:
     def _housekeeping(self) -> None:
         want = self.assignment.want
         if want.state is ObjectState.DROPPED and not self._core.closed:
-            for hub, subscription in self._subscriptions:
-                self._spawn(self._check_log_end(hub, subscription))
+            self._spawn(self._intake.look_for_log_ends())
         for partition_id in self._core.waiting_partitions:
             self._query_partition(
                 self.assignment.assignment_id, self.assignment.epoch, partition_id
             )
-
-    async def _check_log_end(self, hub: PchannelHub, subscription: Subscription) -> None:
-        """Ticks may stop with the last collection of a pchannel: then the log's end closes the
-        lane.
-        """
-        try:
-            end = await self._connections.log_end(self.assignment.source, subscription.pchannel)
-        except CdcError:
-            return  # the reader meets the same trouble and reports it
-        lane = self._core.lanes[subscription.vchannel]
-        if not lane.ended and subscription.last_order + 1 >= end and not self._inbox:
-            quiet_from = subscription.last_order
-            await asyncio.sleep(LOG_END_QUIET_SECONDS)
-            if subscription.last_order == quiet_from:
-                self._post(lane.end_of_log)
 
     # ---- effects
 

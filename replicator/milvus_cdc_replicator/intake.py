@@ -1,0 +1,153 @@
+"""The reading side of one collection assignment: subscriptions, room, and the memory it accounts
+for.
+
+Laws: what was read counts against the budget from the moment it is delivered until it is durable.
+Who holds nothing may always take one helping, so nobody starves behind a stuck neighbour. Rows that
+wait for their tick do not stop the reading that brings it, up to the hard limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+from milvus_cdc.codec.messages import Tick
+from milvus_cdc.errors import CdcError, RetryableError
+
+from milvus_cdc_replicator.connections import Connections
+from milvus_cdc_replicator.convert import Converter
+from milvus_cdc_replicator.core.assignment import AssignmentCore
+from milvus_cdc_replicator.core.budget import Budget
+from milvus_cdc_replicator.core.lane import Lane
+from milvus_cdc_replicator.reader import Item, PchannelHub, Subscription
+from milvus_cdc_replicator.sink_work import Troubles
+from milvus_cdc_replicator.spec import CollectionAssignment
+
+LOG_END_QUIET_SECONDS = 2.0
+
+
+class Intake:
+    """`post` hands an event to the owner of the core; everything else runs where it is called."""
+
+    def __init__(
+        self,
+        assignment: CollectionAssignment,
+        core: AssignmentCore,
+        *,
+        connections: Connections,
+        converter: Converter,
+        budget: Budget,
+        limit_bytes: int,
+        troubles: Troubles,
+        post: Callable[[Callable[[], None]], None],
+        fail: Callable[[CdcError], None],
+        on_room: Callable[[], None],
+    ) -> None:
+        self._assignment = assignment
+        self._core = core
+        self._connections = connections
+        self._converter = converter
+        self._budget = budget
+        self._limit_bytes = limit_bytes
+        self._troubles = troubles
+        self._post = post
+        self._fail = fail
+        self._on_room = on_room
+        self._subscriptions: list[tuple[PchannelHub, Subscription]] = []
+        self._delivered_bytes = 0
+        self._accounted = (0, 0)
+
+    async def open(self) -> None:
+        """Subscribes every lane whose log has not ended."""
+        for lane in self._core.lanes.values():
+            if lane.ended:
+                continue
+            hub = await self._connections.hub(self._assignment.source, lane.pchannel)
+            order = await self._connections.order(self._assignment.source, lane.read_from)
+            subscription = Subscription(
+                pchannel=lane.pchannel,
+                vchannel=lane.vchannel,
+                collection_id=self._assignment.want.collection_id,
+                position=lane.read_from,
+                last_order=order - 1,
+                deliver=self._deliver,
+                has_room=self._has_room,
+                on_error=partial(self._on_error, lane.vchannel),
+            )
+            self._subscriptions.append((hub, subscription))
+            hub.subscribe(subscription)
+
+    def close(self) -> None:
+        for hub, subscription in self._subscriptions:
+            hub.unsubscribe(subscription)
+        self._subscriptions.clear()
+
+    def account(self, *, final: bool = False) -> None:
+        """Keeps the process' memory budget true; `final` gives everything back."""
+        held = writable = 0
+        if not final:
+            writable = self._core.staged_bytes + self._core.sequencer.held_bytes
+            held = writable + self._core.buffered_bytes + self._delivered_bytes
+        if (held, writable) == self._accounted:
+            return
+        before_held, before_writable = self._accounted
+        self._budget.update(held - before_held, writable - before_writable)
+        self._accounted = (held, writable)
+        if held < before_held:
+            self._on_room()
+
+    async def look_for_log_ends(self) -> None:
+        """Of a dropped collection: ticks may stop with the last collection of a pchannel, then the
+        log's end closes the lane.
+        """
+        for _, subscription in list(self._subscriptions):
+            lane = self._core.lanes[subscription.vchannel]
+            if not lane.ended:
+                await self._look_for_log_end(lane, subscription)
+
+    async def _look_for_log_end(self, lane: Lane, subscription: Subscription) -> None:
+        try:
+            end = await self._connections.log_end(self._assignment.source, subscription.pchannel)
+        except CdcError:
+            return  # the reader meets the same trouble and reports it
+        read = subscription.last_order
+        if read + 1 < end:
+            return
+        await asyncio.sleep(LOG_END_QUIET_SECONDS)
+        if subscription.last_order == read:
+            # Behind everything delivered so far: the inbox keeps the order.
+            self._post(lane.end_of_log)
+
+    def _deliver(self, vchannel: str, items: list[Item]) -> None:
+        size = sum(getattr(item.message, "size", 0) for item in items)
+        if size:
+            self._delivered_bytes += size
+            self.account()
+        self._post(partial(self._feed, vchannel, items, size))
+
+    def _feed(self, vchannel: str, items: list[Item], size: int) -> None:
+        self._delivered_bytes -= size
+        lane = self._core.lanes[vchannel]
+        for item in items:
+            message = item.message
+            if isinstance(message, Tick):
+                lane.tick(message.ts, item.position)
+            elif (op := self._converter.op(message, item.position, item.order)) is not None:
+                lane.add(op)
+
+    def _has_room(self) -> bool:
+        mine, writable = self._accounted
+        if mine == 0:
+            return True
+        if mine < self._limit_bytes:
+            return self._budget.may_read
+        return writable == 0 and mine < self._budget.hard_limit_bytes
+
+    def _on_error(self, vchannel: str, error: CdcError | None) -> None:
+        if error is None:
+            self._troubles.clear(f"read {vchannel}")
+        elif isinstance(error, RetryableError):
+            self._troubles.add(f"read {vchannel}", error)
+        else:
+            self._fail(error)
