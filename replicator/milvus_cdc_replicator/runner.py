@@ -444,6 +444,8 @@ class CollectionRunner:
     def _fail(self, error: CdcError) -> None:
         if self._failure is None:
             self._log.error("collection failed", reason=error.reason, error=error.message)
+            # Its traceback would keep the request alive for as long as the failure stands.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             self._failure = error
             self._halt.set()
             self._wake.set()
