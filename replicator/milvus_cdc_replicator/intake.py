@@ -28,7 +28,9 @@ LOG_END_QUIET_SECONDS = 2.0
 
 
 class Intake:
-    """`post` hands an event to the owner of the core; everything else runs where it is called."""
+    """`post` hands an event to the owner of the core, `post_later` one for which no row waits;
+    everything else runs where it is called.
+    """
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class Intake:
         limit_bytes: int,
         troubles: Troubles,
         post: Callable[[Callable[[], None]], None],
+        post_later: Callable[[Callable[[], None]], None],
         fail: Callable[[CdcError], None],
         on_room: Callable[[], None],
     ) -> None:
@@ -52,6 +55,7 @@ class Intake:
         self._limit_bytes = limit_bytes
         self._troubles = troubles
         self._post = post
+        self._post_later = post_later
         self._fail = fail
         self._on_room = on_room
         self._subscriptions: list[tuple[PchannelHub, Subscription]] = []
@@ -124,7 +128,11 @@ class Intake:
         if size:
             self._delivered_bytes += size
             self.account()
-        self._post(partial(self._feed, vchannel, items, size))
+        feed = partial(self._feed, vchannel, items, size)
+        if self._accounted == (0, 0) and all(isinstance(item.message, Tick) for item in items):
+            self._post_later(feed)
+        else:
+            self._post(feed)
 
     def _feed(self, vchannel: str, items: list[Item], size: int) -> None:
         self._delivered_bytes -= size

@@ -40,6 +40,7 @@ from milvus_cdc_replicator.spec import CollectionAssignment
 log = structlog.get_logger()
 
 HOUSEKEEPING_SECONDS = 1.0
+REST_SECONDS = 0.5
 PARTITION_UNKNOWN_SECONDS = 30.0
 ADOPTION_MARGIN_MS = 60_000
 """Rows of an adopted collection are no newer than now by the source's clock, which may be ahead."""
@@ -89,6 +90,7 @@ class CollectionRunner:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._resting: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._owner: asyncio.Task[None] | None = None
         self._sink: Sink | None = None
@@ -118,6 +120,7 @@ class CollectionRunner:
             limit_bytes=limits.assignment_bytes,
             troubles=self._troubles,
             post=self._post,
+            post_later=self._post_later,
             fail=self._fail,
             on_room=on_room,
         )
@@ -250,6 +253,8 @@ class CollectionRunner:
             self._intake.close()
             if self._timer is not None:
                 self._timer.cancel()
+            if self._resting is not None:
+                self._resting.cancel()
             while self._tasks:
                 await asyncio.wait(self._tasks)
             self._drain()  # what became durable meanwhile is part of the last word
@@ -304,6 +309,16 @@ class CollectionRunner:
 
     def _post(self, event: Callable[[], None]) -> None:
         self._inbox.append(event)
+        self._wake.set()
+
+    def _post_later(self, event: Callable[[], None]) -> None:
+        """In its turn, but soon is enough: many quiet collections otherwise wake for every tick."""
+        self._inbox.append(event)
+        if self._resting is None:
+            self._resting = asyncio.get_running_loop().call_later(REST_SECONDS, self._rested)
+
+    def _rested(self) -> None:
+        self._resting = None
         self._wake.set()
 
     def _drain(self) -> None:
