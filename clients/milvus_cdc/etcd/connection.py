@@ -37,7 +37,7 @@ _CHANNEL_OPTIONS = (
     # A restarted etcd is found again within a second instead of gRPC's default of up to two
     # minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),  # what one attempt may take
     ("grpc.max_reconnect_backoff_ms", 1_000),
     # Two clients of one process must not share a connection, or closing one would disturb the
     # other.
