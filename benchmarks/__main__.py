@@ -23,6 +23,8 @@ PARTS = ("direct", "catchup", "crash", "steady", "lag", "memory", "idle", "list"
 LAG_ROWS_PER_SECOND = 1_000
 IDLE_COLLECTIONS = 64
 LISTED_TASKS = 1_000
+PROBE_SECONDS = 40
+FAST_TICK_MS = 50
 
 _started = time.monotonic()
 
@@ -38,6 +40,10 @@ def main() -> int:
         _say(f"{queue}: starting etcd, two Milvus, controller, replicator")
         with Rig(queue) as rig:
             _measure(rig, options, results)
+        if "lag" in options.only and not options.quick:
+            _say(f"{queue}: the same servers, ticking every {FAST_TICK_MS} ms")
+            with Rig(queue, tick_ms=FAST_TICK_MS) as rig:
+                _measure_lag(rig, PROBE_SECONDS, results)
     results.show(console)
     if options.json:
         results.write_json(options.json)
@@ -72,7 +78,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _measure(rig: Rig, options: argparse.Namespace, results: Results) -> None:
     queue, parts = rig.queue, options.only
     stream_seconds = 20 if options.quick else 60
-    probe_seconds = 15 if options.quick else 40
+    probe_seconds = 15 if options.quick else PROBE_SECONDS
     for dim in options.dims:
         key = f"{queue} {dim}"
         rows = options.rows * 128 // max(dim, 128)
@@ -105,15 +111,20 @@ def _measure(rig: Rig, options: argparse.Namespace, results: Results) -> None:
             _say(f"{key}: steady stream of {stream_seconds} s")
             results.steady.append(steady.steady(rig, dim, stream_seconds))
     if "lag" in parts:
-        for background in (0, LAG_ROWS_PER_SECOND):
-            _say(f"{queue}: lag with {background} rows/s beside the probes")
-            results.lags.append(lag.measure(rig, background, probe_seconds))
+        _measure_lag(rig, probe_seconds, results)
     if "idle" in parts:
         _say(f"{queue}: at rest with {IDLE_COLLECTIONS} collections")
         results.idle[queue] = footprint.idle(rig, IDLE_COLLECTIONS, probe_seconds)
     if "list" in parts and queue == options.queues[0]:
-        _say(f"{queue}: list of {LISTED_TASKS} tasks")
-        results.listing[queue] = footprint.listing(rig, LISTED_TASKS)
+        tasks = LISTED_TASKS // 10 if options.quick else LISTED_TASKS
+        _say(f"{queue}: list of {tasks} tasks")
+        results.listing[queue] = footprint.listing(rig, tasks)
+
+
+def _measure_lag(rig: Rig, seconds: float, results: Results) -> None:
+    for background in (0, LAG_ROWS_PER_SECOND):
+        _say(f"{rig.queue}: lag with {background} rows/s beside the probes")
+        results.lags.append(lag.measure(rig, background, seconds))
 
 
 def _say(text: str) -> None:

@@ -1,5 +1,8 @@
 """Lag as a reader of the sink sees it: from the source's acknowledgement of a row until a query
 with bounded consistency finds it at the sink.
+
+A row waits for a time tick twice: at the source, before the replicator knows its place in order,
+and at the sink, before its query nodes show it.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ class Lag:
     """Seconds over `probes` single rows, with `background` rows per second beside them."""
 
     queue: str
+    tick_ms: int
     background: int
     probes: int
     p50: float
@@ -111,6 +115,7 @@ def measure(rig: Rig, background: int, seconds: float, dim: int = 128) -> Lag:
     lags.sort()
     return Lag(
         queue=rig.queue,
+        tick_ms=rig.tick_ms,
         background=background,
         probes=len(lags),
         p50=_percentile(lags, 50),

@@ -24,7 +24,8 @@ from tests.servers import Stack
 from tests.servers.process import ManagedProcess
 from tests.servers.services import ControllerProcess, ReplicatorProcess
 
-QUEUES = {"nats": "natsmq", "kafka": "kafka"}
+MILVUS_TICK_MS = 200
+"""As Milvus is shipped."""
 _WRITTEN = re.compile(
     r'^milvus_cdc_replicator_written_rows_total\{(.*)op="(\w+)"(.*)\} (\S+)$', re.MULTILINE
 )
@@ -33,10 +34,16 @@ _WRITTEN = re.compile(
 class Rig:
     """One stack of servers with our two services; `with` starts and stops them."""
 
-    def __init__(self, queue: str) -> None:
+    def __init__(self, queue: str, *, tick_ms: int = MILVUS_TICK_MS) -> None:
+        """`tick_ms`: how often both Milvus say how far time is (`proxy.timeTickInterval`)."""
         self.queue = queue
+        self.tick_ms = tick_ms
         self.folder = Path(tempfile.mkdtemp(prefix="milvus-cdc-bench-"))
-        self.stack = Stack(self.folder / "servers", mq="kafka" if queue == "kafka" else "natsmq")
+        self.stack = Stack(
+            self.folder / "servers",
+            mq="kafka" if queue == "kafka" else "natsmq",
+            settings={"proxy": {"timeTickInterval": tick_ms}},
+        )
         self.controller = ControllerProcess(self.folder / "controller")
         self.replicator = self._new_replicator()
         self._channel = grpc.insecure_channel(self.controller.address)

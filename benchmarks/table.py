@@ -123,7 +123,8 @@ class Results:
         for lag in self.lags:
             load = f"{lag.background:,} rows/s" if lag.background else "idle"
             table.add_row(
-                f"{lag.queue}: acknowledged to visible, {load} ({lag.probes} probes)",
+                f"{lag.queue}: acknowledged to visible, {load}, ticks every {lag.tick_ms} ms "
+                f"({lag.probes} probes)",
                 f"p50 {_judged(lag.p50, GOAL_P50)} s, p99 {_judged(lag.p99, GOAL_P99)} s, "
                 f"largest {lag.largest:.2f} s",
                 f"< {GOAL_P50}, < {GOAL_P99} s",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypedDict
@@ -37,8 +38,16 @@ class Stack:
     TERM.
     """
 
-    def __init__(self, folder: Path, *, mq: SourceQueue = "natsmq") -> None:
-        """RuntimeError when `mq` is kafka and no broker can run here."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        mq: SourceQueue = "natsmq",
+        settings: Mapping[str, object] | None = None,
+    ) -> None:
+        """`settings` is laid over milvus.yaml of both servers. RuntimeError when `mq` is kafka and
+        no broker can run here.
+        """
         self.folder = folder
         self.mq = mq
         self.etcd = EtcdServer(folder / "etcd")
@@ -50,6 +59,7 @@ class Stack:
             cluster="source",
             mq=mq,
             kafka_brokers=self.kafka.brokers if self.kafka else None,
+            settings=settings,
             name="source",
         )
         self.sink = MilvusServer(
@@ -57,6 +67,7 @@ class Stack:
             etcd_endpoint=self.etcd.endpoint,
             root_path="sink",
             cluster="sink",
+            settings=settings,
             name="sink",
         )
 
