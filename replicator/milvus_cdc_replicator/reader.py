@@ -40,6 +40,7 @@ SLOW_SECONDS = 1.0
 """How long a subscriber without room may hold back those that have some."""
 NEAR_ENTRIES = 4_096
 """A cursor this close before a subscriber's place serves it instead of a new one."""
+OPEN_SECONDS = 30.0
 BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -155,7 +156,7 @@ class PchannelHub:
         while cursor in self._cursors:
             reader: LogReader | None = None
             try:
-                reader = await self._source.open(self._pchannel, position)
+                reader = await self._open(position)
                 while cursor in self._cursors:
                     await self._until_room(cursor)
                     if cursor not in self._cursors:
@@ -186,8 +187,19 @@ class PchannelHub:
                 return
             finally:
                 if reader is not None:
-                    with contextlib.suppress(CdcError):
-                        await reader.close()
+                    with contextlib.suppress(CdcError, TimeoutError):
+                        async with asyncio.timeout(OPEN_SECONDS):
+                            await reader.close()
+
+    async def _open(self, position: bytes) -> LogReader:
+        """Law: nothing waits for a queue without end and without a word."""
+        try:
+            async with asyncio.timeout(OPEN_SECONDS):
+                return await self._source.open(self._pchannel, position)
+        except TimeoutError as error:
+            raise RetryableError(
+                "QUEUE_UNREACHABLE", f"{self._pchannel} could not be opened in {OPEN_SECONDS:.0f} s"
+            ) from error
 
     async def _until_room(self, cursor: _Cursor) -> None:
         """Waits until somebody can take something; those who cannot for long lose their place."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import nats.errors
@@ -17,10 +18,13 @@ from milvus_cdc.errors import BugError, LogResetError, RetryableError, UserError
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
 CONNECT_SECONDS = 5
 PING_SECONDS = 10
 """A server that answers no ping for twice this long is gone."""
 API_SECONDS = 5.0
+CLOSE_SECONDS = 3.0
 _NO_STREAM = 10059
 
 
@@ -59,23 +63,22 @@ class Connection:
         client = Client()
         with foreign_errors(self.url):
             try:
-                async with asyncio.timeout(2 * CONNECT_SECONDS):
-                    await client.connect(
-                        self.url,
-                        name="milvus-cdc",
-                        error_cb=on_error,
-                        disconnected_cb=on_closed,
-                        closed_cb=on_closed,
-                        allow_reconnect=False,
-                        # The client tries once more than it is told to, however it is told.
-                        max_reconnect_attempts=1,
-                        reconnect_time_wait=0,
-                        connect_timeout=CONNECT_SECONDS,
-                        ping_interval=PING_SECONDS,
-                    )
+                connecting = client.connect(
+                    self.url,
+                    name="milvus-cdc",
+                    error_cb=on_error,
+                    disconnected_cb=on_closed,
+                    closed_cb=on_closed,
+                    allow_reconnect=False,
+                    # The client tries once more than it is told to, however it is told.
+                    max_reconnect_attempts=1,
+                    reconnect_time_wait=0,
+                    connect_timeout=CONNECT_SECONDS,
+                    ping_interval=PING_SECONDS,
+                )
+                await bounded(connecting, 2 * CONNECT_SECONDS)
             except BaseException as error:
-                with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-                    await client.close()
+                await _close(client)
                 if isinstance(error, nats.errors.NoServersError) and errors:
                     raise errors[-1] from error
                 raise
@@ -84,14 +87,35 @@ class Connection:
     async def close(self) -> None:
         client, self._client = self._client, None
         if client is not None:
-            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-                await client.close()
+            await _close(client)
+
+
+async def bounded(work: Coroutine[Any, Any, T], seconds: float) -> T:
+    """The result, or TimeoutError after `seconds` even if the client's code keeps a cancellation
+    to itself: whoever waits for a lock behind it must not wait for ever.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
+    if not done:
+        task.cancel()
+        raise TimeoutError
+    return task.result()
+
+
+async def _close(client: Client) -> None:
+    with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+        await bounded(client.close(), CLOSE_SECONDS)
 
 
 async def stream_info(client: Client, url: str, pchannel: str) -> StreamInfo:
     """Raises LogResetError when there is no such stream."""
     with foreign_errors(url, pchannel):
-        return await client.jetstream(timeout=API_SECONDS).stream_info(pchannel)
+        asking = client.jetstream(timeout=API_SECONDS).stream_info(pchannel)
+        return await bounded(asking, 2 * API_SECONDS)
 
 
 @contextlib.contextmanager
