@@ -227,7 +227,7 @@ def test_replication_through_envoy_outlasts_its_time_limits_and_its_restart(
             assert connected_since() == since
             assert not watch.ended()
             assert verdict(envoy.address).rows_compared == rows
-            pair.quiet()
+            pair.quiet("controller not reachable")
 
             before = holdings(pair)
             assert len(before) == 2, "the collection and the metadata"
@@ -315,7 +315,7 @@ def test_a_go_program_creates_a_task_and_watches_it_run(nats_stack: Stack, tmp_p
         refused = watch_from_go(pair, "tasks/UPPER", "mesh_go.*")
         assert refused.returncode == 1
         assert "reason INVALID_FIELD of milvuscdc.io" in refused.stderr
-        pair.quiet()
+        pair.quiet("controller not reachable")
 
 
 @pytest.mark.timeout(600)
