@@ -17,6 +17,7 @@ from benchmarks.steady import Steady
 from benchmarks.usage import machine
 from benchmarks.writers import Direct
 
+JUDGED_DIM = 128
 GOAL_RATIO = {1_000: 0.8, 100: 0.6}
 GOAL_CPU = {1_000: 4.0, 100: 12.0}
 GOAL_CRASH = 0.9
@@ -74,7 +75,9 @@ class Results:
                 table.add_row(label, queue, dim, f"{direct.rate:,.0f}", "", "", "", "", "")
         for run in self.catch_ups:
             ratio = self.ratio(run)
-            goal = GOAL_RATIO.get(run.rows_per_insert)
+            judged = run.dim == JUDGED_DIM
+            goal = GOAL_RATIO.get(run.rows_per_insert) if judged else None
+            cpu_goal = GOAL_CPU.get(run.rows_per_insert) if judged else None
             table.add_row(
                 f"catch-up, {run.rows_per_insert}-row inserts",
                 run.queue,
@@ -83,7 +86,7 @@ class Results:
                 f"{run.inner_rate:,.0f}",
                 "" if ratio is None else _judged(ratio, goal, at_least=True),
                 "" if goal is None else f">= {goal}",
-                _cpu(run.cpu_per_million, GOAL_CPU.get(run.rows_per_insert)),
+                _cpu(run.cpu_per_million, cpu_goal),
                 _judged(run.peak_mib, GOAL_MIB, digits=0),
             )
         for stream in self.steady:
