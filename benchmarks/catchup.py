@@ -142,12 +142,15 @@ def crash(rig: Rig, table: Table, rows: int) -> Crash:
     """Kills the owner in mid-way while a second replicator stands by."""
     task = table.name.replace("_", "-") + "-crash"
     drop(rig.stack.sink.uri, table.name)
-    first = rig.fresh_replicator()
+    pair = (rig.fresh_replicator(), rig.spare_replicator())
     rig.create_task(task, [table.name])
-    wait_until(
-        lambda: sum(written(first, task).values()) >= KILL_AT * rows, 120, "rows", every=0.05
-    )
-    second = rig.spare_replicator()
+
+    def durable() -> list[int]:
+        return [sum(written(replicator, task).values()) for replicator in pair]
+
+    wait_until(lambda: sum(durable()) >= KILL_AT * rows, 120, "rows", every=0.02)
+    rows_of = durable()
+    first, second = pair if rows_of[0] else pair[::-1]
     first.kill()
     killed = time.perf_counter()
     rig.replicator = second

@@ -18,10 +18,8 @@ from milvus_cdc_replicator.core.lane import Lane
 from milvus_cdc_replicator.core.ops import LogOp, Rank, Write, WriteKind
 from milvus_cdc_replicator.core.sequencer import Sequencer, WriteLimits
 
-HORIZON_STEP_MIN_MS = 4_000
-"""Source time granted ahead at least: a quiet collection asks every two seconds, and its next row
-need not wait for a grant.
-"""
+HORIZON_STEP_MIN_MS = 2_000
+"""Source time granted ahead at least: a quiet collection asks about once a second."""
 HORIZON_STEP_MAX_MS = 30_000
 
 
