@@ -46,9 +46,6 @@ class WriteGate:
         """The lease may have grown."""
         self._renewed.set()
 
-    def open_for_writes(self) -> bool:
-        return self.core.remaining(boottime()) >= LEAST_TIMEOUT_SECONDS
-
     @contextlib.asynccontextmanager
     async def ddl(self, halt: asyncio.Event) -> AsyncIterator[None]:
         """Schema changes: begun with enough lease, broken off before it ends; raises Halted, or

@@ -42,8 +42,6 @@ class MetadataRunner:
         self._trouble: CdcError | None = None
         self._owner: asyncio.Task[None] | None = None
 
-    failed = False
-
     def start(self) -> None:
         self._changed.set()
         self._owner = asyncio.create_task(self._run(), name=f"metadata {self.assignment.task}")
@@ -51,9 +49,6 @@ class MetadataRunner:
     def update(self, assignment: MetadataAssignment) -> None:
         self.assignment = assignment
         self._changed.set()
-
-    def wants_horizon_now(self) -> bool:
-        return False
 
     def grant(self, horizons: list[tuple[str, int]]) -> None:
         """Nothing to grant: no rows."""

@@ -94,10 +94,6 @@ class PchannelHub:
         self.end_order = -1
         """Order of the newest entry any cursor has read."""
 
-    @property
-    def idle(self) -> bool:
-        return not self._cursors and not self._waiting
-
     def subscribe(self, subscription: Subscription) -> None:
         self._waiting.append(subscription)
         self._place_waiting()

@@ -163,9 +163,6 @@ class CollectionRunner:
     def failed(self) -> bool:
         return self._failure is not None
 
-    def wants_horizon_now(self) -> bool:
-        return not self.failed and self._core.horizon_blocks()
-
     def report(self) -> Report:
         state, reason, message = self._state()
         lanes = tuple(

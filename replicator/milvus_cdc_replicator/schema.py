@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from milvus_cdc.errors import BugError
 from milvus_cdc.milvus_protos import schema_pb2
+from milvus_cdc.sink.milvus import schema as schemas
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,5 @@ class KeyField:
 def key_field(schema: bytes) -> KeyField:
     """Raises BugError when the schema has no primary key."""
     parsed = schema_pb2.CollectionSchema.FromString(schema)
-    partition_key = any(f.is_partition_key for f in parsed.fields)
-    for f in parsed.fields:
-        if f.is_primary_key:
-            return KeyField(f.fieldID, f.name, partition_key)
-    raise BugError("SCHEMA_WITHOUT_KEY", f"the schema of {parsed.name!r} has no primary key field")
+    key = schemas.key_field(parsed)
+    return KeyField(key.fieldID, key.name, schemas.has_partition_key(parsed))
