@@ -56,6 +56,8 @@ class Database:
     database_id: int
     name: str
     state: ObjectState = ObjectState.CREATED
+    properties: tuple[tuple[str, str], ...] = ()
+    """Milvus 2.4 and later; sorted by key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,55 @@ class Vchannel:
 
 
 @dataclass(frozen=True, slots=True)
+class Import:
+    """A bulk import into a collection: its rows never pass through the log."""
+
+    import_id: int
+    rows: int
+    """0 when the metadata does not say."""
+    time_ms: int
+    """Unix milliseconds of its start; 0 when unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """Another name of a collection, in the same database."""
+
+    database_id: int
+    database: str
+    name: str
+    collection_id: int
+    alter_ts: int
+    """TSO at which it came to stand for this collection; 0 when unknown."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class RoleGrant:
+    """A privilege of a role on objects of one kind; `object_name` is a name or `*`."""
+
+    role: str
+    object_type: str
+    """`Collection`, `Global` or `User`, as Milvus spells them."""
+    object_name: str
+    database: str
+    privilege: str
+    """As Milvus' API spells it, for example `Insert`; also the name of a privilege group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rbac:
+    """Who may do what. Passwords are stored as hashes only and are no part of it. Sorted."""
+
+    users: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    members: tuple[tuple[str, str], ...] = ()
+    """(user, role)."""
+    grants: tuple[RoleGrant, ...] = ()
+    privilege_groups: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(name, privileges); Milvus 2.5."""
+
+
+@dataclass(frozen=True, slots=True)
 class Collection:
     """A source collection as its metadata shows it; up to Milvus 2.5 the schema of an id never
     changes.
@@ -120,6 +171,11 @@ class Collection:
     indexes: tuple[Index, ...] = ()
     load: Load = field(default_factory=Load)
     vchannels: tuple[Vchannel, ...] = ()
+    alter_ts: int = 0
+    """TSO of the newest change of the collection's own key (its name, its properties); 0 when
+    unknown. It moves even where the value hides the change: 2.3.5 leaves changed properties out.
+    """
+    imports: tuple[Import, ...] = ()
 
     @property
     def full_name(self) -> str:
@@ -144,3 +200,5 @@ class Catalogue:
     """Creation time of the default database in Unix nanoseconds: another one means that the
     source's metadata was made anew, even in the same etcd. 0 when unknown.
     """
+    aliases: tuple[Alias, ...] = ()
+    rbac: Rbac = field(default_factory=Rbac)

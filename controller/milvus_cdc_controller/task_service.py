@@ -235,6 +235,19 @@ class TaskService(rpc.TaskServiceServicer):
         async for event in verify(self._loop, self._find(request.name), request):
             yield event
 
+    @streaming
+    async def DiffTask(self, request: pb.DiffTaskRequest) -> AsyncIterator[pb.DiffTaskResponse]:
+        check(request)
+        raise ApiError("UNIMPLEMENTED", "UNIMPLEMENTED", "Not there yet.")
+        yield
+
+    @unary
+    async def SetTaskPositions(
+        self, request: pb.SetTaskPositionsRequest
+    ) -> pb.SetTaskPositionsResponse:
+        check(request)
+        raise ApiError("UNIMPLEMENTED", "UNIMPLEMENTED", "Not there yet.")
+
     def _find(self, name: str, field: str = "name") -> TaskRecord:
         world = self._loop.controller.world
         uid = world.uid_by_name.get(name)

@@ -243,36 +243,6 @@ class LogStringArray(_message.Message):
 Global___LogStringArray: _TypeAlias = LogStringArray  # noqa: Y015
 
 @_typing.final
-class LogColumnHead(_message.Message):
-    """schema.FieldData, read only as far as the id and a scalar key column."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TYPE_FIELD_NUMBER: _builtins.int
-    FIELD_NAME_FIELD_NUMBER: _builtins.int
-    FIELD_ID_FIELD_NUMBER: _builtins.int
-    IS_DYNAMIC_FIELD_NUMBER: _builtins.int
-    type: _builtins.int
-    field_name: _builtins.str
-    field_id: _builtins.int
-    is_dynamic: _builtins.bool
-    def __init__(
-        self,
-        *,
-        type: _builtins.int = ...,
-        field_name: _builtins.str = ...,
-        field_id: _builtins.int = ...,
-        is_dynamic: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["field_id", b"field_id", "field_name", b"field_name", "is_dynamic", b"is_dynamic", "type", b"type"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___LogColumnHead: _TypeAlias = LogColumnHead  # noqa: Y015
-
-@_typing.final
 class RowsRequest(_message.Message):
     """milvus.InsertRequest and milvus.UpsertRequest (same numbers)."""
 

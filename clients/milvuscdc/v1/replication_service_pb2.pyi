@@ -594,6 +594,7 @@ class VchannelSpec(_message.Message):
     RESOLVED_TS_FIELD_NUMBER: _builtins.int
     HORIZON_TS_FIELD_NUMBER: _builtins.int
     CLOSED_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     vchannel: _builtins.str
     pchannel: _builtins.str
     read_from: _builtins.bytes
@@ -602,6 +603,8 @@ class VchannelSpec(_message.Message):
     horizon_ts: _builtins.int
     """Rows at or below it may be in the sink already: write them as upserts. Rows beyond it cannot be, until granted."""
     closed: _builtins.bool
+    incarnation: _builtins.bytes
+    """The topic that `read_from` was taken from, as VchannelReport tells it. Empty = not known yet: any topic will do."""
     def __init__(
         self,
         *,
@@ -611,10 +614,11 @@ class VchannelSpec(_message.Message):
         resolved_ts: _builtins.int = ...,
         horizon_ts: _builtins.int = ...,
         closed: _builtins.bool = ...,
+        incarnation: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "horizon_ts", b"horizon_ts", "pchannel", b"pchannel", "read_from", b"read_from", "resolved_ts", b"resolved_ts", "vchannel", b"vchannel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "horizon_ts", b"horizon_ts", "incarnation", b"incarnation", "pchannel", b"pchannel", "read_from", b"read_from", "resolved_ts", b"resolved_ts", "vchannel", b"vchannel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -948,12 +952,17 @@ class VchannelReport(_message.Message):
     RESOLVED_TS_FIELD_NUMBER: _builtins.int
     CLOSED_FIELD_NUMBER: _builtins.int
     WANTED_HORIZON_TS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     vchannel: _builtins.str
     read_from: _builtins.bytes
     resolved_ts: _builtins.int
     closed: _builtins.bool
     wanted_horizon_ts: _builtins.int
     """Ask for the horizon to be moved here; 0 = no wish."""
+    incarnation: _builtins.bytes
+    """What tells this topic from another one made later under the same name; opaque, as the queue knows it. Empty = not
+    read yet, or the queue does not tell.
+    """
     def __init__(
         self,
         *,
@@ -962,10 +971,11 @@ class VchannelReport(_message.Message):
         resolved_ts: _builtins.int = ...,
         closed: _builtins.bool = ...,
         wanted_horizon_ts: _builtins.int = ...,
+        incarnation: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "read_from", b"read_from", "resolved_ts", b"resolved_ts", "vchannel", b"vchannel", "wanted_horizon_ts", b"wanted_horizon_ts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "incarnation", b"incarnation", "read_from", b"read_from", "resolved_ts", b"resolved_ts", "vchannel", b"vchannel", "wanted_horizon_ts", b"wanted_horizon_ts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1339,18 +1349,22 @@ class LogEnd(_message.Message):
 
     PCHANNEL_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     pchannel: _builtins.str
     position: _builtins.bytes
     """Position of the next message to be written."""
+    incarnation: _builtins.bytes
+    """As in VchannelReport."""
     def __init__(
         self,
         *,
         pchannel: _builtins.str = ...,
         position: _builtins.bytes = ...,
+        incarnation: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pchannel", b"pchannel", "position", b"position"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "pchannel", b"pchannel", "position", b"position"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -21,6 +21,30 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Drift:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DriftEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Drift.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DRIFT_UNSPECIFIED: _Drift.ValueType  # 0
+    """As DRIFT_REPAIR."""
+    DRIFT_REPAIR: _Drift.ValueType  # 1
+    """Mend them."""
+    DRIFT_REPORT: _Drift.ValueType  # 2
+    """Show them (condition DRIFT, `DiffTask`) and leave them."""
+
+class Drift(_Drift, metaclass=_DriftEnumTypeWrapper):
+    """What to do about differences of the sink that the source did not cause."""
+
+DRIFT_UNSPECIFIED: Drift.ValueType  # 0
+"""As DRIFT_REPAIR."""
+DRIFT_REPAIR: Drift.ValueType  # 1
+"""Mend them."""
+DRIFT_REPORT: Drift.ValueType  # 2
+"""Show them (condition DRIFT, `DiffTask`) and leave them."""
+Global___Drift: _TypeAlias = Drift  # noqa: Y015
+
 class _TaskState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -123,6 +147,9 @@ class Task(_message.Message):
     SELECTION_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     ADOPT_EXISTING_FIELD_NUMBER: _builtins.int
+    RENAME_FIELD_NUMBER: _builtins.int
+    CARRY_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
@@ -130,6 +157,7 @@ class Task(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
+    CONDITIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `tasks/{task}`; `{task}` is 1 to 63 lower-case letters, digits and hyphens."""
     uid: _builtins.str
@@ -142,6 +170,8 @@ class Task(_message.Message):
     """The generation that the state below speaks of."""
     adopt_existing: _builtins.bool
     """Take over sink collections that already hold rows instead of failing them with COLLECTION_EXISTS. Immutable."""
+    drift: Global___Drift.ValueType
+    """What to do about differences of the sink that the source did not cause. May be changed while the task runs."""
     state: Global___TaskState.ValueType
     reason: _builtins.str
     """Upper-case reason of the state, for programs, for example NO_REPLICATOR; empty when all is well."""
@@ -168,6 +198,14 @@ class Task(_message.Message):
         """Where in the log a collection that exists when the task is created begins. Immutable."""
 
     @_builtins.property
+    def rename(self) -> _containers.RepeatedCompositeFieldContainer[Global___NameRule]:
+        """Names at the sink that differ from those at the source; the first rule that matches counts. Immutable."""
+
+    @_builtins.property
+    def carry(self) -> Global___Carry:
+        """Kinds of operation to carry. May be changed while the task runs."""
+
+    @_builtins.property
     def state_time(self) -> _timestamp_pb2.Timestamp:
         """When the state last changed."""
 
@@ -177,6 +215,10 @@ class Task(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def progress(self) -> Global___TaskProgress: ...
+    @_builtins.property
+    def conditions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Condition]:
+        """Standing remarks about what belongs to no collection, for example CREDENTIAL_NEEDED for a user."""
+
     def __init__(
         self,
         *,
@@ -191,6 +233,9 @@ class Task(_message.Message):
         selection: Global___Selection | None = ...,
         start: Global___Start | None = ...,
         adopt_existing: _builtins.bool = ...,
+        rename: _abc.Iterable[Global___NameRule] | None = ...,
+        carry: Global___Carry | None = ...,
+        drift: Global___Drift.ValueType = ...,
         state: Global___TaskState.ValueType = ...,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
@@ -198,14 +243,105 @@ class Task(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         progress: Global___TaskProgress | None = ...,
+        conditions: _abc.Iterable[Global___Condition] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "progress", b"progress", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state_time", b"state_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["carry", b"carry", "create_time", b"create_time", "progress", b"progress", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state_time", b"state_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "create_time", b"create_time", "etag", b"etag", "generation", b"generation", "labels", b"labels", "message", b"message", "name", b"name", "observed_generation", b"observed_generation", "progress", b"progress", "reason", b"reason", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state", b"state", "state_time", b"state_time", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "carry", b"carry", "conditions", b"conditions", "create_time", b"create_time", "drift", b"drift", "etag", b"etag", "generation", b"generation", "labels", b"labels", "message", b"message", "name", b"name", "observed_generation", b"observed_generation", "progress", b"progress", "reason", b"reason", "rename", b"rename", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state", b"state", "state_time", b"state_time", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Task: _TypeAlias = Task  # noqa: Y015
+
+@_typing.final
+class NameRule(_message.Message):
+    """A collection (or many, with one `*`) that has another name at the sink."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_FIELD_NUMBER: _builtins.int
+    TO_FIELD_NUMBER: _builtins.int
+    to: _builtins.str
+    """`database.collection` at the sink; a `*` in a half puts in what the `*` of the same half of `from` captured."""
+    def __init__(
+        self,
+        *,
+        to: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "to", b"to"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NameRule: _TypeAlias = NameRule  # noqa: Y015
+
+@_typing.final
+class Carry(_message.Message):
+    """Kinds of operation; what is unset has its default."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    SCHEMA_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    RBAC_FIELD_NUMBER: _builtins.int
+    FLUSH_FIELD_NUMBER: _builtins.int
+    rows: _builtins.bool
+    """Inserts, upserts, deletes; on by default. Without them the collections are kept empty."""
+    schema: _builtins.bool
+    """Databases, collections, partitions, aliases, names, properties; on by default. Without them collections must
+    exist at the sink, and stay there.
+    """
+    index: _builtins.bool
+    """Indexes; on by default."""
+    load: _builtins.bool
+    """Which collections and partitions are loaded; on by default."""
+    rbac: _builtins.bool
+    """Roles, their members and grants, privilege groups; off by default. Users are never invented: see CREDENTIAL_NEEDED."""
+    flush: _builtins.bool
+    """Flushes that users asked for; on by default."""
+    def __init__(
+        self,
+        *,
+        rows: _builtins.bool | None = ...,
+        schema: _builtins.bool | None = ...,
+        index: _builtins.bool | None = ...,
+        load: _builtins.bool | None = ...,
+        rbac: _builtins.bool | None = ...,
+        flush: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_flush", b"_flush", "_index", b"_index", "_load", b"_load", "_rbac", b"_rbac", "_rows", b"_rows", "_schema", b"_schema", "flush", b"flush", "index", b"index", "load", b"load", "rbac", b"rbac", "rows", b"rows", "schema", b"schema"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_flush", b"_flush", "_index", b"_index", "_load", b"_load", "_rbac", b"_rbac", "_rows", b"_rows", "_schema", b"_schema", "flush", b"flush", "index", b"index", "load", b"load", "rbac", b"rbac", "rows", b"rows", "schema", b"schema"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__flush: _TypeAlias = _typing.Literal["flush"]  # noqa: Y015
+    _WhichOneofArgType__flush: _TypeAlias = _typing.Literal["_flush", b"_flush"]  # noqa: Y015
+    _WhichOneofReturnType__index: _TypeAlias = _typing.Literal["index"]  # noqa: Y015
+    _WhichOneofArgType__index: _TypeAlias = _typing.Literal["_index", b"_index"]  # noqa: Y015
+    _WhichOneofReturnType__load: _TypeAlias = _typing.Literal["load"]  # noqa: Y015
+    _WhichOneofArgType__load: _TypeAlias = _typing.Literal["_load", b"_load"]  # noqa: Y015
+    _WhichOneofReturnType__rbac: _TypeAlias = _typing.Literal["rbac"]  # noqa: Y015
+    _WhichOneofArgType__rbac: _TypeAlias = _typing.Literal["_rbac", b"_rbac"]  # noqa: Y015
+    _WhichOneofReturnType__rows: _TypeAlias = _typing.Literal["rows"]  # noqa: Y015
+    _WhichOneofArgType__rows: _TypeAlias = _typing.Literal["_rows", b"_rows"]  # noqa: Y015
+    _WhichOneofReturnType__schema: _TypeAlias = _typing.Literal["schema"]  # noqa: Y015
+    _WhichOneofArgType__schema: _TypeAlias = _typing.Literal["_schema", b"_schema"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__flush) -> _WhichOneofReturnType__flush | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__index) -> _WhichOneofReturnType__index | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__load) -> _WhichOneofReturnType__load | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rbac) -> _WhichOneofReturnType__rbac | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rows) -> _WhichOneofReturnType__rows | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__schema) -> _WhichOneofReturnType__schema | None: ...
+
+Global___Carry: _TypeAlias = Carry  # noqa: Y015
 
 @_typing.final
 class TaskProgress(_message.Message):
@@ -563,6 +699,8 @@ class TaskCollection(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     VCHANNELS_FIELD_NUMBER: _builtins.int
     CONDITIONS_FIELD_NUMBER: _builtins.int
+    SINK_DATABASE_FIELD_NUMBER: _builtins.int
+    SINK_COLLECTION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`tasks/{task}/collections/{collection id at the source}`."""
     database: _builtins.str
@@ -579,6 +717,9 @@ class TaskCollection(_message.Message):
     replicator: _builtins.str
     """Name of the replicator that holds the assignment, `replicators/{replicator}`; empty when none does."""
     epoch: _builtins.int
+    sink_database: _builtins.str
+    """`database` and `collection` are names at the source; these are those at the sink."""
+    sink_collection: _builtins.str
     @_builtins.property
     def state_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -614,10 +755,12 @@ class TaskCollection(_message.Message):
         epoch: _builtins.int = ...,
         vchannels: _abc.Iterable[Global___VchannelProgress] | None = ...,
         conditions: _abc.Iterable[Global___Condition] | None = ...,
+        sink_database: _builtins.str = ...,
+        sink_collection: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_time", b"checkpoint_time", "lag", b"lag", "state_time", b"state_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_time", b"checkpoint_time", "collection", b"collection", "collection_id", b"collection_id", "conditions", b"conditions", "database", b"database", "epoch", b"epoch", "lag", b"lag", "message", b"message", "name", b"name", "reason", b"reason", "replicator", b"replicator", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "state", b"state", "state_time", b"state_time", "vchannels", b"vchannels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_time", b"checkpoint_time", "collection", b"collection", "collection_id", b"collection_id", "conditions", b"conditions", "database", b"database", "epoch", b"epoch", "lag", b"lag", "message", b"message", "name", b"name", "reason", b"reason", "replicator", b"replicator", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "sink_collection", b"sink_collection", "sink_database", b"sink_database", "state", b"state", "state_time", b"state_time", "vchannels", b"vchannels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -659,6 +802,9 @@ class VchannelProgress(_message.Message):
     RESOLVED_TS_FIELD_NUMBER: _builtins.int
     HORIZON_TS_FIELD_NUMBER: _builtins.int
     CLOSED_FIELD_NUMBER: _builtins.int
+    RETENTION_LEFT_FIELD_NUMBER: _builtins.int
+    RETENTION_LEFT_BYTES_FIELD_NUMBER: _builtins.int
+    READ_FROM_TEXT_FIELD_NUMBER: _builtins.int
     vchannel: _builtins.str
     read_from: _builtins.bytes
     """Opaque place of the oldest message that is not yet durable in the sink."""
@@ -668,6 +814,14 @@ class VchannelProgress(_message.Message):
     """TSO: no row beyond it may have been written."""
     closed: _builtins.bool
     """The shard's log has ended with the collection's drop."""
+    retention_left_bytes: _builtins.int
+    """How many bytes may be written before `read_from` falls out of the queue; -1 when the queue sets no such limit."""
+    read_from_text: _builtins.str
+    """`read_from` as the queue's own tools show it (Kafka offset, NATS stream sequence)."""
+    @_builtins.property
+    def retention_left(self) -> _duration_pb2.Duration:
+        """How long until `read_from` falls out of the queue if nothing moves; unset when the queue sets no limit in time."""
+
     def __init__(
         self,
         *,
@@ -676,10 +830,13 @@ class VchannelProgress(_message.Message):
         resolved_ts: _builtins.int = ...,
         horizon_ts: _builtins.int = ...,
         closed: _builtins.bool = ...,
+        retention_left: _duration_pb2.Duration | None = ...,
+        retention_left_bytes: _builtins.int = ...,
+        read_from_text: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["retention_left", b"retention_left"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "horizon_ts", b"horizon_ts", "read_from", b"read_from", "resolved_ts", b"resolved_ts", "vchannel", b"vchannel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "horizon_ts", b"horizon_ts", "read_from", b"read_from", "read_from_text", b"read_from_text", "resolved_ts", b"resolved_ts", "retention_left", b"retention_left", "retention_left_bytes", b"retention_left_bytes", "vchannel", b"vchannel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

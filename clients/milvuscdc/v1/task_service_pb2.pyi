@@ -7,8 +7,10 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from milvuscdc.v1 import diff_pb2 as _diff_pb2
 from milvuscdc.v1 import task_pb2 as _task_pb2
 from milvuscdc.v1 import verify_pb2 as _verify_pb2
 import builtins as _builtins
@@ -202,7 +204,7 @@ class UpdateTaskRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """`labels`, `selection`, `selection.include`, `selection.exclude`."""
+        """`labels`, `selection`, `selection.include`, `selection.exclude`, `carry` (and below), `drift`."""
 
     def __init__(
         self,
@@ -634,3 +636,175 @@ class VerifyTaskResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___VerifyTaskResponse: _TypeAlias = VerifyTaskResponse  # noqa: Y015
+
+@_typing.final
+class DiffTaskRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    COLLECTIONS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    @_builtins.property
+    def collections(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`database.collection` at the source; everything of the task when empty."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        collections: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collections", b"collections", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiffTaskRequest: _TypeAlias = DiffTaskRequest  # noqa: Y015
+
+@_typing.final
+class DiffTaskResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    DIFFERENCE_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _diff_pb2.DiffProgress: ...
+    @_builtins.property
+    def difference(self) -> _diff_pb2.ObjectDifference: ...
+    @_builtins.property
+    def verdict(self) -> _diff_pb2.DiffVerdict: ...
+    def __init__(
+        self,
+        *,
+        progress: _diff_pb2.DiffProgress | None = ...,
+        difference: _diff_pb2.ObjectDifference | None = ...,
+        verdict: _diff_pb2.DiffVerdict | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["difference", b"difference", "event", b"event", "progress", b"progress", "verdict", b"verdict"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["difference", b"difference", "event", b"event", "progress", b"progress", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "difference", "verdict"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___DiffTaskResponse: _TypeAlias = DiffTaskResponse  # noqa: Y015
+
+@_typing.final
+class SetTaskPositionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    COLLECTIONS_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    etag: _builtins.str
+    validate_only: _builtins.bool
+    """Check everything and change nothing."""
+    @_builtins.property
+    def positions(self) -> Global___PositionList: ...
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """Every shard of `collections`: the last tick at or before this source time."""
+
+    @_builtins.property
+    def collections(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With `at`: `database.collection` at the source; every collection of the task when empty."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        positions: Global___PositionList | None = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
+        collections: _abc.Iterable[_builtins.str] | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "positions", b"positions", "to", b"to"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "collections", b"collections", "etag", b"etag", "name", b"name", "positions", b"positions", "to", b"to", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_to: _TypeAlias = _typing.Literal["positions", "at"]  # noqa: Y015
+    _WhichOneofArgType_to: _TypeAlias = _typing.Literal["to", b"to"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_to) -> _WhichOneofReturnType_to | None: ...
+
+Global___SetTaskPositionsRequest: _TypeAlias = SetTaskPositionsRequest  # noqa: Y015
+
+@_typing.final
+class PositionList(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VchannelPosition]: ...
+    def __init__(
+        self,
+        *,
+        positions: _abc.Iterable[Global___VchannelPosition] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["positions", b"positions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PositionList: _TypeAlias = PositionList  # noqa: Y015
+
+@_typing.final
+class VchannelPosition(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VCHANNEL_FIELD_NUMBER: _builtins.int
+    READ_FROM_FIELD_NUMBER: _builtins.int
+    RESOLVED_TS_FIELD_NUMBER: _builtins.int
+    vchannel: _builtins.str
+    read_from: _builtins.bytes
+    """As Milvus stores it (`msg.MsgPosition.msgID`)."""
+    resolved_ts: _builtins.int
+    """TSO of a tick: rows at or below it are in the sink already. 0 means that none is."""
+    def __init__(
+        self,
+        *,
+        vchannel: _builtins.str = ...,
+        read_from: _builtins.bytes = ...,
+        resolved_ts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["read_from", b"read_from", "resolved_ts", b"resolved_ts", "vchannel", b"vchannel"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VchannelPosition: _TypeAlias = VchannelPosition  # noqa: Y015
+
+@_typing.final
+class SetTaskPositionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def task(self) -> _task_pb2.Task: ...
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VchannelPosition]:
+        """As set, or as they would be."""
+
+    def __init__(
+        self,
+        *,
+        task: _task_pb2.Task | None = ...,
+        positions: _abc.Iterable[Global___VchannelPosition] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["positions", b"positions", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetTaskPositionsResponse: _TypeAlias = SetTaskPositionsResponse  # noqa: Y015

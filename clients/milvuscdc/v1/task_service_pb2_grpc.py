@@ -95,6 +95,16 @@ class TaskServiceStub:
                 request_serializer=milvuscdc_dot_v1_dot_task__service__pb2.VerifyTaskRequest.SerializeToString,
                 response_deserializer=milvuscdc_dot_v1_dot_task__service__pb2.VerifyTaskResponse.FromString,
                 _registered_method=True)
+        self.DiffTask = channel.unary_stream(
+                '/milvuscdc.v1.TaskService/DiffTask',
+                request_serializer=milvuscdc_dot_v1_dot_task__service__pb2.DiffTaskRequest.SerializeToString,
+                response_deserializer=milvuscdc_dot_v1_dot_task__service__pb2.DiffTaskResponse.FromString,
+                _registered_method=True)
+        self.SetTaskPositions = channel.unary_unary(
+                '/milvuscdc.v1.TaskService/SetTaskPositions',
+                request_serializer=milvuscdc_dot_v1_dot_task__service__pb2.SetTaskPositionsRequest.SerializeToString,
+                response_deserializer=milvuscdc_dot_v1_dot_task__service__pb2.SetTaskPositionsResponse.FromString,
+                _registered_method=True)
 
 
 class TaskServiceServicer:
@@ -121,7 +131,7 @@ class TaskServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateTask(self, request, context):
-        """Changes `labels` and `selection`.
+        """Changes `labels`, `selection`, `carry` and `drift`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -176,6 +186,21 @@ class TaskServiceServicer:
 
     def VerifyTask(self, request, context):
         """Compares source and sink row by row, every field, and streams progress, differences and the verdict.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DiffTask(self, request, context):
+        """What the sink lacks or has too much, rows aside: databases, collections, partitions, indexes, aliases, load state,
+        properties, roles and grants. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTaskPositions(self, request, context):
+        """Moves the places of a paused task's collections in the log. Refused as a whole when one of them is wrong.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -243,6 +268,16 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.VerifyTask,
                     request_deserializer=milvuscdc_dot_v1_dot_task__service__pb2.VerifyTaskRequest.FromString,
                     response_serializer=milvuscdc_dot_v1_dot_task__service__pb2.VerifyTaskResponse.SerializeToString,
+            ),
+            'DiffTask': grpc.unary_stream_rpc_method_handler(
+                    servicer.DiffTask,
+                    request_deserializer=milvuscdc_dot_v1_dot_task__service__pb2.DiffTaskRequest.FromString,
+                    response_serializer=milvuscdc_dot_v1_dot_task__service__pb2.DiffTaskResponse.SerializeToString,
+            ),
+            'SetTaskPositions': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTaskPositions,
+                    request_deserializer=milvuscdc_dot_v1_dot_task__service__pb2.SetTaskPositionsRequest.FromString,
+                    response_serializer=milvuscdc_dot_v1_dot_task__service__pb2.SetTaskPositionsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -570,6 +605,60 @@ class TaskService:
             '/milvuscdc.v1.TaskService/VerifyTask',
             milvuscdc_dot_v1_dot_task__service__pb2.VerifyTaskRequest.SerializeToString,
             milvuscdc_dot_v1_dot_task__service__pb2.VerifyTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiffTask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/milvuscdc.v1.TaskService/DiffTask',
+            milvuscdc_dot_v1_dot_task__service__pb2.DiffTaskRequest.SerializeToString,
+            milvuscdc_dot_v1_dot_task__service__pb2.DiffTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTaskPositions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/milvuscdc.v1.TaskService/SetTaskPositions',
+            milvuscdc_dot_v1_dot_task__service__pb2.SetTaskPositionsRequest.SerializeToString,
+            milvuscdc_dot_v1_dot_task__service__pb2.SetTaskPositionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

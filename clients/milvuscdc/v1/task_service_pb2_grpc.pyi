@@ -38,7 +38,7 @@ class TaskServiceStub:
     GetTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.GetTaskRequest, _task_service_pb2.GetTaskResponse]
     ListTasks: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ListTasksRequest, _task_service_pb2.ListTasksResponse]
     UpdateTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.UpdateTaskRequest, _task_service_pb2.UpdateTaskResponse]
-    """Changes `labels` and `selection`."""
+    """Changes `labels`, `selection`, `carry` and `drift`."""
     PauseTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.PauseTaskRequest, _task_service_pb2.PauseTaskResponse]
     """Returns when the wish is stored; replicators let go shortly after."""
     ResumeTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ResumeTaskRequest, _task_service_pb2.ResumeTaskResponse]
@@ -53,6 +53,12 @@ class TaskServiceStub:
     ListTaskCollections: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ListTaskCollectionsRequest, _task_service_pb2.ListTaskCollectionsResponse]
     VerifyTask: _grpc.UnaryStreamMultiCallable[_task_service_pb2.VerifyTaskRequest, _task_service_pb2.VerifyTaskResponse]
     """Compares source and sink row by row, every field, and streams progress, differences and the verdict."""
+    DiffTask: _grpc.UnaryStreamMultiCallable[_task_service_pb2.DiffTaskRequest, _task_service_pb2.DiffTaskResponse]
+    """What the sink lacks or has too much, rows aside: databases, collections, partitions, indexes, aliases, load state,
+    properties, roles and grants. Changes nothing.
+    """
+    SetTaskPositions: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.SetTaskPositionsRequest, _task_service_pb2.SetTaskPositionsResponse]
+    """Moves the places of a paused task's collections in the log. Refused as a whole when one of them is wrong."""
 
 @_typing.type_check_only
 class TaskServiceAsyncStub(TaskServiceStub):
@@ -64,7 +70,7 @@ class TaskServiceAsyncStub(TaskServiceStub):
     GetTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.GetTaskRequest, _task_service_pb2.GetTaskResponse]  # type: ignore[assignment]
     ListTasks: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ListTasksRequest, _task_service_pb2.ListTasksResponse]  # type: ignore[assignment]
     UpdateTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.UpdateTaskRequest, _task_service_pb2.UpdateTaskResponse]  # type: ignore[assignment]
-    """Changes `labels` and `selection`."""
+    """Changes `labels`, `selection`, `carry` and `drift`."""
     PauseTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.PauseTaskRequest, _task_service_pb2.PauseTaskResponse]  # type: ignore[assignment]
     """Returns when the wish is stored; replicators let go shortly after."""
     ResumeTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ResumeTaskRequest, _task_service_pb2.ResumeTaskResponse]  # type: ignore[assignment]
@@ -79,6 +85,12 @@ class TaskServiceAsyncStub(TaskServiceStub):
     ListTaskCollections: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ListTaskCollectionsRequest, _task_service_pb2.ListTaskCollectionsResponse]  # type: ignore[assignment]
     VerifyTask: _aio.UnaryStreamMultiCallable[_task_service_pb2.VerifyTaskRequest, _task_service_pb2.VerifyTaskResponse]  # type: ignore[assignment]
     """Compares source and sink row by row, every field, and streams progress, differences and the verdict."""
+    DiffTask: _aio.UnaryStreamMultiCallable[_task_service_pb2.DiffTaskRequest, _task_service_pb2.DiffTaskResponse]  # type: ignore[assignment]
+    """What the sink lacks or has too much, rows aside: databases, collections, partitions, indexes, aliases, load state,
+    properties, roles and grants. Changes nothing.
+    """
+    SetTaskPositions: _aio.UnaryUnaryMultiCallable[_task_service_pb2.SetTaskPositionsRequest, _task_service_pb2.SetTaskPositionsResponse]  # type: ignore[assignment]
+    """Moves the places of a paused task's collections in the log. Refused as a whole when one of them is wrong."""
 
 class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     """Creates, changes, watches and proves tasks. Every error carries google.rpc.ErrorInfo (domain `milvuscdc.io`)."""
@@ -111,7 +123,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.UpdateTaskRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_service_pb2.UpdateTaskResponse, _abc.Awaitable[_task_service_pb2.UpdateTaskResponse]]:
-        """Changes `labels` and `selection`."""
+        """Changes `labels`, `selection`, `carry` and `drift`."""
 
     @_abc_1.abstractmethod
     def PauseTask(
@@ -174,5 +186,23 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_task_service_pb2.VerifyTaskResponse], _abc.AsyncIterator[_task_service_pb2.VerifyTaskResponse]]:
         """Compares source and sink row by row, every field, and streams progress, differences and the verdict."""
+
+    @_abc_1.abstractmethod
+    def DiffTask(
+        self,
+        request: _task_service_pb2.DiffTaskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_task_service_pb2.DiffTaskResponse], _abc.AsyncIterator[_task_service_pb2.DiffTaskResponse]]:
+        """What the sink lacks or has too much, rows aside: databases, collections, partitions, indexes, aliases, load state,
+        properties, roles and grants. Changes nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def SetTaskPositions(
+        self,
+        request: _task_service_pb2.SetTaskPositionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_service_pb2.SetTaskPositionsResponse, _abc.Awaitable[_task_service_pb2.SetTaskPositionsResponse]]:
+        """Moves the places of a paused task's collections in the log. Refused as a whole when one of them is wrong."""
 
 def add_TaskServiceServicer_to_server(servicer: TaskServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
