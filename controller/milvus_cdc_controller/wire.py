@@ -98,7 +98,9 @@ def event(stream: int, request: pb.ConnectRequest) -> MakeEvent | None:
 
 def _progress(stream: int, progress: pb.Progress) -> MakeEvent:
     reports = tuple(
-        ev.VchannelReport(v.vchannel, v.read_from, v.resolved_ts, v.closed, v.wanted_horizon_ts)
+        ev.VchannelReport(
+            v.vchannel, v.read_from, v.resolved_ts, v.closed, v.wanted_horizon_ts, v.incarnation
+        )
         for v in progress.vchannels
     )
     counters = Counters(
@@ -141,7 +143,7 @@ def _job_result(update: pb.JobUpdate) -> jobs.JobResult | None:
         case "probe":
             return jobs.ProbeDone(update.probe.source_version, update.probe.sink_version)
         case "resolve":
-            ends = tuple((end.pchannel, end.position) for end in update.resolve.log_ends)
+            ends = tuple((e.pchannel, e.position, e.incarnation) for e in update.resolve.log_ends)
             return jobs.ResolveDone(ends, update.resolve.source_ts)
         case "verify":
             last = update.verify.WhichOneof("event") == "done"
@@ -262,6 +264,7 @@ def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> p
                 resolved_ts=point.resolved_ts,
                 horizon_ts=point.horizon_ts,
                 closed=point.closed,
+                incarnation=point.incarnation,
             )
             for point in progress.checkpoints
         ],

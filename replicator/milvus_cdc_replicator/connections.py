@@ -73,6 +73,13 @@ class Connections:
         source = await self.source(spec)
         return source.order((await source.log_range(pchannel)).end)
 
+    async def check_log(
+        self, spec: task_pb2.Source, pchannel: str, position: bytes, incarnation: bytes
+    ) -> None:
+        """Raises as LogSource.open does."""
+        source = await self.source(spec)
+        await (await source.open(pchannel, position, incarnation)).close()
+
     def wake_readers(self) -> None:
         for hub in self._hubs.values():
             hub.wake()

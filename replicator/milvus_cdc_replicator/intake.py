@@ -59,6 +59,7 @@ class Intake:
         self._fail = fail
         self._on_room = on_room
         self._subscriptions: list[tuple[PchannelHub, Subscription]] = []
+        self._incarnations = {lane.vchannel: lane.incarnation for lane in assignment.lanes}
         self._delivered_bytes = 0
         self._accounted = (0, 0)
 
@@ -78,13 +79,31 @@ class Intake:
                 deliver=self._deliver,
                 has_room=self._has_room,
                 on_error=partial(self._on_error, lane.vchannel),
+                incarnation=self._incarnations[lane.vchannel],
             )
             self._subscriptions.append((hub, subscription))
             hub.subscribe(subscription)
 
+    async def check(self) -> None:
+        """Raises what stands in the way of reading from the start, before anything is given up
+        for it.
+        """
+        for lane in self._assignment.lanes:
+            await self._connections.check_log(
+                self._assignment.source, lane.pchannel, lane.read_from, lane.incarnation
+            )
+
+    def incarnation(self, vchannel: str) -> bytes:
+        """Of the topic it is read from; empty before the first reading."""
+        for _, subscription in self._subscriptions:
+            if subscription.vchannel == vchannel:
+                return subscription.incarnation
+        return self._incarnations[vchannel]
+
     def close(self) -> None:
         for hub, subscription in self._subscriptions:
             hub.unsubscribe(subscription)
+            self._incarnations[subscription.vchannel] = subscription.incarnation
         self._subscriptions.clear()
 
     def account(self, *, final: bool = False) -> None:

@@ -100,7 +100,9 @@ class JobRunner:
         result = pb.ResolveResult()
         for pchannel in job.pchannels:
             ends = await source.log_range(pchannel)
-            result.log_ends.append(pb.LogEnd(pchannel=pchannel, position=ends.end))
+            result.log_ends.append(
+                pb.LogEnd(pchannel=pchannel, position=ends.end, incarnation=ends.incarnation)
+            )
         if job.source.HasField("milvus"):
             async with self._source_client(job.source) as client:
                 result.source_ts = await reads(client).timestamp()

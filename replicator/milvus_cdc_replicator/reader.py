@@ -5,7 +5,7 @@ Laws: a message is read and decoded once for all subscribers that are near each 
 without room holds back a shared cursor only shortly; then it loses its place and is served again
 from where it stopped by a cursor of its own, which melts into another when it catches up. Nothing
 is ever left out: a subscriber remembers the last entry it was given, and takes only what lies
-beyond.
+beyond; and it takes nothing from another incarnation of its topic.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class Subscription:
     """A RetryableError while reading is interrupted, None when it works again, any other error
     for good.
     """
+    incarnation: bytes = b""
+    """Of the topic that `position` belongs to; empty until a reader has told it."""
     interrupted: bool = False
 
 
@@ -77,8 +79,14 @@ class Subscription:
 class _Cursor:
     start: bytes
     next_order: int
+    incarnation: bytes
+    opened: bool = False
     subscribers: list[Subscription] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
+
+    def suits(self, incarnation: bytes) -> bool:
+        """Whether it reads the topic that a subscriber, or another cursor, means."""
+        return incarnation == self.incarnation or (self.opened and not incarnation)
 
 
 class PchannelHub:
@@ -128,17 +136,24 @@ class PchannelHub:
             self._waiting.remove(subscription)
             wanted = subscription.last_order + 1
             best = max(
-                (c for c in self._cursors if 0 <= wanted - c.next_order <= NEAR_ENTRIES),
+                (
+                    c
+                    for c in self._cursors
+                    if 0 <= wanted - c.next_order <= NEAR_ENTRIES
+                    and c.suits(subscription.incarnation)
+                ),
                 key=lambda c: c.next_order,
                 default=None,
             )
             if best is None:
-                best = _Cursor(subscription.position, self._source.order(subscription.position))
+                order = self._source.order(subscription.position)
+                best = _Cursor(subscription.position, order, subscription.incarnation)
                 self._cursors.append(best)
                 best.subscribers.append(subscription)
                 best.task = asyncio.create_task(self._run(best), name=f"read {self._pchannel}")
             else:
                 best.subscribers.append(subscription)
+                subscription.incarnation = best.incarnation
 
     def _retire(self, cursor: _Cursor) -> None:
         if cursor in self._cursors:
@@ -152,7 +167,10 @@ class PchannelHub:
         while cursor in self._cursors:
             reader: LogReader | None = None
             try:
-                reader = await self._open(position)
+                reader = await self._open(position, cursor.incarnation)
+                cursor.incarnation, cursor.opened = reader.incarnation, True
+                for subscription in cursor.subscribers:
+                    subscription.incarnation = reader.incarnation
                 while cursor in self._cursors:
                     await self._until_room(cursor)
                     if cursor not in self._cursors:
@@ -187,11 +205,11 @@ class PchannelHub:
                         async with asyncio.timeout(OPEN_SECONDS):
                             await reader.close()
 
-    async def _open(self, position: bytes) -> LogReader:
+    async def _open(self, position: bytes, incarnation: bytes) -> LogReader:
         """Law: nothing waits for a queue without end and without a word."""
         try:
             async with asyncio.timeout(OPEN_SECONDS):
-                return await self._source.open(self._pchannel, position)
+                return await self._source.open(self._pchannel, position, incarnation)
         except TimeoutError as error:
             raise RetryableError(
                 "QUEUE_UNREACHABLE", f"{self._pchannel} could not be opened in {OPEN_SECONDS:.0f} s"
@@ -226,7 +244,10 @@ class PchannelHub:
         first = min(cursor.next_order, order_of(entries[0].position))
         last = order_of(entries[-1].position)
         for other in list(self._cursors):
-            if other is not cursor and first <= other.next_order <= last + 1:
+            near = other is not cursor and first <= other.next_order <= last + 1
+            if near and cursor.suits(other.incarnation):
+                for subscription in other.subscribers:
+                    subscription.incarnation = cursor.incarnation
                 cursor.subscribers.extend(other.subscribers)
                 other.subscribers.clear()
                 self._retire(other)

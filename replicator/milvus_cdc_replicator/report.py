@@ -17,6 +17,7 @@ class LaneReport:
     resolved_ts: int
     closed: bool
     wanted_horizon_ts: int
+    incarnation: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ def to_progress(report: Report, seq: int) -> pb.Progress:
                 resolved_ts=lane.resolved_ts,
                 closed=lane.closed,
                 wanted_horizon_ts=lane.wanted_horizon_ts,
+                incarnation=lane.incarnation,
             )
             for lane in report.lanes
         ],

@@ -172,6 +172,7 @@ class CollectionRunner:
                 lane.resolved_ts,
                 lane.closed,
                 0 if self.failed else self._core.wanted_horizon(lane),
+                self._intake.incarnation(lane.vchannel),
             )
             for lane in self._core.lanes.values()
         )
@@ -281,6 +282,8 @@ class CollectionRunner:
         answers: list[Opened] = []
 
         async def open_collection() -> None:
+            if self.assignment.recreate:
+                await self._intake.check()
             await sink.ensure_database(want.database)
             answers.append(
                 await sink.open_collection(

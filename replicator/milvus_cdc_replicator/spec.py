@@ -28,6 +28,8 @@ class LaneStart:
     resolved_ts: int
     horizon_ts: int
     closed: bool
+    incarnation: bytes = b""
+    """Of the topic in which `read_from` was taken; empty when not known yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,15 @@ def from_assign(message: pb.Assign) -> Assignment:
         sink=message.sink,
         want=_collection(spec),
         lanes=tuple(
-            LaneStart(v.vchannel, v.pchannel, v.read_from, v.resolved_ts, v.horizon_ts, v.closed)
+            LaneStart(
+                v.vchannel,
+                v.pchannel,
+                v.read_from,
+                v.resolved_ts,
+                v.horizon_ts,
+                v.closed,
+                v.incarnation,
+            )
             for v in spec.vchannels
         ),
         opened=spec.opened,

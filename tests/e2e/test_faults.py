@@ -13,9 +13,12 @@ from milvus_cdc.etcd import EtcdClient, KeyRange, PutOp
 from milvuscdc.v1 import task_pb2, task_service_pb2
 from pymilvus import DataType, FieldSchema, MilvusClient
 
+from tests.contract.queues import KafkaQueue, NatsQueue
 from tests.e2e.load import Shape, create_collection, make_row
 from tests.e2e.pair import TASK, Pair, error_info
+from tests.e2e.test_crashes import LOST_PEER
 from tests.servers import Stack
+from tests.servers.stack import SourceQueue
 
 SIMPLE = Shape(
     "simple",
@@ -176,6 +179,57 @@ async def test_a_log_that_no_longer_reaches_back_fails_at_once_and_names_what_is
         [collection] = pair.collections().values()
         assert collection.reason == "LOG_TRUNCATED"
         assert any(character.isdigit() for character in collection.message)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mq", ["natsmq", pytest.param("kafka", marks=pytest.mark.kafka)])
+async def test_a_topic_made_again_while_no_replicator_runs_is_noticed(
+    request: pytest.FixtureRequest, tmp_path: Path, mq: SourceQueue
+) -> None:
+    if mq == "kafka":
+        request.getfixturevalue("kafka_stack")  # skips where there is no Java
+    # A source of its own: one whose topic was deleted is of no use to anybody.
+    with Stack(tmp_path / "stack", mq=mq) as stack, Pair(stack, tmp_path) as pair:
+        source_with(stack, "fault_reset", "simple")
+        pair.create("fault_reset.*")
+        pair.wait_running("fault_reset.simple")
+        assert pair.prove() == 50
+        [vchannel] = pair.collections()["fault_reset.simple"].vchannels
+        topic = vchannel.vchannel.rpartition("_")[0]
+        [replicator] = pair.replicators
+        replicator.stop()
+
+        queue = (KafkaQueue if mq == "kafka" else NatsQueue)(stack, topic)
+        first = (await queue.source.log_range(topic)).first
+        reader = await queue.source.open(topic, first)
+        payloads: list[bytes] = []
+        while entries := await reader.read(1 << 20, 1.0):
+            payloads += [entry.payload for entry in entries]
+            if len(payloads) > 200:
+                break
+        await reader.close()
+        await queue.delete()
+        await queue.create()
+        # Longer than the old one, and every message decodes: only the topic itself is another.
+        await queue.append(*payloads * 5)
+        await queue.source.close()
+
+        replicator.start()
+        collection = "fault_reset.simple"
+        pair.wait("failed", lambda: pair.collections()[collection].state == FAILED)
+        assert pair.collections()[collection].reason == "LOG_RESET"
+        assert topic in pair.collections()[collection].message
+        # Nor is its beginning in the new topic: nothing is given up for it at the sink.
+        pair.tasks.ResyncCollection(
+            task_service_pb2.ResyncCollectionRequest(name=TASK, collection=collection)
+        )
+        before = pair.collections()[collection].epoch
+        pair.wait("tried again", lambda: pair.collections()[collection].epoch > before)
+        pair.wait("failed", lambda: pair.collections()[collection].state == FAILED)
+        assert pair.collections()[collection].reason == "LOG_RESET"
+        sink = sink_of(stack, "fault_reset")
+        assert sink.query("simple", "", output_fields=["count(*)"]) == [{"count(*)": 50}]
+        pair.quiet('"event": "collection failed"', "LOG_RESET", *LOST_PEER)
 
 
 @pytest.mark.timeout(200)

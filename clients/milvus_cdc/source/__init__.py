@@ -2,13 +2,16 @@
 
 A pchannel is one topic of the queue. A position is the queue's message id exactly as Milvus stores
 it in etcd (NATS: stream sequence, Kafka: offset, both 8 bytes little-endian) and is opaque to
-everyone else.
+everyone else. So is an incarnation, which tells a topic from another one made later under the
+same name: a position means something in its own incarnation only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
+
+from milvus_cdc.errors import LogResetError
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +30,22 @@ class LogRange:
 
     first: bytes
     end: bytes
+    incarnation: bytes = b""
+    """Empty when the queue does not tell topics of one name apart."""
 
 
 class LogReader(Protocol):
-    """Reads one pchannel in order; a hole raises LogTruncatedError or LogResetError.
+    """Reads one pchannel in order; a hole raises LogTruncatedError or LogResetError, and so does
+    another incarnation of the topic.
 
     After a RetryableError the next read goes on where the last one stopped; opening a new reader
     serves as well. After any other error it is of no more use.
     """
+
+    @property
+    def incarnation(self) -> bytes:
+        """Of the topic it reads; empty when the queue does not tell."""
+        ...
 
     async def read(self, max_bytes: int, wait_seconds: float) -> list[LogEntry]:
         """At least one entry if any arrives within `wait_seconds`, else an empty list.
@@ -51,12 +62,13 @@ class LogReader(Protocol):
 class LogSource(Protocol):
     """A connection to one source's queue, shared by its readers. Errors: milvus_cdc.errors only."""
 
-    async def open(self, pchannel: str, position: bytes) -> LogReader:
+    async def open(self, pchannel: str, position: bytes, incarnation: bytes = b"") -> LogReader:
         """A reader whose first entry is the one at `position` (inclusive; at the end it waits).
 
-        Raises LogTruncatedError (naming the first position still there) when the log begins later,
-        LogResetError when `position` is beyond the end or the topic is missing or no longer the one
-        this source read before, RetryableError when the queue is not reachable.
+        `incarnation` is that of the topic in which the position was taken; empty = unknown, any
+        will do. Raises LogTruncatedError (naming the first position still there) when the log
+        begins later, LogResetError when `position` is beyond the end or the topic is missing or of
+        another incarnation, RetryableError when the queue is not reachable.
         """
         ...
 
@@ -73,6 +85,16 @@ class LogSource(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+def check_incarnation(topic: str, wanted: bytes, found: bytes) -> None:
+    """Raises LogResetError when both are known and differ."""
+    if wanted and found and wanted != found:
+        raise LogResetError(
+            f"topic {topic} was deleted and made again: what followed the position went with the "
+            "old one. Make the collection anew at the source, or copy it by other means and follow "
+            "it with a new task (start: {latest: {}}, adoptExisting: true)"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from milvus_cdc.errors import (
     RetryableError,
     UserError,
 )
-from milvus_cdc.source import KafkaConfig, LogEntry, LogRange
+from milvus_cdc.source import KafkaConfig, LogEntry, LogRange, check_incarnation
 from milvus_cdc.source.positions import decode, encode
 
 log = structlog.get_logger()
@@ -77,18 +77,17 @@ class KafkaSource:
         self._brokers = ",".join(config.brokers)
         self._where = f"Kafka at {self._brokers}"
         self._admin: AdminClient | None = None
-        self._topic_ids: dict[str, str] = {}
 
-    async def open(self, pchannel: str, position: bytes) -> KafkaReader:
+    async def open(self, pchannel: str, position: bytes, incarnation: bytes = b"") -> KafkaReader:
         start = decode(position)
-        await asyncio.to_thread(self.check, pchannel, start)
-        return KafkaReader(self, self._brokers, pchannel, start)
+        found = await asyncio.to_thread(self.check, pchannel, start, incarnation)
+        return KafkaReader(self, self._brokers, pchannel, start, found)
 
     async def log_range(self, pchannel: str) -> LogRange:
         def ask() -> LogRange:
-            self.check_topic(pchannel)
+            incarnation = self.check_topic(pchannel, b"")
             first, end = self._offsets(pchannel)
-            return LogRange(encode(first), encode(end))
+            return LogRange(encode(first), encode(end), incarnation)
 
         return await asyncio.to_thread(ask)
 
@@ -105,9 +104,11 @@ class KafkaSource:
     async def close(self) -> None:
         self._admin = None
 
-    def check(self, pchannel: str, wanted: int) -> None:
-        """Blocking: whether the topic is the one read so far, and holds offset `wanted`."""
-        self.check_topic(pchannel)
+    def check(self, pchannel: str, wanted: int, incarnation: bytes) -> bytes:
+        """Blocking: whether the topic is the incarnation that is meant, and holds offset `wanted`;
+        which one it is.
+        """
+        found = self.check_topic(pchannel, incarnation)
         first, end = self._offsets(pchannel)
         if wanted > end:
             raise LogResetError(
@@ -119,20 +120,23 @@ class KafkaSource:
                 f"topic {pchannel} no longer holds offset {wanted}; "
                 f"the first one still there is {first}"
             )
+        return found
 
-    def check_topic(self, pchannel: str) -> None:
-        """Blocking: whether the topic is the one read so far."""
+    def check_topic(self, pchannel: str, incarnation: bytes) -> bytes:
+        """Blocking: whether the topic is the incarnation that is meant; which one it is.
+
+        It is Kafka's topic id (KIP-516, brokers from 2.8 on); older ones have none.
+        """
         with self._foreign_errors(pchannel):
             topics = self._client().describe_topics(
                 TopicCollection([pchannel]), request_timeout=REQUEST_SECONDS
             )
-            topic_id = str(_answer(topics)[pchannel].topic_id)
-        known = self._topic_ids.setdefault(pchannel, topic_id)
-        if known != topic_id:
-            raise LogResetError(
-                f"topic {pchannel} was deleted and made again; "
-                "resync the collections that were read from it"
-            )
+            topic_id = _answer(topics)[pchannel].topic_id
+        halves = (topic_id.get_most_significant_bits(), topic_id.get_least_significant_bits())
+        found = b"".join(half.to_bytes(8, "big", signed=True) for half in halves)
+        found = found if any(found) else b""
+        check_incarnation(pchannel, incarnation, found)
+        return found
 
     def _offsets(self, pchannel: str) -> tuple[int, int]:
         partition = TopicPartition(pchannel, 0)
@@ -180,10 +184,13 @@ class KafkaSource:
 class KafkaReader:
     """One consumer assigned to partition 0; it reconnects by itself after a RetryableError."""
 
-    def __init__(self, source: KafkaSource, brokers: str, pchannel: str, start: int) -> None:
+    def __init__(
+        self, source: KafkaSource, brokers: str, pchannel: str, start: int, incarnation: bytes
+    ) -> None:
         self._source = source
         self._brokers = brokers
         self._pchannel = pchannel
+        self.incarnation = incarnation
         self._next = start
         """Offset the client must bring next."""
         self._entries: deque[LogEntry] = deque()
@@ -242,10 +249,10 @@ class KafkaReader:
             raise late
         consumer = self._consumer or self._assign()
         if self._down:
-            self._source.check(self._pchannel, self._next)
+            self._source.check(self._pchannel, self._next, self.incarnation)
             self._down = False
         elif time.monotonic() >= self._check_at:
-            self._source.check_topic(self._pchannel)
+            self._source.check_topic(self._pchannel, self.incarnation)
             self._check_at = time.monotonic() + CHECK_SECONDS
         first = consumer.poll(wait)
         if first is None:
@@ -271,7 +278,7 @@ class KafkaReader:
                     f"topic {self._pchannel} lost its end after offset {self._next}: {error.str()}"
                 )
             if error.code() in _OUT_OF_RANGE or error.code() in _NO_TOPIC:
-                self._source.check(self._pchannel, self._next)
+                self._source.check(self._pchannel, self._next, self.incarnation)
                 raise RetryableError("QUEUE_UNREACHABLE", f"{self._pchannel}: {error.str()}")
             raise self._source.translate(error, self._pchannel)
         offset = message.offset()

@@ -9,13 +9,13 @@ import asyncio
 from dataclasses import dataclass, field
 
 from milvus_cdc.errors import LogResetError, LogTruncatedError, RetryableError
-from milvus_cdc.source import LogEntry, LogRange
+from milvus_cdc.source import LogEntry, LogRange, check_incarnation
 from milvus_cdc.source.positions import decode, encode
 
 
 @dataclass(slots=True)
 class _Topic:
-    incarnation: int
+    incarnation: bytes
     first: int = 0
     entries: list[LogEntry] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -35,8 +35,6 @@ class MemorySource:
     def __init__(self) -> None:
         self._topics: dict[str, _Topic] = {}
         self._incarnations = 0
-        self._read: dict[str, int] = {}
-        """Incarnation of each topic when it was first opened."""
         self._down = False
 
     def append(self, pchannel: str, payload: bytes, *, streaming: bool = False) -> bytes:
@@ -49,7 +47,7 @@ class MemorySource:
 
     def create(self, pchannel: str) -> _Topic:
         self._incarnations += 1
-        topic = self._topics[pchannel] = _Topic(self._incarnations)
+        topic = self._topics[pchannel] = _Topic(encode(self._incarnations))
         return topic
 
     def truncate(self, pchannel: str, first: bytes) -> None:
@@ -68,16 +66,15 @@ class MemorySource:
         for topic in self._topics.values():
             topic.notify()
 
-    async def open(self, pchannel: str, position: bytes) -> MemoryReader:
+    async def open(self, pchannel: str, position: bytes, incarnation: bytes = b"") -> MemoryReader:
         topic = self._topic(pchannel)
-        incarnation = self._read.setdefault(pchannel, topic.incarnation)
-        reader = MemoryReader(self, pchannel, incarnation, decode(position))
+        reader = MemoryReader(self, pchannel, incarnation or topic.incarnation, decode(position))
         reader.check(topic)
         return reader
 
     async def log_range(self, pchannel: str) -> LogRange:
         topic = self._topic(pchannel)
-        return LogRange(encode(topic.first), encode(topic.end))
+        return LogRange(encode(topic.first), encode(topic.end), topic.incarnation)
 
     def order(self, position: bytes) -> int:
         return decode(position)
@@ -101,10 +98,10 @@ class MemorySource:
 
 
 class MemoryReader:
-    def __init__(self, source: MemorySource, pchannel: str, incarnation: int, start: int) -> None:
+    def __init__(self, source: MemorySource, pchannel: str, incarnation: bytes, start: int) -> None:
         self._source = source
         self._pchannel = pchannel
-        self._incarnation = incarnation
+        self.incarnation = incarnation
         self._next = start
 
     async def read(self, max_bytes: int, wait_seconds: float) -> list[LogEntry]:
@@ -126,8 +123,7 @@ class MemoryReader:
         pass
 
     def check(self, topic: _Topic) -> None:
-        if topic.incarnation != self._incarnation:
-            raise LogResetError(f"topic {self._pchannel} was deleted and made again")
+        check_incarnation(self._pchannel, self.incarnation, topic.incarnation)
         if self._next > topic.end:
             raise LogResetError(f"{self._pchannel}: {self._next} is beyond the end {topic.end}")
         if self._next < topic.first:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import json
 from collections import deque
-from typing import Any
+from datetime import UTC, datetime, timedelta
 
 import nats.errors
 import nats.js.errors
@@ -33,7 +33,7 @@ from milvus_cdc.errors import (
     LogTruncatedError,
     RetryableError,
 )
-from milvus_cdc.source import LogEntry, LogRange, NatsConfig
+from milvus_cdc.source import LogEntry, LogRange, NatsConfig, check_incarnation
 from milvus_cdc.source.nats_connection import API_SECONDS, Connection, foreign_errors, stream_info
 from milvus_cdc.source.positions import decode, encode
 
@@ -54,16 +54,17 @@ class NatsSource:
     def __init__(self, config: NatsConfig) -> None:
         self._url = config.url
         self._asking = Connection(self._url)
-        self._created: dict[str, Any] = {}
 
-    async def open(self, pchannel: str, position: bytes) -> NatsReader:
-        reader = NatsReader(self, pchannel, decode(position))
-        self.check(pchannel, await self._info(pchannel), reader.next)
-        return reader
+    async def open(self, pchannel: str, position: bytes, incarnation: bytes = b"") -> NatsReader:
+        start = decode(position)
+        info = await self._info(pchannel)
+        check_stream(pchannel, info, start, incarnation)
+        return NatsReader(self, pchannel, start, _incarnation(info))
 
     async def log_range(self, pchannel: str) -> LogRange:
-        first, end = _bounds(await self._info(pchannel))
-        return LogRange(encode(first), encode(end))
+        info = await self._info(pchannel)
+        first, end = _bounds(info)
+        return LogRange(encode(first), encode(end), _incarnation(info))
 
     def order(self, position: bytes) -> int:
         return decode(position)
@@ -84,36 +85,33 @@ class NatsSource:
     async def _info(self, pchannel: str) -> StreamInfo:
         return await stream_info(await self._asking.get(), self._url, pchannel)
 
-    def check(self, pchannel: str, info: StreamInfo, wanted: int) -> None:
-        """Whether the stream still is the one read so far, and holds sequence `wanted`."""
-        known = self._created.setdefault(pchannel, info.created)
-        if known != info.created:
-            raise LogResetError(
-                f"stream {pchannel} was deleted and made again at {info.created}; "
-                "resync the collections that were read from it"
-            )
-        first, end = _bounds(info)
-        if wanted > end:
-            raise LogResetError(
-                f"stream {pchannel} ends before sequence {end}, position {wanted} lies beyond: "
-                "it was deleted and made again, or lost its end; resync"
-            )
-        # Sequences start at 1: position 0 is the beginning.
-        if max(wanted, 1) < first:
-            raise LogTruncatedError(
-                f"stream {pchannel} no longer holds sequence {wanted}; "
-                f"the first one still there is {first}"
-            )
+
+def check_stream(pchannel: str, info: StreamInfo, wanted: int, incarnation: bytes) -> None:
+    """Whether the stream is the incarnation that is meant, and holds sequence `wanted`."""
+    check_incarnation(pchannel, incarnation, _incarnation(info))
+    first, end = _bounds(info)
+    if wanted > end:
+        raise LogResetError(
+            f"stream {pchannel} ends before sequence {end}, position {wanted} lies beyond: "
+            "it was deleted and made again, or lost its end; resync"
+        )
+    # Sequences start at 1: position 0 is the beginning.
+    if max(wanted, 1) < first:
+        raise LogTruncatedError(
+            f"stream {pchannel} no longer holds sequence {wanted}; "
+            f"the first one still there is {first}"
+        )
 
 
 class NatsReader:
     """One pull consumer. After a RetryableError the next read connects again where it stopped."""
 
-    def __init__(self, source: NatsSource, pchannel: str, start: int) -> None:
+    def __init__(self, source: NatsSource, pchannel: str, start: int, incarnation: bytes) -> None:
         self._source = source
         self._pchannel = pchannel
         self.next = start
         """Sequence of the next entry to be returned."""
+        self.incarnation = incarnation
         self._entries: deque[LogEntry] = deque()
         self._held = 0
         self._window = 0
@@ -191,7 +189,7 @@ class NatsReader:
             start = max(self.next + len(self._entries), 1)
             client = await connection.get()
             info = await stream_info(client, connection.url, self._pchannel)
-            self._source.check(self._pchannel, info, start)
+            check_stream(self._pchannel, info, start, self.incarnation)
             consumer = _Consumer(self, connection, self._pchannel, start)
             try:
                 await consumer.pull_until_lost()
@@ -344,6 +342,13 @@ def _bounds(info: StreamInfo) -> tuple[int, int]:
     """First sequence still there and the next to be written, equal when there is none."""
     end = info.state.last_seq + 1
     return (info.state.first_seq if info.state.messages else end), end
+
+
+def _incarnation(info: StreamInfo) -> bytes:
+    """When the stream was made, in microseconds: it stays through restarts of the server."""
+    if info.created is None:
+        return b""
+    return encode((info.created - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1))
 
 
 def _sequence(reply: str) -> int:

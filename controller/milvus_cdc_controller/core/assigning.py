@@ -184,7 +184,15 @@ def _start_is_known(task: TaskRecord, record: CollectionRecord) -> bool:
 
 
 def _reset(world: World, record: CollectionRecord, progress: CollectionProgress) -> None:
-    world.put_progress(replace(progress, checkpoints=start_checkpoints(record.want)))
+    """To the collection's beginning, which lies in the topic that was read so far: in one made
+    later the same position is another place.
+    """
+    topics = {point.vchannel: point.incarnation for point in progress.checkpoints}
+    points = tuple(
+        replace(point, incarnation=topics.get(point.vchannel, b""))
+        for point in start_checkpoints(record.want)
+    )
+    world.put_progress(replace(progress, checkpoints=points))
 
 
 def _settle_grant(world: World, grant: Grant, unwanted: str, version: int) -> None:

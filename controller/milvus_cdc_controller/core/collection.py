@@ -36,6 +36,8 @@ class Checkpoint:
     resolved_ts: int = 0
     horizon_ts: int = 0
     closed: bool = False
+    incarnation: bytes = b""
+    """Of the topic in which `read_from` was taken; empty until a reader has told it."""
 
 
 @dataclass(frozen=True, slots=True)

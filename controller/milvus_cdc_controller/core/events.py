@@ -190,6 +190,7 @@ class VchannelReport:
     resolved_ts: int
     closed: bool = False
     wanted_horizon_ts: int = 0
+    incarnation: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

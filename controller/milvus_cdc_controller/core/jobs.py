@@ -56,7 +56,8 @@ class ProbeDone:
 
 @dataclass(frozen=True, slots=True)
 class ResolveDone:
-    log_ends: tuple[tuple[str, bytes], ...]
+    log_ends: tuple[tuple[str, bytes, bytes], ...]
+    """(pchannel, position, incarnation of its topic)."""
     source_ts: int
 
 

@@ -1,8 +1,8 @@
 """Merging what a replicator reports into what is stored.
 
 Laws: monotone. `resolved_ts` and `read_from` never go back, a closed vchannel stays closed, a
-horizon only grows; and a horizon is granted only for a collection whose ownership of the sink
-object is stored.
+horizon only grows, the topic a position was taken from stays what it was first seen to be; and a
+horizon is granted only for a collection whose ownership of the sink object is stored.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def merge_checkpoint(point: Checkpoint, report: VchannelReport, *, grant: bool) 
         )
     if grant and report.wanted_horizon_ts > point.horizon_ts:
         point = replace(point, horizon_ts=report.wanted_horizon_ts)
+    if report.incarnation and not point.incarnation:
+        point = replace(point, incarnation=report.incarnation)
     if report.closed and not point.closed:
         point = replace(point, closed=True)
     return point

@@ -247,13 +247,17 @@ def job_done(world: World, job: Job, result: JobResult) -> None:
         case ProbeDone():
             world.put_task(replace(task, probed=True))
         case ResolveDone() as done:
-            _begin(world, task, work.resolving, dict(done.log_ends))
+            ends = {pchannel: (at, topic) for pchannel, at, topic in done.log_ends}
+            _begin(world, task, work.resolving, ends)
         case _:
             pass
 
 
 def _begin(
-    world: World, task: TaskRecord, collection_ids: tuple[int, ...], ends: dict[str, bytes]
+    world: World,
+    task: TaskRecord,
+    collection_ids: tuple[int, ...],
+    ends: dict[str, tuple[bytes, bytes]],
 ) -> None:
     for collection_id in collection_ids:
         record = world.collections[task.uid].get(collection_id)
@@ -262,7 +266,7 @@ def _begin(
         if any(v.pchannel not in ends for v in record.want.vchannels):
             continue
         points = tuple(
-            replace(point, read_from=ends[point.pchannel])
+            replace(point, read_from=ends[point.pchannel][0], incarnation=ends[point.pchannel][1])
             for point in start_checkpoints(record.want)
         )
         progress = world.progress[record.assignment_id]

@@ -21,7 +21,8 @@ from milvus_cdc_controller.core.effects import Record
 from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_controller.core.task import MetadataRecord, SourceRecord, TaskRecord
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: the incarnation of a checkpoint's topic."""
 
 _KINDS: dict[str, type[Any]] = {
     "tasks": TaskRecord,

@@ -9,7 +9,7 @@ from milvus_cdc.model import Database, ObjectState, Partition
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core import jobs
-from milvus_cdc_controller.core.collection import CollectionState, Counters
+from milvus_cdc_controller.core.collection import CollectionProgress, CollectionState, Counters
 from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.selection import Selection
 from milvus_cdc_controller.core.status import collection_status
@@ -255,6 +255,30 @@ def test_resync_begins_anew_only_when_nobody_writes_any_more() -> None:
     assert script.core.world.collections["uid-copy"][11].recreate is False
 
 
+def test_the_topic_a_position_belongs_to_is_stored_and_stays() -> None:
+    script = running()
+    opened(script)
+    for topic in (b"", b"first", b"second", b""):
+        point = ev.VchannelReport("dml_3_11v0", b"p5", 50, incarnation=topic)
+        script.report(1, BOOKS, 1, vchannels=(point,))
+    stored = script.stored[f"checkpoints/{BOOKS.replace('.', '/')}"]
+    assert isinstance(stored, CollectionProgress)
+    assert stored.checkpoints[0].incarnation == b"first"
+    script.take(ev.Heartbeat(script.now, 1, 1, True))
+    script.take(ev.Released(script.now, 1, BOOKS, 1))
+    script.hello(2, "b")
+    (assign,) = [a for a in script.sent(fx.Assign) if a.collection]
+    assert assign.progress is not None
+    assert assign.progress.checkpoints[0].incarnation == b"first"
+    # The beginning of a collection lies in the topic it was read from, too.
+    script.take(ev.ResyncCollection(script.now, 9, "tasks/copy", "default.books"))
+    script.take(ev.Released(script.now, 2, BOOKS, 2))
+    (assign,) = script.sent(fx.Assign)
+    assert assign.progress is not None
+    begin = assign.progress.checkpoints[0]
+    assert (begin.read_from, begin.incarnation) == (b"start", b"first")
+
+
 def test_latest_resolves_existing_collections_and_survives_a_restart_meanwhile() -> None:
     script = Script()
     script.create(spec(start=StartAt.LATEST))
@@ -267,11 +291,12 @@ def test_latest_resolves_existing_collections_and_survives_a_restart_meanwhile()
     assert job.payload == jobs.ResolveJob(b"source", ("dml_3",))
     # Created later: from its beginning, at once.
     assert "uid-copy.12" in {a.assignment_id for a in script.sent(fx.Assign)}
-    done = jobs.ResolveDone((("dml_3", b"end"),), 0)
+    done = jobs.ResolveDone((("dml_3", b"end", b"topic"),), 0)
     script.take(ev.JobUpdated(script.now, 1, job.job_id, done))
     (assign,) = script.sent(fx.Assign)
     assert assign.progress is not None
     assert assign.progress.checkpoints[0].read_from == b"end"
+    assert assign.progress.checkpoints[0].incarnation == b"topic"
 
 
 def test_an_unprobed_task_is_probed_when_a_replicator_comes() -> None:
@@ -360,6 +385,18 @@ def test_nack_for_want_of_room_goes_elsewhere_and_another_fails_the_collection()
     failure = script.core.world.collections["uid-copy"][11].failure
     assert failure is not None
     assert failure.reason == "SINK_UNKNOWN"
+
+
+def test_news_that_crosses_a_replicators_stop_fails_nothing_and_moves_only_when_released() -> None:
+    """A new version of what it runs may reach a replicator that is stopping already."""
+    script = running()
+    script.take(ev.Acked(script.now, 1, BOOKS, 1, 1))
+    script.hello(2, "b")
+    script.take(ev.Nacked(script.now, 1, BOOKS, 1, 1, "DRAINING", "this replicator is stopping"))
+    assert script.core.world.collections["uid-copy"][11].failure is None
+    assert script.core.world.grants[BOOKS].instance == "instance-a", "it may still write"
+    script.take(ev.Released(script.now, 1, BOOKS, 1))
+    assert script.core.world.grants[BOOKS].instance == "instance-b"
 
 
 def test_a_callers_job_fails_with_its_replicator() -> None:

@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 from milvus_cdc.codec.messages import Keys
-from milvus_cdc.errors import RetryableError, UnknownOutcomeError, UserError
+from milvus_cdc.errors import (
+    CdcError,
+    LogResetError,
+    RetryableError,
+    UnknownOutcomeError,
+    UserError,
+)
 from milvus_cdc.milvus_protos import common_pb2, schema_pb2
 from milvus_cdc.model import Collection, Partition, Vchannel, ms_to_tso
 from milvus_cdc.sink import CollectionTarget, DeleteBatch, RowBatch
@@ -18,7 +24,8 @@ from milvus_cdc.source.memory import MemorySource
 from milvus_cdc_replicator.core.budget import Budget
 from milvus_cdc_replicator.core.lease import Lease
 from milvus_cdc_replicator.gate import WriteGate, boottime
-from milvus_cdc_replicator.reader import PchannelHub
+from milvus_cdc_replicator.reader import PchannelHub, Subscription
+from milvus_cdc_replicator.report import Report
 from milvus_cdc_replicator.runner import CollectionRunner
 from milvus_cdc_replicator.settings import Limits
 from milvus_cdc_replicator.spec import CollectionAssignment, LaneStart
@@ -44,6 +51,11 @@ class Connections:
 
     async def order(self, _spec: object, position: bytes) -> int:
         return self._source.order(position)
+
+    async def check_log(
+        self, _spec: object, pchannel: str, position: bytes, incarnation: bytes
+    ) -> None:
+        await (await self._source.open(pchannel, position, incarnation)).close()
 
     async def log_end(self, _spec: object, pchannel: str) -> int:
         return self._source.order((await self._source.log_range(pchannel)).end)
@@ -92,9 +104,18 @@ def tick(ts: int) -> bytes:
 class Bench:
     """One runner, with a log to append to and a sink to look into."""
 
-    def __init__(self, *, memory: int = 1 << 20, horizon_ts: int = ms_to_tso(10**9)) -> None:
-        self.source, self.sink = MemorySource(), MemorySink()
-        self.source.create(PCHANNEL)
+    def __init__(
+        self,
+        *,
+        memory: int = 1 << 20,
+        horizon_ts: int = ms_to_tso(10**9),
+        source: MemorySource | None = None,
+        incarnation: bytes = b"",
+        recreate: bool = False,
+    ) -> None:
+        self.source, self.sink = source or MemorySource(), MemorySink()
+        if source is None:
+            self.source.create(PCHANNEL)
         self.connections = Connections(self.source, self.sink)
         self.lease = Lease()
         self.lease.configure(1_000)
@@ -120,11 +141,11 @@ class Bench:
                 partitions=(Partition(70, "_default", START),),
                 vchannels=(Vchannel(VCHANNEL, PCHANNEL, bytes(8)),),
             ),
-            lanes=(LaneStart(VCHANNEL, PCHANNEL, bytes(8), 0, 0, False),),
+            lanes=(LaneStart(VCHANNEL, PCHANNEL, bytes(8), 0, 0, False, incarnation),),
             opened=False,
             sink_collection_id=0,
             adopt_existing=False,
-            recreate=False,
+            recreate=recreate,
             drop_granted=False,
         )
         self.runner = CollectionRunner(
@@ -164,6 +185,11 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+async def failure(bench: Bench) -> Report:
+    await until(lambda: bench.runner.report().state == "FAILED")
+    return bench.runner.report()
 
 
 @contextlib.asynccontextmanager
@@ -209,6 +235,60 @@ async def test_a_truncated_log_fails_the_collection() -> None:
     assert bench.runner.report().reason == "LOG_TRUNCATED"
     await bench.runner.stop()
     await bench.connections.close()
+
+
+async def test_a_topic_made_again_while_nobody_read_is_no_place_to_go_on() -> None:
+    async with running() as bench:
+        bench.append(insert(START + 5, [1]), tick(START + 9))
+        await until(lambda: bench.resolved_ts == START + 9)
+        incarnation = bench.runner.report().lanes[0].incarnation
+        assert incarnation
+    assert bench.runner.report().lanes[0].incarnation == incarnation, "the last word, too"
+    bench.source.delete(PCHANNEL)
+    bench.append(*(tick(START + n) for n in range(10)))
+    for recreate in (False, True):
+        again = Bench(source=bench.source, incarnation=incarnation, recreate=recreate)
+        again.runner.start()
+        report = await failure(again)
+        assert report.reason == "LOG_RESET"
+        assert PCHANNEL in report.message
+        assert (report.opened is None) == recreate, "nothing is given up for a log that is gone"
+        await again.runner.stop()
+        await again.connections.close()
+
+
+async def test_readers_of_the_old_topic_and_of_the_new_one_do_not_mix() -> None:
+    source = MemorySource()
+    source.append(PCHANNEL, tick(START))
+    old = (await source.log_range(PCHANNEL)).incarnation
+    source.delete(PCHANNEL)
+    source.append(PCHANNEL, tick(START))
+    hub = PchannelHub(source, PCHANNEL)
+    errors: dict[bytes, CdcError | None] = {}
+    seen: list[bytes] = []
+
+    def subscribe(incarnation: bytes) -> Subscription:
+        subscription = Subscription(
+            PCHANNEL,
+            VCHANNEL,
+            7,
+            bytes(8),
+            -1,
+            deliver=lambda *_: seen.append(incarnation),
+            has_room=lambda: True,
+            on_error=lambda error: errors.update({incarnation: error}),
+            incarnation=incarnation,
+        )
+        hub.subscribe(subscription)
+        return subscription
+
+    subscribe(old)
+    fresh = subscribe(b"")
+    await until(lambda: old in errors and bool(seen))
+    assert isinstance(errors[old], LogResetError)
+    assert (seen, list(errors)) == ([b""], [old])
+    assert fresh.incarnation == (await source.log_range(PCHANNEL)).incarnation
+    await hub.close()
 
 
 async def test_a_lost_answer_is_repeated_as_an_upsert() -> None:
