@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 
 import structlog
-from milvus_cdc.errors import CdcError, RetryableError
+from milvus_cdc.errors import BugError, CdcError, RetryableError
 
 from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.core.assignment import Counters
@@ -91,7 +91,12 @@ class MetadataRunner:
                 await self._apply(wanted)
             except Halted:
                 return
-            except CdcError as error:
+            except Exception as unexpected:
+                if isinstance(unexpected, CdcError):
+                    error = unexpected
+                else:
+                    log.exception("databases failed unexpectedly", task=wanted.task)
+                    error = BugError("REPLICATOR_BUG", repr(unexpected))
                 if self._trouble is None or self._trouble.reason != error.reason:
                     log.warning(
                         "retrying databases",

@@ -2,8 +2,8 @@
 every break.
 
 Laws: a lost stream stops nothing, only the end of the lease stops writing. What is sent is the
-newest state, so the outbox holds at most one Progress per assignment. After Released nothing of an
-assignment runs.
+newest state, so the outbox holds at most one Progress per assignment. Starting and letting go of
+one assignment happen one after the other; Released is said when nothing of it runs any more.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import contextlib
 import random
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 import grpc
 import structlog
@@ -31,7 +32,12 @@ from milvus_cdc_replicator.metadata import MetadataRunner
 from milvus_cdc_replicator.report import to_progress
 from milvus_cdc_replicator.runner import CollectionRunner
 from milvus_cdc_replicator.settings import MIB, Settings
-from milvus_cdc_replicator.spec import Assignment, CollectionAssignment, from_assign
+from milvus_cdc_replicator.spec import (
+    Assignment,
+    CollectionAssignment,
+    MetadataAssignment,
+    from_assign,
+)
 
 log = structlog.get_logger()
 
@@ -77,7 +83,8 @@ class Replicator:
         self._progress_seconds = 1.0
         self._draining = False
         self._closing = False
-        self._stopped: dict[str, tuple[int, asyncio.Task[None]]] = {}
+        self._turns: dict[str, asyncio.Task[None]] = {}
+        """The last start or release of each assignment that is still under way."""
         self.connected = asyncio.Event()
 
     async def run(self) -> None:
@@ -119,10 +126,10 @@ class Replicator:
         """Lets go of everything in order: final checkpoints, releases, then the stream."""
         self._draining = True
         self._heartbeat()
-        held = self._holdings.all()
-        await asyncio.gather(
-            *(self._release(assignment_id, h.epoch) for assignment_id, h in held.items())
-        )
+        for assignment_id, held in self._holdings.all().items():
+            self._let_go(assignment_id, held.epoch)
+        while self._turns:
+            await asyncio.wait(self._turns.values())
         if self.connected.is_set():
             self._flushed.clear()
             self._outbox_ready.set()
@@ -270,42 +277,71 @@ class Replicator:
             log.error("assignment refused", assignment_id=message.assignment_id, error=str(error))
             self._send(_nack(ids, "UNSUPPORTED_ASSIGNMENT", str(error)))
             return
+        assignment_id, epoch, version = ids
         if self._draining:
-            self._send(_nack(ids, "DRAINING", "this replicator is stopping"))
+            nack = _nack(ids, "DRAINING", "this replicator is stopping")
+            self._in_turn(assignment_id, partial(self._say, nack))
             return
         verdict = self._holdings.assign(*ids)
-        if verdict is not Verdict.STALE:
-            self._wanted[message.assignment_id] = assignment
         match verdict:
             case Verdict.STALE:
                 return
+            case Verdict.SPENT:
+                self._in_turn(assignment_id, partial(self._say, _released(assignment_id, epoch)))
+                return
             case Verdict.UPDATE:
-                runner = self._runners.get(message.assignment_id)
-                if isinstance(runner, CollectionRunner) and isinstance(
-                    assignment, CollectionAssignment
-                ):
-                    runner.update(assignment)
-                elif isinstance(runner, MetadataRunner) and not isinstance(
-                    assignment, CollectionAssignment
-                ):
-                    runner.update(assignment)
+                self._update(assignment_id, assignment)
             case Verdict.START | Verdict.REPLACE:
-                asyncio.get_running_loop().create_task(self._start(message.assignment_id))
-        assignment_id, epoch, version = ids
+                self._in_turn(assignment_id, partial(self._start, assignment_id))
+        self._wanted[assignment_id] = assignment
         self._send(
             pb.ConnectRequest(ack=pb.Ack(assignment_id=assignment_id, epoch=epoch, version=version))
         )
 
+    def _update(self, assignment_id: str, assignment: Assignment) -> None:
+        """For what runs; a start that waits for its turn takes the newest by itself."""
+        runner = self._runners.get(assignment_id)
+        if runner is None or runner.assignment.epoch != assignment.epoch:
+            return
+        if isinstance(runner, CollectionRunner) and isinstance(assignment, CollectionAssignment):
+            runner.update(assignment)
+        elif isinstance(runner, MetadataRunner) and isinstance(assignment, MetadataAssignment):
+            runner.update(assignment)
+
+    def _in_turn(self, assignment_id: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Runs `work` when all that was begun before for this assignment has ended."""
+        before = self._turns.get(assignment_id)
+
+        async def turn() -> None:
+            if before is not None:
+                await asyncio.wait({before})
+            try:
+                await work()
+            except Exception:
+                log.exception("unexpected failure", assignment_id=assignment_id)
+
+        def forget(task: asyncio.Task[None]) -> None:
+            if self._turns.get(assignment_id) is task:
+                del self._turns[assignment_id]
+
+        task = asyncio.create_task(turn(), name=f"turn of {assignment_id}")
+        self._turns[assignment_id] = task
+        task.add_done_callback(forget)
+
+    async def _say(self, message: pb.ConnectRequest) -> None:
+        self._send(message)
+
     async def _start(self, assignment_id: str) -> None:
-        old = self._runners.pop(assignment_id, None)
-        if old is not None:
-            await old.stop()
-        stopping = self._stopped.get(assignment_id)
-        if stopping is not None:
-            await asyncio.wait({stopping[1]})
+        old = self._runners.get(assignment_id)
         held = self._holdings.all().get(assignment_id)
-        if held is None or assignment_id in self._runners:
-            return  # revoked meanwhile, or started by a later word
+        if old is not None and held is not None and old.assignment.epoch == held.epoch:
+            return  # an earlier turn took this word already
+        if old is not None:
+            del self._runners[assignment_id]
+            await old.stop()
+            held = self._holdings.all().get(assignment_id)
+        if held is None:
+            return  # revoked meanwhile: its release has the next turn
         assignment = self._wanted[assignment_id]
         runner: Runner
         if isinstance(assignment, CollectionAssignment):
@@ -336,23 +372,21 @@ class Replicator:
             epoch=message.epoch,
             reason=message.reason,
         )
-        task = asyncio.get_running_loop().create_task(
-            self._release(message.assignment_id, message.epoch)
-        )
-        self._stopped[message.assignment_id] = (message.epoch, task)
-        task.add_done_callback(lambda _: self._stopped.pop(message.assignment_id, None))
+        self._let_go(message.assignment_id, message.epoch)
+
+    def _let_go(self, assignment_id: str, epoch: int) -> None:
+        self._holdings.revoke(assignment_id, epoch)
+        self._in_turn(assignment_id, partial(self._release, assignment_id, epoch))
 
     async def _release(self, assignment_id: str, epoch: int) -> None:
         """Stops it, tells the final checkpoint, lets go."""
-        if self._holdings.revoke(assignment_id, epoch):
-            runner = self._runners.pop(assignment_id, None)
-            if runner is not None:
-                await runner.stop()
-                self._due.discard(assignment_id)
-                self._send(pb.ConnectRequest(progress=self._progress(runner)))
-        self._send(
-            pb.ConnectRequest(released=pb.Released(assignment_id=assignment_id, epoch=epoch))
-        )
+        runner = self._runners.get(assignment_id)
+        if runner is not None and runner.assignment.epoch <= epoch:
+            del self._runners[assignment_id]
+            await runner.stop()
+            self._due.discard(assignment_id)
+            self._send(pb.ConnectRequest(progress=self._progress(runner)))
+        self._send(_released(assignment_id, epoch))
 
     def _query_partition(self, assignment_id: str, epoch: int, partition_id: int) -> None:
         self._send(
@@ -362,6 +396,10 @@ class Replicator:
                 )
             )
         )
+
+
+def _released(assignment_id: str, epoch: int) -> pb.ConnectRequest:
+    return pb.ConnectRequest(released=pb.Released(assignment_id=assignment_id, epoch=epoch))
 
 
 def _nack(ids: tuple[str, int, int], reason: str, message: str) -> pb.ConnectRequest:

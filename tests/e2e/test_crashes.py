@@ -47,6 +47,7 @@ def crash_rounds(
     load = Load(stack.source.uri, database, seed=rounds, pause_seconds=0.02)
     load.create()
     rng = random.Random(database)
+    began = time.monotonic()
     with Pair(stack, folder, replicators=2, **settings) as pair:
         pair.create(f"{database}.*")
         load.start()
@@ -58,6 +59,10 @@ def crash_rounds(
             load.stop()
         pair.wait_running(*(f"{database}.{shape.name}" for shape in SHAPES), seconds=90)
         rows = pair.prove()
+        print(
+            f"{database}: {rounds} rounds, {load.acknowledged} rows acknowledged by the source,"
+            f" {rows} rows compared, {time.monotonic() - began:.0f} s"
+        )
         pair.quiet(*LOST_PEER)
         return rows
 

@@ -170,9 +170,12 @@ def nacked(world: World, event: Nacked) -> None:
     if grant is None or session is None:
         return
     observed = world.seen(event.assignment_id)
-    if event.reason in REFUSED_FOR_NOW and not observed.accepted_version:
+    if event.reason in REFUSED_FOR_NOW:
         session.full_until_ms = world.now.mono_ms + FULL_FOR_MS
-        let_go(world, grant)
+        if observed.accepted_version:
+            revoke(world, grant, event.reason)  # it has it, and says when it has let go
+        else:
+            let_go(world, grant)
         return
     if event.version == observed.sent_version:
         _fail(world, event.assignment_id, Failure(event.reason, event.message))

@@ -64,7 +64,8 @@ def test_epochs_decide_what_a_word_does() -> None:
     assert holdings.assign("a", 4, 9) is Verdict.REPLACE
     assert not holdings.revoke("a", 3), "an old word takes nothing away"
     assert holdings.revoke("a", 4)
-    assert holdings.assign("a", 3, 9) is Verdict.STALE, "an epoch that ended does not come back"
+    assert holdings.assign("a", 3, 9) is Verdict.SPENT, "an epoch that ended does not come back"
+    assert holdings.assign("a", 4, 9) is Verdict.SPENT, "its release may be on its way"
     assert holdings.assign("a", 5, 10) is Verdict.START
 
 

@@ -1,0 +1,266 @@
+"""A replicator and the controller's words: what it starts, lets go of, and when it says so."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from milvus_cdc.model import ms_to_tso
+from milvus_cdc.sink import CollectionTarget, DeleteBatch, RowBatch
+from milvus_cdc.sink.memory import MemorySink
+from milvus_cdc.source.memory import MemorySource
+from milvus_cdc_replicator.session import Replicator
+from milvus_cdc_replicator.settings import Settings
+from milvuscdc.v1 import replication_service_pb2 as pb
+from milvuscdc.v1 import replication_service_pb2_grpc as rpc
+from milvuscdc.v1 import task_pb2
+
+from tests.unit.replicator.test_runner import (
+    PCHANNEL,
+    START,
+    VCHANNEL,
+    Connections,
+    _schema,
+    insert,
+    tick,
+    until,
+)
+
+BOOKS = "uid.7"
+
+
+class FakeController(rpc.ReplicationServiceServicer):
+    """Says what a test tells it to, acknowledges heartbeats, keeps everything it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[pb.ConnectRequest] = []
+        self.streams = 0
+        self._out: asyncio.Queue[pb.ConnectResponse | None] = asyncio.Queue()
+        self.port = 0
+
+    async def Connect(
+        self,
+        request_iterator: AsyncIterator[pb.ConnectRequest],
+        context: grpc.aio.ServicerContext[pb.ConnectRequest, pb.ConnectResponse],
+    ) -> AsyncIterator[pb.ConnectResponse]:
+        out = self._out = asyncio.Queue()
+        self.streams += 1
+        seconds = Duration(seconds=60)
+        out.put_nowait(
+            pb.ConnectResponse(
+                welcome=pb.Welcome(
+                    controller_id="c",
+                    lease_ttl=seconds,
+                    heartbeat_interval=seconds,
+                    progress_interval=Duration(nanos=50_000_000),
+                )
+            )
+        )
+        reader = asyncio.create_task(self._read(request_iterator, out))
+        try:
+            while (message := await out.get()) is not None:
+                yield message
+        finally:
+            reader.cancel()
+
+    async def _read(
+        self,
+        requests: AsyncIterator[pb.ConnectRequest],
+        out: asyncio.Queue[pb.ConnectResponse | None],
+    ) -> None:
+        with contextlib.suppress(grpc.aio.BaseError, grpc.RpcError):
+            async for request in requests:
+                self.heard.append(request)
+                if request.WhichOneof("message") == "heartbeat":
+                    ack = pb.HeartbeatAck(seq=request.heartbeat.seq)
+                    out.put_nowait(pb.ConnectResponse(heartbeat_ack=ack))
+
+    def say(self, **message: object) -> None:
+        self._out.put_nowait(pb.ConnectResponse(**message))  # type: ignore[arg-type]
+
+    def break_stream(self) -> None:
+        self._out.put_nowait(None)
+
+    def of(self, kind: str) -> list[pb.ConnectRequest]:
+        return [m for m in self.heard if m.WhichOneof("message") == kind]
+
+    def released(self) -> list[int]:
+        return [m.released.epoch for m in self.of("released")]
+
+
+class Bench:
+    def __init__(self, controller: FakeController) -> None:
+        self.controller = controller
+        self.source, self.sink = MemorySource(), MemorySink()
+        self.source.create(PCHANNEL)
+        self.writing = asyncio.Event()
+        self.may_end = asyncio.Event()
+        self.may_end.set()
+        self.sink.before_write = self._hold
+        settings = Settings(name="r", controller=f"127.0.0.1:{controller.port}")
+        self.connections = Connections(self.source, self.sink)
+        self.replicator = Replicator(settings, "1", self.connections)  # type: ignore[arg-type]
+
+    async def _hold(self, _target: CollectionTarget, _batch: RowBatch | DeleteBatch) -> None:
+        self.writing.set()
+        await self.may_end.wait()
+
+    def assign(self, epoch: int, version: int = 1) -> None:
+        self.controller.say(
+            assign=pb.Assign(
+                assignment_id=BOOKS,
+                epoch=epoch,
+                version=version,
+                task="tasks/t",
+                source=task_pb2.Source(nats=task_pb2.NatsQueue(url="nats://127.0.0.1:1")),
+                sink=task_pb2.Sink(milvus=task_pb2.MilvusEndpoint(uri="http://127.0.0.1:1")),
+                collection=pb.CollectionSpec(
+                    database="default",
+                    collection="c",
+                    collection_id=7,
+                    schema=_schema(),
+                    shards=1,
+                    opened=self.writing.is_set(),
+                    sink_collection_id=int(self.writing.is_set()),
+                    create_ts=START,
+                    state=pb.CollectionSpec.STATE_CREATED,
+                    partitions=[
+                        pb.PartitionSpec(
+                            partition_id=70,
+                            name="_default",
+                            create_ts=START,
+                            state=pb.PartitionSpec.STATE_CREATED,
+                        )
+                    ],
+                    vchannels=[
+                        pb.VchannelSpec(
+                            vchannel=VCHANNEL,
+                            pchannel=PCHANNEL,
+                            read_from=bytes(8),
+                            horizon_ts=ms_to_tso(10**9),
+                        )
+                    ],
+                ),
+            )
+        )
+
+    def revoke(self, epoch: int) -> None:
+        self.controller.say(revoke=pb.Revoke(assignment_id=BOOKS, epoch=epoch, reason="TEST"))
+
+    async def write_in_flight(self) -> None:
+        """Epoch 1 runs, and a request of it does not come back."""
+        self.may_end.clear()
+        self.assign(1)
+        self.source.append(PCHANNEL, insert(START + 5, [1, 2]))
+        self.source.append(PCHANNEL, tick(START + 9))
+        await asyncio.wait_for(self.writing.wait(), 10)
+
+    async def heartbeats_answered(self) -> None:
+        """What was said before has been taken by now."""
+        await asyncio.sleep(0.3)
+
+
+@contextlib.asynccontextmanager
+async def running() -> AsyncIterator[Bench]:
+    server = grpc.aio.server()
+    controller = FakeController()
+    rpc.add_ReplicationServiceServicer_to_server(controller, server)
+    controller.port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    bench = Bench(controller)
+    run = asyncio.create_task(bench.replicator.run())
+    try:
+        await asyncio.wait_for(bench.replicator.connected.wait(), 10)
+        yield bench
+    finally:
+        bench.may_end.set()
+        run.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await run
+        await bench.connections.close()
+        await server.stop(None)
+
+
+async def test_a_stop_answers_no_revoke_before_the_last_request_has_ended() -> None:
+    """The controller learns of the stop by a heartbeat and revokes what it already lets go of."""
+    async with running() as bench:
+        await bench.write_in_flight()
+        draining = asyncio.create_task(bench.replicator.drain())
+        await until(lambda: any(m.heartbeat.draining for m in bench.controller.heard))
+        bench.revoke(1)
+        await bench.heartbeats_answered()
+        assert bench.controller.released() == [], "a request is still on its way"
+        bench.may_end.set()
+        await until(lambda: bench.controller.released() != [])
+        assert bench.sink.count("default", "c") == 2
+        last = bench.controller.of("progress")[-1].progress
+        assert last.vchannels[0].resolved_ts == START + 9, "its last word counts"
+        await draining
+
+
+async def test_a_revoke_said_twice_is_answered_only_when_nothing_runs() -> None:
+    """As after a stream that broke in between."""
+    async with running() as bench:
+        await bench.write_in_flight()
+        bench.revoke(1)
+        await bench.heartbeats_answered()
+        bench.controller.break_stream()
+        await until(lambda: bench.controller.streams == 2)
+        bench.revoke(1)
+        await bench.heartbeats_answered()
+        assert bench.controller.released() == []
+        bench.may_end.set()
+        await until(lambda: bench.controller.released() != [])
+
+
+async def test_what_was_let_go_does_not_run_again_under_the_same_epoch() -> None:
+    """A controller that has restarted meanwhile does not know of its revoke."""
+    async with running() as bench:
+        await bench.write_in_flight()
+        bench.revoke(1)
+        await bench.heartbeats_answered()
+        bench.controller.break_stream()
+        await until(lambda: bench.controller.streams == 2)
+        bench.assign(1)
+        await bench.heartbeats_answered()
+        bench.may_end.set()
+        await until(lambda: bench.controller.released() != [])
+        written = len(bench.sink.writes)
+        bench.source.append(PCHANNEL, insert(START + 15, [3]))
+        bench.source.append(PCHANNEL, tick(START + 19))
+        await bench.heartbeats_answered()
+        assert len(bench.sink.writes) == written, "nobody may write under a released epoch"
+        bench.assign(2)
+        await until(lambda: bench.sink.count("default", "c") >= 3)
+
+
+async def test_a_new_epoch_starts_when_the_old_one_has_ended() -> None:
+    async with running() as bench:
+        await bench.write_in_flight()
+        bench.assign(2)
+        bench.assign(3)
+        bench.revoke(3)
+        bench.assign(4)
+        await bench.heartbeats_answered()
+        assert bench.controller.released() == []
+        assert len(bench.controller.of("ack")) >= 3
+        bench.may_end.set()
+        await until(lambda: len(bench.controller.released()) == 1)
+        await until(lambda: bench.controller.of("progress")[-1].progress.epoch == 4)
+
+
+async def test_an_assignment_for_a_stopping_replicator_is_refused_after_its_last_request() -> None:
+    async with running() as bench:
+        await bench.write_in_flight()
+        draining = asyncio.create_task(bench.replicator.drain())
+        await asyncio.sleep(0)
+        bench.assign(1, version=2)
+        await bench.heartbeats_answered()
+        assert bench.controller.of("nack") == []
+        bench.may_end.set()
+        await until(lambda: bench.controller.of("nack") != [])
+        assert bench.controller.of("nack")[0].nack.reason == "DRAINING"
+        await draining
