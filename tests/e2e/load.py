@@ -204,13 +204,15 @@ class Load:
     ) -> None:
         gone = rng.sample(range(len(known)), min(rng.randint(1, 20), len(known)))
         keys = [known[index] for index in gone]
-        wanted = [key if shape.auto_id else key[0] for key in keys]
-        # pymilvus' own quoting of `ids` breaks on quotes inside of text.
-        client.delete(
-            shape.name, filter=f"{shape.key.name} in {json.dumps(wanted, ensure_ascii=False)}"
-        )
+        delete_keys(client, shape.name, shape, [key if shape.auto_id else key[0] for key in keys])
         for index in sorted(gone, reverse=True):
             known.pop(index)
+
+
+def delete_keys(client: MilvusClient, collection: str, shape: Shape, keys: list[Any]) -> None:
+    # pymilvus' own quoting of `ids` breaks on quotes inside of text.
+    wanted = json.dumps(keys, ensure_ascii=False)
+    client.delete(collection, filter=f"{shape.key.name} in {wanted}")
 
 
 def create_collection(client: MilvusClient, shape: Shape) -> None:
