@@ -15,6 +15,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from milvuscdc.v1 import diff_pb2 as _diff_pb2
 from milvuscdc.v1 import task_pb2 as _task_pb2
 from milvuscdc.v1 import verify_pb2 as _verify_pb2
 import builtins as _builtins
@@ -276,6 +277,8 @@ class Assign(_message.Message):
     SINK_FIELD_NUMBER: _builtins.int
     COLLECTION_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    CARRY_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """`{task uid}.{collection id}` or `{task uid}.metadata`."""
     epoch: _builtins.int
@@ -284,6 +287,7 @@ class Assign(_message.Message):
     """Grows with every change of the contents within and across epochs."""
     task: _builtins.str
     """Task resource name, for logs and metrics."""
+    drift: _task_pb2.Drift.ValueType
     @_builtins.property
     def source(self) -> _task_pb2.Source: ...
     @_builtins.property
@@ -292,6 +296,8 @@ class Assign(_message.Message):
     def collection(self) -> Global___CollectionSpec: ...
     @_builtins.property
     def metadata(self) -> Global___MetadataSpec: ...
+    @_builtins.property
+    def carry(self) -> _task_pb2.Carry: ...
     def __init__(
         self,
         *,
@@ -303,10 +309,12 @@ class Assign(_message.Message):
         sink: _task_pb2.Sink | None = ...,
         collection: Global___CollectionSpec | None = ...,
         metadata: Global___MetadataSpec | None = ...,
+        carry: _task_pb2.Carry | None = ...,
+        drift: _task_pb2.Drift.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "metadata", b"metadata", "sink", b"sink", "source", b"source", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["carry", b"carry", "collection", b"collection", "metadata", b"metadata", "sink", b"sink", "source", b"source", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "collection", b"collection", "epoch", b"epoch", "metadata", b"metadata", "sink", b"sink", "source", b"source", "spec", b"spec", "task", b"task", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "carry", b"carry", "collection", b"collection", "drift", b"drift", "epoch", b"epoch", "metadata", b"metadata", "sink", b"sink", "source", b"source", "spec", b"spec", "task", b"task", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["collection", "metadata"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
@@ -375,6 +383,12 @@ class CollectionSpec(_message.Message):
     ADOPT_EXISTING_FIELD_NUMBER: _builtins.int
     RECREATE_FIELD_NUMBER: _builtins.int
     DROP_GRANTED_FIELD_NUMBER: _builtins.int
+    SOURCE_DATABASE_FIELD_NUMBER: _builtins.int
+    SOURCE_COLLECTION_FIELD_NUMBER: _builtins.int
+    RENAMED_FROM_FIELD_NUMBER: _builtins.int
+    RENAME_TS_FIELD_NUMBER: _builtins.int
+    ALTER_TS_FIELD_NUMBER: _builtins.int
+    FLUSH_TS_FIELD_NUMBER: _builtins.int
     collection_id: _builtins.int
     database: _builtins.str
     collection: _builtins.str
@@ -395,6 +409,14 @@ class CollectionSpec(_message.Message):
     """Drop what is there and begin anew (ResyncCollection); only while not opened."""
     drop_granted: _builtins.bool
     """Set in state DROPPING once the controller has stored every vchannel as closed: drop now."""
+    source_database: _builtins.str
+    """`database` and `collection` are the names to have at the sink; these are those at the source, now."""
+    source_collection: _builtins.str
+    rename_ts: _builtins.int
+    alter_ts: _builtins.int
+    """TSO of the newest change of the collection's own key in the metadata (properties, name)."""
+    flush_ts: _builtins.int
+    """A flush that a user asked for: done once rows at or below it are in the sink; 0 = none."""
     @_builtins.property
     def properties(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -405,6 +427,10 @@ class CollectionSpec(_message.Message):
     def load(self) -> Global___LoadSpec: ...
     @_builtins.property
     def vchannels(self) -> _containers.RepeatedCompositeFieldContainer[Global___VchannelSpec]: ...
+    @_builtins.property
+    def renamed_from(self) -> Global___SinkName:
+        """Set while the sink's collection still has another name: rename it, once rows at or below `rename_ts` are there."""
+
     def __init__(
         self,
         *,
@@ -426,14 +452,42 @@ class CollectionSpec(_message.Message):
         adopt_existing: _builtins.bool = ...,
         recreate: _builtins.bool = ...,
         drop_granted: _builtins.bool = ...,
+        source_database: _builtins.str = ...,
+        source_collection: _builtins.str = ...,
+        renamed_from: Global___SinkName | None = ...,
+        rename_ts: _builtins.int = ...,
+        alter_ts: _builtins.int = ...,
+        flush_ts: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "renamed_from", b"renamed_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "collection", b"collection", "collection_id", b"collection_id", "consistency_level", b"consistency_level", "create_ts", b"create_ts", "database", b"database", "drop_granted", b"drop_granted", "indexes", b"indexes", "load", b"load", "opened", b"opened", "partitions", b"partitions", "properties", b"properties", "recreate", b"recreate", "schema", b"schema", "shards", b"shards", "sink_collection_id", b"sink_collection_id", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "alter_ts", b"alter_ts", "collection", b"collection", "collection_id", b"collection_id", "consistency_level", b"consistency_level", "create_ts", b"create_ts", "database", b"database", "drop_granted", b"drop_granted", "flush_ts", b"flush_ts", "indexes", b"indexes", "load", b"load", "opened", b"opened", "partitions", b"partitions", "properties", b"properties", "recreate", b"recreate", "rename_ts", b"rename_ts", "renamed_from", b"renamed_from", "schema", b"schema", "shards", b"shards", "sink_collection_id", b"sink_collection_id", "source_collection", b"source_collection", "source_database", b"source_database", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CollectionSpec: _TypeAlias = CollectionSpec  # noqa: Y015
+
+@_typing.final
+class SinkName(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATABASE_FIELD_NUMBER: _builtins.int
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    database: _builtins.str
+    collection: _builtins.str
+    def __init__(
+        self,
+        *,
+        database: _builtins.str = ...,
+        collection: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "database", b"database"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SinkName: _TypeAlias = SinkName  # noqa: Y015
 
 @_typing.final
 class PartitionSpec(_message.Message):
@@ -631,16 +685,40 @@ class MetadataSpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DATABASES_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    DROPPED_ALIASES_FIELD_NUMBER: _builtins.int
+    RBAC_FIELD_NUMBER: _builtins.int
+    OPERATIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def databases(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatabaseSpec]: ...
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasSpec]:
+        """Aliases that should exist: everything they wait for has happened."""
+
+    @_builtins.property
+    def dropped_aliases(self) -> _containers.RepeatedCompositeFieldContainer[Global___SinkName]:
+        """Aliases this task made (or may have) that should not exist any more."""
+
+    @_builtins.property
+    def rbac(self) -> Global___RbacSpec:
+        """Unset unless the task carries `rbac`."""
+
+    @_builtins.property
+    def operations(self) -> Global___OperationsSpec:
+        """Unset unless the task wants something from it."""
+
     def __init__(
         self,
         *,
         databases: _abc.Iterable[Global___DatabaseSpec] | None = ...,
+        aliases: _abc.Iterable[Global___AliasSpec] | None = ...,
+        dropped_aliases: _abc.Iterable[Global___SinkName] | None = ...,
+        rbac: Global___RbacSpec | None = ...,
+        operations: Global___OperationsSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["operations", b"operations", "rbac", b"rbac"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["databases", b"databases"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "databases", b"databases", "dropped_aliases", b"dropped_aliases", "operations", b"operations", "rbac", b"rbac"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -650,26 +728,244 @@ Global___MetadataSpec: _TypeAlias = MetadataSpec  # noqa: Y015
 class DatabaseSpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class PropertiesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     DATABASE_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
+    PROPERTIES_FIELD_NUMBER: _builtins.int
     database_id: _builtins.int
     name: _builtins.str
+    """At the sink."""
     dropped: _builtins.bool
+    @_builtins.property
+    def properties(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
         self,
         *,
         database_id: _builtins.int = ...,
         name: _builtins.str = ...,
         dropped: _builtins.bool = ...,
+        properties: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["database_id", b"database_id", "dropped", b"dropped", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["database_id", b"database_id", "dropped", b"dropped", "name", b"name", "properties", b"properties"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DatabaseSpec: _TypeAlias = DatabaseSpec  # noqa: Y015
+
+@_typing.final
+class AliasSpec(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATABASE_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    database: _builtins.str
+    """At the sink."""
+    alias: _builtins.str
+    collection: _builtins.str
+    """The collection it stands for, by its name at the sink."""
+    def __init__(
+        self,
+        *,
+        database: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        collection: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "collection", b"collection", "database", b"database"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AliasSpec: _TypeAlias = AliasSpec  # noqa: Y015
+
+@_typing.final
+class RbacSpec(_message.Message):
+    """What the sink should hold beside what it has; what only others gave it is not touched."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USERS_FIELD_NUMBER: _builtins.int
+    ROLES_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    GRANTS_FIELD_NUMBER: _builtins.int
+    PRIVILEGE_GROUPS_FIELD_NUMBER: _builtins.int
+    DROPPED_ROLES_FIELD_NUMBER: _builtins.int
+    DROPPED_MEMBERS_FIELD_NUMBER: _builtins.int
+    DROPPED_GRANTS_FIELD_NUMBER: _builtins.int
+    DROPPED_PRIVILEGE_GROUPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def users(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoleMember]: ...
+    @_builtins.property
+    def grants(self) -> _containers.RepeatedCompositeFieldContainer[Global___GrantSpec]: ...
+    @_builtins.property
+    def privilege_groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrivilegeGroupSpec]: ...
+    @_builtins.property
+    def dropped_roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Given by this task earlier and not wanted any more."""
+
+    @_builtins.property
+    def dropped_members(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoleMember]: ...
+    @_builtins.property
+    def dropped_grants(self) -> _containers.RepeatedCompositeFieldContainer[Global___GrantSpec]: ...
+    @_builtins.property
+    def dropped_privilege_groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        users: _abc.Iterable[_builtins.str] | None = ...,
+        roles: _abc.Iterable[_builtins.str] | None = ...,
+        members: _abc.Iterable[Global___RoleMember] | None = ...,
+        grants: _abc.Iterable[Global___GrantSpec] | None = ...,
+        privilege_groups: _abc.Iterable[Global___PrivilegeGroupSpec] | None = ...,
+        dropped_roles: _abc.Iterable[_builtins.str] | None = ...,
+        dropped_members: _abc.Iterable[Global___RoleMember] | None = ...,
+        dropped_grants: _abc.Iterable[Global___GrantSpec] | None = ...,
+        dropped_privilege_groups: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_grants", b"dropped_grants", "dropped_members", b"dropped_members", "dropped_privilege_groups", b"dropped_privilege_groups", "dropped_roles", b"dropped_roles", "grants", b"grants", "members", b"members", "privilege_groups", b"privilege_groups", "roles", b"roles", "users", b"users"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RbacSpec: _TypeAlias = RbacSpec  # noqa: Y015
+
+@_typing.final
+class RoleMember(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    user: _builtins.str
+    role: _builtins.str
+    def __init__(
+        self,
+        *,
+        user: _builtins.str = ...,
+        role: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoleMember: _TypeAlias = RoleMember  # noqa: Y015
+
+@_typing.final
+class GrantSpec(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    OBJECT_TYPE_FIELD_NUMBER: _builtins.int
+    OBJECT_NAME_FIELD_NUMBER: _builtins.int
+    DATABASE_FIELD_NUMBER: _builtins.int
+    PRIVILEGE_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    object_type: _builtins.str
+    """`Collection`, `Global`, `User`."""
+    object_name: _builtins.str
+    """`*` or a name."""
+    database: _builtins.str
+    """At the sink."""
+    privilege: _builtins.str
+    def __init__(
+        self,
+        *,
+        role: _builtins.str = ...,
+        object_type: _builtins.str = ...,
+        object_name: _builtins.str = ...,
+        database: _builtins.str = ...,
+        privilege: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["database", b"database", "object_name", b"object_name", "object_type", b"object_type", "privilege", b"privilege", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GrantSpec: _TypeAlias = GrantSpec  # noqa: Y015
+
+@_typing.final
+class PrivilegeGroupSpec(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PRIVILEGES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    @_builtins.property
+    def privileges(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        privileges: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "privileges", b"privileges"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrivilegeGroupSpec: _TypeAlias = PrivilegeGroupSpec  # noqa: Y015
+
+@_typing.final
+class OperationsSpec(_message.Message):
+    """The source's channel of operations that leave no trace in its metadata (`{cluster}-replicate-msg`)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    READ_FROM_FIELD_NUMBER: _builtins.int
+    FLUSH_FIELD_NUMBER: _builtins.int
+    CREDENTIALS_FIELD_NUMBER: _builtins.int
+    channel: _builtins.str
+    read_from: _builtins.bytes
+    """Read from here, inclusive; the end of the log when empty."""
+    flush: _builtins.bool
+    credentials: _builtins.bool
+    def __init__(
+        self,
+        *,
+        channel: _builtins.str = ...,
+        read_from: _builtins.bytes = ...,
+        flush: _builtins.bool = ...,
+        credentials: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "credentials", b"credentials", "flush", b"flush", "read_from", b"read_from"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OperationsSpec: _TypeAlias = OperationsSpec  # noqa: Y015
 
 @_typing.final
 class Ack(_message.Message):
@@ -862,6 +1158,10 @@ class Progress(_message.Message):
     OPENED_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
     APPLIED_VERSION_FIELD_NUMBER: _builtins.int
+    RENAMED_TO_FIELD_NUMBER: _builtins.int
+    FLUSHED_TS_FIELD_NUMBER: _builtins.int
+    FLUSHES_FIELD_NUMBER: _builtins.int
+    OPERATIONS_READ_FROM_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     epoch: _builtins.int
     seq: _builtins.int
@@ -880,6 +1180,9 @@ class Progress(_message.Message):
     """The drop was executed at the sink."""
     applied_version: _builtins.int
     """Metadata assignments: the version whose wishes the sink fulfils."""
+    flushed_ts: _builtins.int
+    """The newest flush that was carried out."""
+    operations_read_from: _builtins.bytes
     @_builtins.property
     def vchannels(self) -> _containers.RepeatedCompositeFieldContainer[Global___VchannelReport]: ...
     @_builtins.property
@@ -887,6 +1190,14 @@ class Progress(_message.Message):
     @_builtins.property
     def opened(self) -> Global___SinkOpened:
         """The sink collection exists, fits, and belongs to this task."""
+
+    @_builtins.property
+    def renamed_to(self) -> Global___SinkName:
+        """The name that the sink's collection has now, after a rename."""
+
+    @_builtins.property
+    def flushes(self) -> _containers.RepeatedCompositeFieldContainer[Global___FlushOperation]:
+        """Metadata assignments: what the operations channel said since the last report, and how far it is read."""
 
     def __init__(
         self,
@@ -907,14 +1218,45 @@ class Progress(_message.Message):
         opened: Global___SinkOpened | None = ...,
         dropped: _builtins.bool = ...,
         applied_version: _builtins.int = ...,
+        renamed_to: Global___SinkName | None = ...,
+        flushed_ts: _builtins.int = ...,
+        flushes: _abc.Iterable[Global___FlushOperation] | None = ...,
+        operations_read_from: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["opened", b"opened"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["opened", b"opened", "renamed_to", b"renamed_to"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_version", b"applied_version", "assignment_id", b"assignment_id", "conditions", b"conditions", "dropped", b"dropped", "epoch", b"epoch", "lag_ms", b"lag_ms", "message", b"message", "opened", b"opened", "reason", b"reason", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "seq", b"seq", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_version", b"applied_version", "assignment_id", b"assignment_id", "conditions", b"conditions", "dropped", b"dropped", "epoch", b"epoch", "flushed_ts", b"flushed_ts", "flushes", b"flushes", "lag_ms", b"lag_ms", "message", b"message", "opened", b"opened", "operations_read_from", b"operations_read_from", "reason", b"reason", "renamed_to", b"renamed_to", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "seq", b"seq", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Progress: _TypeAlias = Progress  # noqa: Y015
+
+@_typing.final
+class FlushOperation(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TS_FIELD_NUMBER: _builtins.int
+    DATABASE_FIELD_NUMBER: _builtins.int
+    COLLECTIONS_FIELD_NUMBER: _builtins.int
+    ts: _builtins.int
+    database: _builtins.str
+    """At the source."""
+    @_builtins.property
+    def collections(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        ts: _builtins.int = ...,
+        database: _builtins.str = ...,
+        collections: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collections", b"collections", "database", b"database", "ts", b"ts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FlushOperation: _TypeAlias = FlushOperation  # noqa: Y015
 
 @_typing.final
 class SinkOpened(_message.Message):
@@ -952,6 +1294,7 @@ class VchannelReport(_message.Message):
     RESOLVED_TS_FIELD_NUMBER: _builtins.int
     CLOSED_FIELD_NUMBER: _builtins.int
     WANTED_HORIZON_TS_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     vchannel: _builtins.str
     read_from: _builtins.bytes
@@ -963,6 +1306,10 @@ class VchannelReport(_message.Message):
     """What tells this topic from another one made later under the same name; opaque, as the queue knows it. Empty = not
     read yet, or the queue does not tell.
     """
+    @_builtins.property
+    def retention(self) -> Global___Retention:
+        """Sent now and then."""
+
     def __init__(
         self,
         *,
@@ -971,15 +1318,57 @@ class VchannelReport(_message.Message):
         resolved_ts: _builtins.int = ...,
         closed: _builtins.bool = ...,
         wanted_horizon_ts: _builtins.int = ...,
+        retention: Global___Retention | None = ...,
         incarnation: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "incarnation", b"incarnation", "read_from", b"read_from", "resolved_ts", b"resolved_ts", "vchannel", b"vchannel", "wanted_horizon_ts", b"wanted_horizon_ts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "incarnation", b"incarnation", "read_from", b"read_from", "resolved_ts", b"resolved_ts", "retention", b"retention", "vchannel", b"vchannel", "wanted_horizon_ts", b"wanted_horizon_ts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VchannelReport: _TypeAlias = VchannelReport  # noqa: Y015
+
+@_typing.final
+class Retention(_message.Message):
+    """How far `read_from` is from falling out of the queue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEFT_FIELD_NUMBER: _builtins.int
+    LEFT_BYTES_FIELD_NUMBER: _builtins.int
+    READ_FROM_TEXT_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    left_bytes: _builtins.int
+    """-1 when the queue sets no limit in bytes."""
+    read_from_text: _builtins.str
+    """`read_from` as the queue's own tools show it."""
+    limit_bytes: _builtins.int
+    @_builtins.property
+    def left(self) -> _duration_pb2.Duration:
+        """Unset when the queue sets no limit in time."""
+
+    @_builtins.property
+    def limit(self) -> _duration_pb2.Duration:
+        """The limits that `left` and `left_bytes` are parts of; unset and 0 without a limit."""
+
+    def __init__(
+        self,
+        *,
+        left: _duration_pb2.Duration | None = ...,
+        left_bytes: _builtins.int = ...,
+        read_from_text: _builtins.str = ...,
+        limit: _duration_pb2.Duration | None = ...,
+        limit_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "limit", b"limit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "left_bytes", b"left_bytes", "limit", b"limit", "limit_bytes", b"limit_bytes", "read_from_text", b"read_from_text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Retention: _TypeAlias = Retention  # noqa: Y015
 
 @_typing.final
 class ProgressAck(_message.Message):
@@ -1073,6 +1462,8 @@ class JobRequest(_message.Message):
     PROBE_FIELD_NUMBER: _builtins.int
     RESOLVE_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
+    DIFF_FIELD_NUMBER: _builtins.int
+    LOCATE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     @_builtins.property
     def probe(self) -> Global___ProbeJob: ...
@@ -1080,6 +1471,10 @@ class JobRequest(_message.Message):
     def resolve(self) -> Global___ResolveJob: ...
     @_builtins.property
     def verify(self) -> Global___VerifyJob: ...
+    @_builtins.property
+    def diff(self) -> Global___DiffJob: ...
+    @_builtins.property
+    def locate(self) -> Global___LocateJob: ...
     def __init__(
         self,
         *,
@@ -1087,12 +1482,14 @@ class JobRequest(_message.Message):
         probe: Global___ProbeJob | None = ...,
         resolve: Global___ResolveJob | None = ...,
         verify: Global___VerifyJob | None = ...,
+        diff: Global___DiffJob | None = ...,
+        locate: Global___LocateJob | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "probe", b"probe", "resolve", b"resolve", "verify", b"verify"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["diff", b"diff", "job", b"job", "locate", b"locate", "probe", b"probe", "resolve", b"resolve", "verify", b"verify"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "job_id", b"job_id", "probe", b"probe", "resolve", b"resolve", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff", b"diff", "job", b"job", "job_id", b"job_id", "locate", b"locate", "probe", b"probe", "resolve", b"resolve", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_job: _TypeAlias = _typing.Literal["probe", "resolve", "verify"]  # noqa: Y015
+    _WhichOneofReturnType_job: _TypeAlias = _typing.Literal["probe", "resolve", "verify", "diff", "locate"]  # noqa: Y015
     _WhichOneofArgType_job: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_job) -> _WhichOneofReturnType_job | None: ...
 
@@ -1210,6 +1607,113 @@ class VerifyTarget(_message.Message):
 Global___VerifyTarget: _TypeAlias = VerifyTarget  # noqa: Y015
 
 @_typing.final
+class DiffJob(_message.Message):
+    """Compare the sink with what these assignments want, rows aside."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    SINK_FIELD_NUMBER: _builtins.int
+    COLLECTIONS_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    CARRY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def source(self) -> _task_pb2.Source: ...
+    @_builtins.property
+    def sink(self) -> _task_pb2.Sink: ...
+    @_builtins.property
+    def collections(self) -> _containers.RepeatedCompositeFieldContainer[Global___CollectionSpec]: ...
+    @_builtins.property
+    def metadata(self) -> Global___MetadataSpec: ...
+    @_builtins.property
+    def carry(self) -> _task_pb2.Carry: ...
+    def __init__(
+        self,
+        *,
+        source: _task_pb2.Source | None = ...,
+        sink: _task_pb2.Sink | None = ...,
+        collections: _abc.Iterable[Global___CollectionSpec] | None = ...,
+        metadata: Global___MetadataSpec | None = ...,
+        carry: _task_pb2.Carry | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["carry", b"carry", "metadata", b"metadata", "sink", b"sink", "source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["carry", b"carry", "collections", b"collections", "metadata", b"metadata", "sink", b"sink", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiffJob: _TypeAlias = DiffJob  # noqa: Y015
+
+@_typing.final
+class LocateJob(_message.Message):
+    """Find or check places in the log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def source(self) -> _task_pb2.Source: ...
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___LocateTarget]: ...
+    def __init__(
+        self,
+        *,
+        source: _task_pb2.Source | None = ...,
+        targets: _abc.Iterable[Global___LocateTarget] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocateJob: _TypeAlias = LocateJob  # noqa: Y015
+
+@_typing.final
+class LocateTarget(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VCHANNEL_FIELD_NUMBER: _builtins.int
+    PCHANNEL_FIELD_NUMBER: _builtins.int
+    READ_FROM_FIELD_NUMBER: _builtins.int
+    TS_FIELD_NUMBER: _builtins.int
+    RESOLVED_TS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    vchannel: _builtins.str
+    pchannel: _builtins.str
+    read_from: _builtins.bytes
+    """It must still be in the log; `resolved_ts` belongs to it."""
+    ts: _builtins.int
+    """The last tick at or before this TSO."""
+    resolved_ts: _builtins.int
+    incarnation: _builtins.bytes
+    """Of the topic that `read_from` was taken from; empty = any will do."""
+    stored: _builtins.bool
+    """A checkpoint of ours: `resolved_ts` is known to belong to it, only the log is looked at."""
+    def __init__(
+        self,
+        *,
+        vchannel: _builtins.str = ...,
+        pchannel: _builtins.str = ...,
+        read_from: _builtins.bytes = ...,
+        ts: _builtins.int = ...,
+        resolved_ts: _builtins.int = ...,
+        incarnation: _builtins.bytes = ...,
+        stored: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "read_from", b"read_from", "ts", b"ts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "incarnation", b"incarnation", "pchannel", b"pchannel", "read_from", b"read_from", "resolved_ts", b"resolved_ts", "stored", b"stored", "ts", b"ts", "vchannel", b"vchannel"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_by: _TypeAlias = _typing.Literal["read_from", "ts"]  # noqa: Y015
+    _WhichOneofArgType_by: _TypeAlias = _typing.Literal["by", b"by"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_by) -> _WhichOneofReturnType_by | None: ...
+
+Global___LocateTarget: _TypeAlias = LocateTarget  # noqa: Y015
+
+@_typing.final
 class JobCancel(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1237,6 +1741,8 @@ class JobUpdate(_message.Message):
     PROBE_FIELD_NUMBER: _builtins.int
     RESOLVE_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
+    DIFF_FIELD_NUMBER: _builtins.int
+    LOCATE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     @_builtins.property
     def failed(self) -> Global___JobFailed: ...
@@ -1248,6 +1754,12 @@ class JobUpdate(_message.Message):
     def verify(self) -> Global___VerifyUpdate:
         """One event of a running verify, as it goes to the caller. The verdict ends the job."""
 
+    @_builtins.property
+    def diff(self) -> Global___DiffUpdate:
+        """One event of a running diff; `done` ends the job."""
+
+    @_builtins.property
+    def locate(self) -> Global___LocateResult: ...
     def __init__(
         self,
         *,
@@ -1256,12 +1768,14 @@ class JobUpdate(_message.Message):
         probe: Global___ProbeResult | None = ...,
         resolve: Global___ResolveResult | None = ...,
         verify: Global___VerifyUpdate | None = ...,
+        diff: Global___DiffUpdate | None = ...,
+        locate: Global___LocateResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "probe", b"probe", "resolve", b"resolve", "update", b"update", "verify", b"verify"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["diff", b"diff", "failed", b"failed", "locate", b"locate", "probe", b"probe", "resolve", b"resolve", "update", b"update", "verify", b"verify"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "job_id", b"job_id", "probe", b"probe", "resolve", b"resolve", "update", b"update", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff", b"diff", "failed", b"failed", "job_id", b"job_id", "locate", b"locate", "probe", b"probe", "resolve", b"resolve", "update", b"update", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["failed", "probe", "resolve", "verify"]  # noqa: Y015
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["failed", "probe", "resolve", "verify", "diff", "locate"]  # noqa: Y015
     _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
 
@@ -1420,3 +1934,108 @@ class VerifyDone(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VerifyDone: _TypeAlias = VerifyDone  # noqa: Y015
+
+@_typing.final
+class DiffUpdate(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    DIFFERENCE_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _diff_pb2.DiffProgress: ...
+    @_builtins.property
+    def difference(self) -> _diff_pb2.ObjectDifference: ...
+    @_builtins.property
+    def done(self) -> Global___DiffDone: ...
+    def __init__(
+        self,
+        *,
+        progress: _diff_pb2.DiffProgress | None = ...,
+        difference: _diff_pb2.ObjectDifference | None = ...,
+        done: Global___DiffDone | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["difference", b"difference", "done", b"done", "event", b"event", "progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["difference", b"difference", "done", b"done", "event", b"event", "progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "difference", "done"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___DiffUpdate: _TypeAlias = DiffUpdate  # noqa: Y015
+
+@_typing.final
+class DiffDone(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiffDone: _TypeAlias = DiffDone  # noqa: Y015
+
+@_typing.final
+class LocateResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOCATED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def located(self) -> _containers.RepeatedCompositeFieldContainer[Global___LocatedVchannel]: ...
+    def __init__(
+        self,
+        *,
+        located: _abc.Iterable[Global___LocatedVchannel] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["located", b"located"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocateResult: _TypeAlias = LocateResult  # noqa: Y015
+
+@_typing.final
+class LocatedVchannel(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VCHANNEL_FIELD_NUMBER: _builtins.int
+    READ_FROM_FIELD_NUMBER: _builtins.int
+    RESOLVED_TS_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    vchannel: _builtins.str
+    read_from: _builtins.bytes
+    resolved_ts: _builtins.int
+    reason: _builtins.str
+    """Empty when the place is good; else LOG_TRUNCATED, LOG_RESET, BAD_POSITION, POSITION_MISMATCH."""
+    message: _builtins.str
+    incarnation: _builtins.bytes
+    """Of the topic it was found in, as in VchannelReport."""
+    @_builtins.property
+    def retention(self) -> Global___Retention: ...
+    def __init__(
+        self,
+        *,
+        vchannel: _builtins.str = ...,
+        read_from: _builtins.bytes = ...,
+        resolved_ts: _builtins.int = ...,
+        retention: Global___Retention | None = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        incarnation: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["retention", b"retention"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "message", b"message", "read_from", b"read_from", "reason", b"reason", "resolved_ts", b"resolved_ts", "retention", b"retention", "vchannel", b"vchannel"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocatedVchannel: _TypeAlias = LocatedVchannel  # noqa: Y015
