@@ -2,6 +2,7 @@
 
 from tests.servers.etcd import EtcdServer
 from tests.servers.kafka import KafkaServer, kafka_unavailable_reason
+from tests.servers.lite import MilvusLiteServer
 from tests.servers.milvus import MilvusServer
 from tests.servers.ports import free_port
 from tests.servers.process import ManagedProcess, ServerStartError
@@ -11,6 +12,7 @@ __all__ = [
     "EtcdServer",
     "KafkaServer",
     "ManagedProcess",
+    "MilvusLiteServer",
     "MilvusServer",
     "ServerStartError",
     "Stack",

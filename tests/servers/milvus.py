@@ -1,4 +1,4 @@
-"""A real standalone Milvus 2.3.5 on loopback, from the milvus wheel, with an etcd of one's own.
+"""A real standalone Milvus on loopback, 2.3.5 or 2.2.16, from its wheel, with an etcd of one's own.
 
 Laws: data, ports and message queue stay through stop, kill and restart; the embedded etcd is
 never used, so servers on one machine never collide. Formats: the wheel's own configuration
@@ -22,8 +22,10 @@ from pymilvus.grpc_gen import milvus_pb2, milvus_pb2_grpc
 from tests.servers.cache import cached_folder
 from tests.servers.ports import free_port
 from tests.servers.process import ManagedProcess
+from tests.servers.wheels import MILVUS_2_2, unpacked_wheels
 
 MessageQueue = Literal["rocksmq", "natsmq", "kafka", "pulsar"]
+MilvusVersion = Literal["2.3.5", "2.2.16"]
 Settings = dict[str, object]
 
 _COMPONENT_PORTS = (
@@ -44,7 +46,7 @@ _COMPONENTS_WITH_IP = (
 
 
 class MilvusServer(ManagedProcess):
-    """Milvus 2.3.5 standalone: `uri` for clients, `nats_url` for readers of its own queue."""
+    """Milvus standalone: `uri` for clients, `nats_url` for readers of its own queue (2.3.5)."""
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class MilvusServer(ManagedProcess):
         settings: Mapping[str, object] | None = None,
         env: Mapping[str, str] | None = None,
         name: str = "milvus",
+        version: MilvusVersion = "2.3.5",
     ) -> None:
         """`root_path` and `cluster` must be this server's alone below the etcd and the queue.
 
@@ -66,6 +69,9 @@ class MilvusServer(ManagedProcess):
         """
         if mq == "kafka" and not kafka_brokers:
             raise ValueError("mq='kafka' needs kafka_brokers, for instance '127.0.0.1:9092'")
+        if mq == "natsmq" and version == "2.2.16":
+            raise ValueError("Milvus 2.2 has no queue of its own that others can read: mq='kafka'")
+        self.version = version
         self.root_path = root_path
         self.cluster = cluster
         self.mq = mq
@@ -77,7 +83,7 @@ class MilvusServer(ManagedProcess):
         self.uri = f"http://{self.address}"
         self._kafka_brokers = kafka_brokers
         self._settings = dict(settings or {})
-        bin_dir = unpacked_binaries() / "bin"
+        bin_dir = unpacked_binaries(version) / "bin"
         conf = folder / "conf"
         environment = {
             "LD_LIBRARY_PATH": str(bin_dir),
@@ -135,14 +141,17 @@ class MilvusServer(ManagedProcess):
             **{hole: str(port) for hole, port in self._holes.items()},
             "local_storage_dir": str(data),
             "rocksmq_data_dir": str(data / "rocksmq"),
+            "rocketmq_data_dir": str(data / "rocksmq"),
             "etcd_data_dir": str(data / "etcd"),
             "system_log_path": str(logs),
         }
-        document = yaml.safe_load(_fill(_template().read_text(), holes))
+        document = yaml.safe_load(_fill(_template(self.version).read_text(), holes))
         _lay_over(document, self._own_settings(data, logs))
         _lay_over(document, self._settings)
         (conf / "milvus.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
-        shutil.copyfile(_package() / "data" / "glog.conf", conf / "glog.conf")
+        glog = _package(self.version) / "data" / "glog.conf"
+        if glog.exists():
+            shutil.copyfile(glog, conf / "glog.conf")
 
     def _own_settings(self, data: Path, logs: Path) -> Settings:
         settings: Settings = {
@@ -175,29 +184,39 @@ class MilvusServer(ManagedProcess):
                 "saslMechanisms": "PLAIN",
                 "readTimeout": 10,
             }
+            if self.version == "2.2.16":
+                # It takes the first queue that has an address: rocksmq, Pulsar, then Kafka.
+                settings |= {"rocksmq": {"path": ""}, "pulsar": {"address": ""}}
         return settings
 
 
-def unpacked_binaries() -> Path:
+def unpacked_binaries(version: MilvusVersion = "2.3.5") -> Path:
     """The folder with the wheel's binaries, unpacked once per user."""
 
     def unpack(folder: Path) -> None:
-        import milvus
+        # By its file: two versions of the package cannot be imported under one name.
+        file = _package(version) / "__init__.py"
+        spec = importlib.util.spec_from_file_location("milvus_server_wheel", file)
+        if spec is None or spec.loader is None:
+            raise RuntimeError(f"{file} cannot be imported")
+        package = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(package)
+        package._initialize_data_files(str(folder))
 
-        milvus._initialize_data_files(str(folder))
-
-    return cached_folder("milvus-server-2.3.5", unpack)
+    return cached_folder(f"milvus-server-{version}", unpack)
 
 
-def _package() -> Path:
+def _package(version: MilvusVersion) -> Path:
+    if version == "2.2.16":
+        return unpacked_wheels(MILVUS_2_2) / "milvus"
     spec = importlib.util.find_spec("milvus")
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError("the milvus==2.3.5 package is missing: pip install -e '.[dev]'")
     return Path(spec.submodule_search_locations[0])
 
 
-def _template() -> Path:
-    return _package() / "data" / "config.yaml.template"
+def _template(version: MilvusVersion) -> Path:
+    return _package(version) / "data" / "config.yaml.template"
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:
