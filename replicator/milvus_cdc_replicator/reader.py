@@ -15,6 +15,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import structlog
 from milvus_cdc.codec.messages import (
@@ -102,6 +103,10 @@ class PchannelHub:
         self.end_order = -1
         """Order of the newest entry any cursor has read."""
 
+    def order(self, position: bytes) -> int:
+        """As LogSource.order."""
+        return self._source.order(position)
+
     def subscribe(self, subscription: Subscription) -> None:
         self._waiting.append(subscription)
         self._place_waiting()
@@ -151,6 +156,7 @@ class PchannelHub:
                 self._cursors.append(best)
                 best.subscribers.append(subscription)
                 best.task = asyncio.create_task(self._run(best), name=f"read {self._pchannel}")
+                best.task.add_done_callback(partial(self._ended, best))
             else:
                 best.subscribers.append(subscription)
                 subscription.incarnation = best.incarnation
@@ -176,13 +182,11 @@ class PchannelHub:
                     if cursor not in self._cursors:
                         return
                     entries = await reader.read(READ_BYTES, READ_WAIT_SECONDS)
-                    if attempt:
-                        attempt = 0
-                        self._recovered(cursor)
-                    if not entries:
-                        continue
-                    self._deliver(cursor, entries)
-                    position = entries[-1].position
+                    attempt = 0
+                    if entries:
+                        self._deliver(cursor, entries)
+                        position = entries[-1].position
+                    self._recovered(cursor)
             except RetryableError as error:
                 READ_ERRORS.labels("retryable").inc()
                 self._interrupted(cursor, error)
@@ -305,11 +309,25 @@ class PchannelHub:
             subscription.on_error(error)
 
     def _recovered(self, cursor: _Cursor) -> None:
-        log.info("reading goes on", pchannel=self._pchannel)
-        for subscription in cursor.subscribers:
-            if subscription.interrupted:
-                subscription.interrupted = False
-                subscription.on_error(None)
+        """For all that are here now, of whatever cursor they were when it was interrupted."""
+        interrupted = [s for s in cursor.subscribers if s.interrupted]
+        if interrupted:
+            log.info("reading goes on", pchannel=self._pchannel)
+        for subscription in interrupted:
+            subscription.interrupted = False
+            subscription.on_error(None)
+
+    def _ended(self, cursor: _Cursor, _task: object) -> None:
+        """Law: no cursor ends without a word. A client's own cancellation looks like ours; only
+        what was retired was meant to end.
+        """
+        if cursor not in self._cursors:
+            return
+        reason = f"reading {self._pchannel} ended by itself and begins anew"
+        self._interrupted(cursor, RetryableError("QUEUE_UNREACHABLE", reason))
+        self._waiting.extend(cursor.subscribers)
+        cursor.subscribers.clear()
+        self._retire(cursor)
 
     def _failed(self, cursor: _Cursor, error: CdcError) -> None:
         subscribers = list(cursor.subscribers)
