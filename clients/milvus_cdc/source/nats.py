@@ -33,21 +33,8 @@ from milvus_cdc.errors import (
     LogTruncatedError,
     RetryableError,
 )
-from milvus_cdc.source import (
-    LogEntry,
-    LogLimits,
-    LogRange,
-    NatsConfig,
-    check_incarnation,
-    positions,
-)
-from milvus_cdc.source.nats_connection import (
-    API_SECONDS,
-    Connection,
-    bounded,
-    foreign_errors,
-    stream_info,
-)
+from milvus_cdc.source import LogEntry, LogRange, NatsConfig, check_incarnation
+from milvus_cdc.source.nats_connection import API_SECONDS, Connection, foreign_errors, stream_info
 from milvus_cdc.source.positions import decode, encode
 
 log = structlog.get_logger()
@@ -79,55 +66,8 @@ class NatsSource:
         first, end = _bounds(info)
         return LogRange(encode(first), encode(end), _incarnation(info))
 
-    async def limits(self, pchannel: str) -> LogLimits:
-        info = await self._info(pchannel)
-        state, config = info.state, info.config
-        first, end = _bounds(info)
-        # Unset and "no limit" are None, 0 or -1, depending on who made the stream.
-        return LogLimits(
-            LogRange(encode(first), encode(end), _incarnation(info)),
-            whole=first <= 1,
-            max_age_ms=max(round((config.max_age or 0) * 1000), 0),
-            max_bytes=max(config.max_bytes or 0, 0),
-            max_entries=max(config.max_msgs or 0, 0),
-            entry_bytes=-(-state.bytes // state.messages) if state.messages else 0,
-        )
-
-    async def seek(self, pchannel: str, unix_ms: int) -> bytes:
-        """The server finds it for a consumer that nobody pulls from: its `delivered` stands on the
-        sequence before (nats-server `selectStartingSeqNo`, `GetSeqFromTime`).
-        """
-        await self._info(pchannel)
-        client = await self._asking.get()
-        with foreign_errors(self._url, pchannel):
-            stream = client.jetstream(timeout=API_SECONDS)
-            consumer = await bounded(
-                stream.add_consumer(
-                    pchannel,
-                    ConsumerConfig(
-                        deliver_policy=DeliverPolicy.BY_START_TIME,
-                        opt_start_time=datetime.fromtimestamp(max(unix_ms, 1) / 1000, UTC),
-                        ack_policy=AckPolicy.NONE,
-                        inactive_threshold=API_SECONDS,
-                        mem_storage=True,
-                    ),
-                ),
-                2 * API_SECONDS,
-            )
-            delivered = consumer.delivered
-            # Only a courtesy: the server forgets idle consumers by itself.
-            with contextlib.suppress(nats.errors.Error, TimeoutError):
-                await bounded(stream.delete_consumer(pchannel, consumer.name), 2 * API_SECONDS)
-        return encode((delivered.stream_seq if delivered else 0) + 1)
-
     def order(self, position: bytes) -> int:
         return decode(position)
-
-    def back(self, position: bytes, entries: int) -> bytes:
-        return positions.back(position, entries)
-
-    def text(self, position: bytes) -> str:
-        return positions.text(position)
 
     async def probe(self) -> None:
         client = await self._asking.get()
