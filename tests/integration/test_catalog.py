@@ -12,7 +12,14 @@ import pytest
 from milvus_cdc.catalog import CatalogueWatcher, Layout, judge, learn
 from milvus_cdc.errors import CdcError
 from milvus_cdc.etcd import EtcdClient
-from milvus_cdc.model import Catalogue, Collection, LoadKind, ObjectState, tso_to_ms
+from milvus_cdc.model import (
+    Catalogue,
+    Collection,
+    LoadKind,
+    ObjectState,
+    RoleGrant,
+    tso_to_ms,
+)
 from pymilvus import DataType, MilvusClient
 from pymilvus.grpc_gen import schema_pb2
 
@@ -194,3 +201,52 @@ async def test_a_wrong_root_path_is_doubted(source: Source, watcher: CatalogueWa
         objection = judge(known, await sibling.read())
         assert objection is not None
         assert objection.doubt == "SOURCE_IDENTITY_CHANGED"
+
+
+async def test_aliases_as_they_move(source: Source, watcher: CatalogueWatcher) -> None:
+    for name in ("blue", "green"):
+        await asyncio.to_thread(source.create, name)
+
+    def target(now: Catalogue) -> str:
+        for alias in now.aliases:
+            if (alias.database, alias.name) == (source.database, "live"):
+                (found,) = (c for c in now.collections if c.collection_id == alias.collection_id)
+                assert alias.alter_ts > found.create_ts
+                return found.name
+        return ""
+
+    async with aclosing(watcher.watch()) as catalogues:
+        await asyncio.to_thread(source.client.create_alias, "blue", "live")
+        first = await when(catalogues, lambda now: target(now) == "blue")
+        await asyncio.to_thread(source.client.alter_alias, "green", "live")
+        second = await when(catalogues, lambda now: target(now) == "green")
+        assert _alias_ts(second, source) > _alias_ts(first, source)
+        await asyncio.to_thread(source.client.drop_alias, "live")
+        await when(catalogues, lambda now: target(now) == "")
+
+
+def _alias_ts(now: Catalogue, source: Source) -> int:
+    return next(each.alter_ts for each in now.aliases if each.database == source.database)
+
+
+async def test_roles_and_what_they_may_do(source: Source, watcher: CatalogueWatcher) -> None:
+    role, user = f"role_{uuid.uuid4().hex[:8]}", f"user_{uuid.uuid4().hex[:8]}"
+    client = MilvusClient(uri=source.stack.source.uri, token="root:Milvus")
+    grant = RoleGrant(role, "Collection", "books", source.database, "Insert")
+    async with aclosing(watcher.watch()) as catalogues:
+        await asyncio.to_thread(client.create_role, role)
+        await when(catalogues, lambda now: role in now.rbac.roles)
+        await asyncio.to_thread(client.create_user, user, "secret12")
+        await when(catalogues, lambda now: user in now.rbac.users)
+        await asyncio.to_thread(client.grant_role, user, role)
+        await when(catalogues, lambda now: (user, role) in now.rbac.members)
+        give = (role, "Collection", "Insert", "books", source.database)
+        await asyncio.to_thread(client.grant_privilege, *give)
+        await when(catalogues, lambda now: grant in now.rbac.grants)
+        await asyncio.to_thread(client.revoke_privilege, *give)
+        await when(catalogues, lambda now: grant not in now.rbac.grants)
+        await asyncio.to_thread(client.drop_user, user)
+        await asyncio.to_thread(client.drop_role, role)
+        last = await when(catalogues, lambda now: role not in now.rbac.roles)
+        assert user not in last.rbac.users
+        assert (user, role) not in last.rbac.members

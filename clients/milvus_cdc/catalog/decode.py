@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeVar
 
+from milvus_cdc.catalog.access import ACCESS_KINDS, Access
 from milvus_cdc.catalog.layout import (
     DEFAULT_DATABASE,
     DEFAULT_DATABASE_ID,
@@ -23,12 +25,15 @@ from milvus_cdc.catalog.layout import (
 from milvus_cdc.catalog.values import (
     Entry,
     Parts,
+    decode_alias,
     decode_collection,
     decode_database,
     decode_incarnation,
     decode_tso,
 )
-from milvus_cdc.model import Catalogue, Collection, Database, ObjectState, Partition
+from milvus_cdc.model import Alias, Catalogue, Collection, Database, ObjectState, Partition
+
+K = TypeVar("K")
 
 _CHILDREN = {
     Kind.PARTITION: "partitions",
@@ -48,7 +53,9 @@ class Assembly:
         self._tsos: dict[str, Entry] = {}
         self._databases: dict[int, Entry] = {}
         self._gone_names: dict[int, str] = {}
-        self._users: set[str] = set()
+        self._access = Access()
+        self._aliases: dict[tuple[int, str], Entry] = {}
+        self._alias_snapshots: dict[tuple[int, str], set[int]] = {}
         self._parts: dict[int, Parts] = {}
         self._changed: set[int] = set()
         self._collections: dict[int, Collection] = {}
@@ -71,11 +78,15 @@ class Assembly:
                 self._changed.update(self._parts)
             case Kind.DATABASE_SNAPSHOT:
                 self._note_database_name(place, entry)
-            case Kind.USER:
-                if entry is None:
-                    self._users.discard(key)
-                else:
-                    self._users.add(key)
+            case Kind.ALIAS:
+                _put(self._aliases, (place.database_id, place.names[0]), entry)
+            case Kind.ALIAS_SNAPSHOT:
+                alias = place.database_id, place.names[0]
+                _note_ts(
+                    self._alias_snapshots.setdefault(alias, set()), place.ts, value is not None
+                )
+            case kind if kind in ACCESS_KINDS:
+                self._access.apply(place, entry)
             case _:
                 self._apply_to_collection(place, entry, present=value is not None)
 
@@ -100,7 +111,22 @@ class Assembly:
             ),
             databases_keyed=keyed,
             incarnation=0 if default is None else decode_incarnation(default),
+            aliases=self._decode_aliases(names),
+            rbac=self._access.rbac(),
         )
+
+    def _decode_aliases(self, names: Mapping[int, str]) -> tuple[Alias, ...]:
+        """An alias of a database that is gone is gone with it; the newer layout counts."""
+        found: dict[tuple[int, str], Alias] = {}
+        for (database_id, name), entry in sorted(self._aliases.items()):
+            own = database_id or DEFAULT_DATABASE_ID
+            ts = max(self._alias_snapshots.get((database_id, name), ()), default=0)
+            if own not in names:
+                continue
+            alias = decode_alias(entry, name, names[own], own, ts)
+            if alias is not None:
+                found[own, name] = alias
+        return tuple(found[key] for key in sorted(found))
 
     def _note_database_name(self, place: Place, entry: Entry | None) -> None:
         # A collection that is still being dropped may outlive the key of its database.
@@ -133,7 +159,7 @@ class Assembly:
     def _without_databases(self) -> bool:
         """It looks like 2.2, which has no databases; users are there from its first start on."""
         infos = [database_id for parts in self._parts.values() for database_id in parts.infos]
-        return not any(infos) and bool(infos or self._users)
+        return not any(infos) and bool(infos or self._access.users)
 
     def _decode_databases(self) -> tuple[Database, ...]:
         if not self._databases and self._without_databases():
@@ -166,11 +192,11 @@ def decode_catalogue(
     return assembly.catalogue(cluster_id, revision)
 
 
-def _put(entries: dict[int, Entry], number: int, entry: Entry | None) -> None:
+def _put(entries: dict[K, Entry], key: K, entry: Entry | None) -> None:
     if entry is None:
-        entries.pop(number, None)
+        entries.pop(key, None)
     else:
-        entries[number] = entry
+        entries[key] = entry
 
 
 def _note_ts(snapshots: set[int], ts: int, present: bool) -> None:

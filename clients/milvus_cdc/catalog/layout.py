@@ -31,7 +31,14 @@ class Kind(StrEnum):
     INDEX = "INDEX"
     COLLECTION_LOAD = "COLLECTION_LOAD"
     PARTITION_LOAD = "PARTITION_LOAD"
+    ALIAS = "ALIAS"
     USER = "USER"
+    ROLE = "ROLE"
+    MEMBER = "MEMBER"
+    GRANTEE = "GRANTEE"
+    GRANTEE_ID = "GRANTEE_ID"
+    PRIVILEGE_GROUP = "PRIVILEGE_GROUP"
+    ALIAS_SNAPSHOT = "ALIAS_SNAPSHOT"
     DATABASE_SNAPSHOT = "DATABASE_SNAPSHOT"
     COLLECTION_SNAPSHOT = "COLLECTION_SNAPSHOT"
     PARTITION_SNAPSHOT = "PARTITION_SNAPSHOT"
@@ -49,6 +56,8 @@ class Place:
     """Of the partition, field, function or index."""
     ts: int = 0
     """TSO of a snapshot."""
+    names: tuple[str, ...] = ()
+    """Of what has names instead of ids, in the order of the key."""
 
 
 _PLACES = (
@@ -72,13 +81,33 @@ _PLACES = (
         Kind.PARTITION_LOAD,
         re.compile(r"querycoord-partition-loadinfo/(?P<collection_id>\d+)/(?P<object_id>\d+)"),
     ),
-    (Kind.USER, re.compile(r"root-coord/credential/users/[^/]+")),
+    (Kind.ALIAS, re.compile(r"root-coord/database/aliases/(?P<database_id>\d+)/(?P<name>[^/]+)")),
+    (Kind.ALIAS, re.compile(r"root-coord/aliases/(?P<name>[^/]+)")),
+    (Kind.USER, re.compile(r"root-coord/credential/users/(?P<name>[^/]+)")),
+    (Kind.ROLE, re.compile(r"root-coord/credential/roles/(?P<name>[^/]+)")),
+    (
+        Kind.MEMBER,
+        re.compile(r"root-coord/credential/user-role-mapping/(?P<name>[^/]+)/(?P<name2>[^/]+)"),
+    ),
+    (
+        Kind.GRANTEE,
+        re.compile(
+            r"root-coord/credential/grantee-privileges"
+            r"/(?P<name>[^/]+)/(?P<name2>[^/]+)/(?P<name3>[^/]+)"
+        ),
+    ),
+    (
+        Kind.GRANTEE_ID,
+        re.compile(r"root-coord/credential/grantee-id/(?P<name>[^/]+)/(?P<name2>[^/]+)"),
+    ),
+    (Kind.PRIVILEGE_GROUP, re.compile(r"root-coord/privilege-group/(?P<name>[^/]+)")),
 )
 _SNAPSHOT = re.compile(r"snapshots/(?P<key>.+)_ts(?P<ts>\d+)", re.DOTALL)
 _SNAPSHOT_KINDS = {
     Kind.DATABASE: Kind.DATABASE_SNAPSHOT,
     Kind.COLLECTION: Kind.COLLECTION_SNAPSHOT,
     Kind.PARTITION: Kind.PARTITION_SNAPSHOT,
+    Kind.ALIAS: Kind.ALIAS_SNAPSHOT,
 }
 
 
@@ -95,11 +124,17 @@ def locate(key: str) -> Place | None:
             place.collection_id,
             place.object_id,
             int(snapshot["ts"]),
+            place.names,
         )
     for kind, pattern in _PLACES:
         match = pattern.fullmatch(key)
         if match is not None:
-            return Place(kind, **{name: int(number) for name, number in match.groupdict().items()})
+            groups = match.groupdict().items()
+            return Place(
+                kind,
+                names=tuple(text for group, text in groups if group.startswith("name")),
+                **{group: int(number) for group, number in groups if not group.startswith("name")},
+            )
     return None
 
 
@@ -133,6 +168,8 @@ class Layout:
             KeyRange.prefix(f"{snapshots}database/collection-info/", keys_only=True),
             KeyRange.prefix(f"{snapshots}collection/", keys_only=True),
             KeyRange.prefix(f"{snapshots}partitions/", keys_only=True),
+            KeyRange.prefix(f"{snapshots}database/aliases/", keys_only=True),
+            KeyRange.prefix(f"{snapshots}aliases/", keys_only=True),
         )
 
     def to_watch(self) -> tuple[KeyRange, ...]:

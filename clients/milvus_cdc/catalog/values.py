@@ -18,6 +18,7 @@ from milvuscdc.internal import milvus_meta_pb2 as meta_pb
 from milvus_cdc.errors import BugError
 from milvus_cdc.milvus_protos import schema_pb2
 from milvus_cdc.model import (
+    Alias,
     Collection,
     Database,
     Index,
@@ -118,7 +119,26 @@ def decode_database(entry: Entry, database_id: int) -> Database | None:
     if info.state == _DATABASE_CREATING:
         return None
     created = info.state < _DATABASE_CREATING
-    return Database(info.id, info.name, ObjectState.CREATED if created else ObjectState.DROPPED)
+    return Database(
+        info.id,
+        info.name,
+        ObjectState.CREATED if created else ObjectState.DROPPED,
+        _pairs(info.properties),
+    )
+
+
+def decode_alias(entry: Entry, name: str, database: str, database_id: int, ts: int) -> Alias | None:
+    """None while it is not there (yet, or any more). `ts` is its newest snapshot.
+
+    Its created_time is that of its newest change (seen on 2.3.5), which is also the snapshot's.
+    """
+    info = _parse(meta_pb.AliasInfo, entry)
+    if info.alias_name != name or not info.collection_id:
+        raise undecodable(entry.key, f"its value is that of alias {info.alias_name!r}")
+    if _state(entry, info.state) is not ObjectState.CREATED:
+        return None
+    alter_ts = max(info.created_time, ts)
+    return Alias(database_id, database, name, info.collection_id, alter_ts)
 
 
 def decode_incarnation(entry: Entry) -> int:
@@ -164,6 +184,7 @@ def decode_collection(
         indexes=() if dropped else _indexes(parts, schema),
         load=Load() if dropped else _load(parts, partitions),
         vchannels=_vchannels(entry, info),
+        alter_ts=max(parts.info_snapshots, default=0),
     )
 
 

@@ -142,6 +142,8 @@ def _news(before: Catalogue, after: Catalogue) -> bool:
         after.tso < before.tso
         or after.databases != before.databases
         or after.collections != before.collections
+        or after.aliases != before.aliases
+        or after.rbac != before.rbac
         or after.databases_keyed != before.databases_keyed
         or after.incarnation != before.incarnation
     )

@@ -11,9 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from milvus_cdc.catalog import Assembly, Layout, decode_catalogue
 from milvus_cdc.errors import BugError
-from milvus_cdc.model import Catalogue, Collection, Load, LoadKind, ObjectState, Vchannel
+from milvus_cdc.model import (
+    Alias,
+    Catalogue,
+    Collection,
+    Load,
+    LoadKind,
+    ObjectState,
+    Rbac,
+    RoleGrant,
+    Vchannel,
+)
 from milvuscdc.internal import milvus_meta_pb2 as pb
-from pymilvus.grpc_gen import schema_pb2
+from pymilvus.grpc_gen import milvus_pb2, schema_pb2
 
 LAYOUT = Layout("by-dev")
 META = "by-dev/meta/"
@@ -80,6 +90,12 @@ class TestGolden:
         assert (index.name, index.field_id, index.field_name) == ("v", 101, "v")
         assert dict(index.params) == {"index_type": "FLAT", "metric_type": "L2"}
         assert index.create_ts > 0
+
+    def test_an_alias(self) -> None:
+        (alias,) = self.catalogue.aliases
+        assert (alias.database, alias.name, alias.collection_id) == ("default", "al1", C1)
+        snapshot = next(key for key in GOLDEN if "/aliases/1/al1_ts" in key)
+        assert alias.alter_ts == int(snapshot.rpartition("_ts")[2])
 
     def test_a_collection_being_dropped(self) -> None:
         c10 = by_id(self.catalogue)[C10]
@@ -360,3 +376,115 @@ class TestChangeByChange:
                 assembly.catalogue(0, 1)
         assembly.apply(f"{META}root-coord/fields/44/100", field_value(100, "id"))
         assert len(assembly.catalogue(0, 2).collections) == 1
+
+
+def an_alias(name: str, collection_id: int, *, created: int = 5, state: int = 0) -> bytes:
+    info = pb.AliasInfo(
+        alias_name=name, collection_id=collection_id, created_time=created, state=state, db_id=1
+    )
+    return info.SerializeToString()
+
+
+DATABASE = {
+    f"{META}root-coord/database/db-info/1": pb.DatabaseInfo(
+        name="default", id=1, state=1
+    ).SerializeToString()
+}
+
+
+class TestAliases:
+    KEY = f"{META}root-coord/database/aliases/1/latest"
+
+    def test_switching_moves_its_time_and_its_collection(self) -> None:
+        assembly = Assembly(LAYOUT)
+        for key, value in DATABASE.items():
+            assembly.apply(key, value)
+        assembly.apply(self.KEY, an_alias("latest", 7))
+        (first,) = assembly.catalogue(1, 1).aliases
+        assert first == Alias(1, "default", "latest", 7, 5)
+        assembly.apply(self.KEY, an_alias("latest", 8))
+        snapshot = f"{META}snapshots/root-coord/database/aliases/1/latest_ts9"
+        assembly.apply(snapshot, an_alias("latest", 8))
+        (second,) = assembly.catalogue(1, 2).aliases
+        assert second == Alias(1, "default", "latest", 8, 9)
+        assembly.apply(self.KEY, TOMBSTONE)
+        assert assembly.catalogue(1, 3).aliases == ()
+
+    def test_the_layout_without_databases(self) -> None:
+        keys = {
+            **DATABASE,
+            f"{META}root-coord/aliases/old": an_alias("old", 7),
+            f"{META}root-coord/aliases/latest": an_alias("latest", 7),
+            self.KEY: an_alias("latest", 8),
+        }
+        found = decode_catalogue(keys, LAYOUT).aliases
+        assert [(each.name, each.collection_id) for each in found] == [("latest", 8), ("old", 7)]
+
+    def test_one_that_is_being_made_or_dropped_is_none(self) -> None:
+        for state in (1, 2, 3):
+            keys = {**DATABASE, self.KEY: an_alias("latest", 8, state=state)}
+            assert decode_catalogue(keys, LAYOUT).aliases == ()
+
+    @pytest.mark.parametrize("value", [b"\xff\xff", an_alias("other", 8), an_alias("latest", 0)])
+    def test_a_bad_value_is_named(self, value: bytes) -> None:
+        with pytest.raises(BugError, match="aliases/1/latest"):
+            decode_catalogue({**DATABASE, self.KEY: value}, LAYOUT)
+
+
+CREDENTIAL = f"{META}root-coord/credential/"
+
+
+def test_who_may_do_what() -> None:
+    group = milvus_pb2.PrivilegeGroupInfo(
+        group_name="readers",
+        privileges=[milvus_pb2.PrivilegeEntity(name=name) for name in ("Search", "Query")],
+    )
+    keys = {
+        f"{CREDENTIAL}users/ann": b'{"encrypted_password":"$2a$04"}',
+        f"{CREDENTIAL}roles/reader": b"",
+        f"{CREDENTIAL}user-role-mapping/ann/reader": b"",
+        f"{CREDENTIAL}grantee-privileges/reader/Collection/shop.orders": b"a1",
+        f"{CREDENTIAL}grantee-privileges/reader/Collection/old": b"a2",
+        f"{CREDENTIAL}grantee-privileges/reader/Global/*.*": b"a3",
+        f"{CREDENTIAL}grantee-privileges/reader/User/default.ann": b"revoked",
+        f"{CREDENTIAL}grantee-id/a1/PrivilegeInsert": b"root",
+        f"{CREDENTIAL}grantee-id/a1/PrivilegeSearch": b"root",
+        f"{CREDENTIAL}grantee-id/a2/PrivilegeQuery": b"root",
+        f"{CREDENTIAL}grantee-id/a3/*": b"root",
+        f"{CREDENTIAL}grantee-id/a3/PrivilegeGroupreaders": b"root",
+        f"{META}root-coord/privilege-group/readers": group.SerializeToString(),
+    }
+    assert decode_catalogue(keys, LAYOUT).rbac == Rbac(
+        users=("ann",),
+        roles=("reader",),
+        members=(("ann", "reader"),),
+        grants=(
+            RoleGrant("reader", "Collection", "old", "default", "Query"),
+            RoleGrant("reader", "Collection", "orders", "shop", "Insert"),
+            RoleGrant("reader", "Collection", "orders", "shop", "Search"),
+            RoleGrant("reader", "Global", "*", "*", "*"),
+            RoleGrant("reader", "Global", "*", "*", "readers"),
+        ),
+        privilege_groups=(("readers", ("Query", "Search")),),
+    )
+
+
+def test_a_revoke_and_a_removal_are_seen() -> None:
+    assembly = Assembly(LAYOUT)
+    grant = f"{CREDENTIAL}grantee-id/a1/PrivilegeInsert"
+    assembly.apply(f"{CREDENTIAL}grantee-privileges/reader/Collection/shop.orders", b"a1")
+    assembly.apply(grant, b"root")
+    assembly.apply(f"{CREDENTIAL}user-role-mapping/ann/reader", b"")
+    before = assembly.catalogue(1, 1).rbac
+    assembly.apply(grant, None)
+    assembly.apply(f"{CREDENTIAL}user-role-mapping/ann/reader", None)
+    assert (len(before.grants), len(before.members)) == (1, 1)
+    assert assembly.catalogue(1, 2).rbac == Rbac()
+
+
+def test_properties_of_a_database() -> None:
+    info = pb.DatabaseInfo(name="shop", id=7, state=1)
+    info.properties.add(key="database.replica.number", value="2")
+    keys = {f"{META}root-coord/database/db-info/7": info.SerializeToString()}
+    (database,) = decode_catalogue(keys, LAYOUT).databases
+    assert database.properties == (("database.replica.number", "2"),)
