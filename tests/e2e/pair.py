@@ -102,7 +102,7 @@ class Pair:
 
     def create(self, *include: str, **options: Any) -> task_pb2.Task:
         request = task_service_pb2.CreateTaskRequest(task=self.task(*include, **options))
-        return self.tasks.CreateTask(request, timeout=30).task
+        return self.tasks.CreateTask(request, timeout=60).task
 
     def get(self, name: str = TASK) -> task_pb2.Task:
         return self.tasks.GetTask(task_service_pb2.GetTaskRequest(name=name), timeout=10).task
@@ -152,7 +152,7 @@ class Pair:
     ) -> list[verify_pb2.VerifyCollectionResult]:
         request = task_service_pb2.VerifyTaskRequest(name=name, collections=collections)
         results = []
-        for answer in self.tasks.VerifyTask(request, timeout=180):
+        for answer in self.tasks.VerifyTask(request, timeout=600):
             match answer.WhichOneof("event"):
                 case "collection":
                     results.append(answer.collection)
@@ -162,7 +162,7 @@ class Pair:
 
     def prove(self, *collections: str) -> int:
         """Missing 0, extra 0, different 0, doubled 0 in all of them; returns the rows compared."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while True:
             results = self.verify(*collections)
             # Loading at the sink begins when the rows before it are there, and takes its time.

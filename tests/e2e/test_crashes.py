@@ -57,7 +57,7 @@ def crash_rounds(
                 crash(pair, rng)
         finally:
             load.stop()
-        pair.wait_running(*(f"{database}.{shape.name}" for shape in SHAPES), seconds=90)
+        pair.wait_running(*(f"{database}.{shape.name}" for shape in SHAPES), seconds=300)
         rows = pair.prove()
         print(
             f"{database}: {rounds} rounds, {load.acknowledged} rows acknowledged by the source,"

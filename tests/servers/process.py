@@ -50,7 +50,7 @@ class ManagedProcess:
         env: Mapping[str, str] | None = None,
         ports: Sequence[int] = (),
         ready: Callable[[], bool] | None = None,
-        ready_timeout: float = 90.0,
+        ready_timeout: float = 180.0,
         stop_grace: float = 15.0,
     ) -> None:
         """`ready` is asked until it is true; OSError and TimeoutError from it mean "not yet".
