@@ -52,7 +52,7 @@ def rbac(uri: str, prefix: str) -> Snapshot:
             if not role.startswith(prefix):
                 continue
             said[f"role {role}: members"] = sorted(user.name for user in result.users)
-            entity = milvus_pb2.GrantEntity(role=milvus_pb2.RoleEntity(name=role), db_name="*")
+            entity = milvus_pb2.GrantEntity(role=milvus_pb2.RoleEntity(name=role))
             grants = _ok(stub.SelectGrant(milvus_pb2.SelectGrantRequest(entity=entity)))
             said[f"role {role}: grants"] = sorted(
                 (

@@ -23,6 +23,9 @@ LOADED_MAX = 8
 """More would be slow on a small machine."""
 KEYS_IN_MODEL_MAX = 400
 
+ROOT_TOKEN = "root:Milvus"
+"""Milvus' default."""
+
 _VECTOR_INDEXES: tuple[dict[str, Any], ...] = (
     {"index_type": "FLAT", "metric_type": "L2"},
     {"index_type": "FLAT", "metric_type": "IP"},
@@ -471,7 +474,8 @@ class Storm:
 
     def _client(self, database: str) -> MilvusClient:
         if database not in self._clients:
-            self._clients[database] = MilvusClient(uri=self.uri, db_name=database)
+            # Without a token 2.3.5 refuses grants, even where it asks nobody for a password.
+            self._clients[database] = MilvusClient(uri=self.uri, token=ROOT_TOKEN, db_name=database)
         return self._clients[database]
 
     def _root(self) -> MilvusClient:
