@@ -25,11 +25,16 @@ def nats_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 @pytest.fixture(scope="session")
-def kafka_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Like `nats_stack`, on a Kafka broker. Without Java and Maven: skipped, in CI a failure."""
+def kafka_available() -> None:
+    """Without Java and Maven: skipped, in CI a failure."""
     if reason := kafka_unavailable_reason():
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def kafka_stack(tmp_path_factory: pytest.TempPathFactory, kafka_available: None) -> Iterator[Stack]:
+    """Like `nats_stack`, on a Kafka broker."""
     with Stack(tmp_path_factory.mktemp("kafka-stack"), mq="kafka") as stack:
         yield stack

@@ -65,9 +65,6 @@ class Connections:
             hub = self._hubs[key] = PchannelHub(source, pchannel)
         return hub
 
-    async def order(self, spec: task_pb2.Source, position: bytes) -> int:
-        return (await self.source(spec)).order(position)
-
     async def log_end(self, spec: task_pb2.Source, pchannel: str) -> int:
         """Order of the next entry to be written."""
         source = await self.source(spec)

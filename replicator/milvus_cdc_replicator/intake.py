@@ -3,7 +3,8 @@ for.
 
 Laws: what was read counts against the budget from the moment it is delivered until it is durable.
 Who holds nothing may always take one helping, so nobody starves behind a stuck neighbour. Rows that
-wait for their tick do not stop the reading that brings it, up to the hard limit.
+wait for their tick do not stop the reading that brings it; at the hard limit they are forgotten,
+and read again in portions when the tick is known.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
+import structlog
 from milvus_cdc.codec.messages import Tick
-from milvus_cdc.errors import CdcError, RetryableError
+from milvus_cdc.errors import CdcError, RetryableError, UserError
 
 from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.convert import Converter
@@ -24,7 +26,13 @@ from milvus_cdc_replicator.reader import Item, PchannelHub, Subscription
 from milvus_cdc_replicator.sink_work import Troubles
 from milvus_cdc_replicator.spec import CollectionAssignment
 
+log = structlog.get_logger()
+
 LOG_END_QUIET_SECONDS = 2.0
+PORTIONS = 2
+"""What is read again comes in portions of this part of an assignment's limit."""
+CROWDED_SHARE = 16
+"""Where many together fill the memory, who holds less than this part of it keeps it."""
 
 
 class Intake:
@@ -66,23 +74,24 @@ class Intake:
     async def open(self) -> None:
         """Subscribes every lane whose log has not ended."""
         for lane in self._core.lanes.values():
-            if lane.ended:
-                continue
-            hub = await self._connections.hub(self._assignment.source, lane.pchannel)
-            order = await self._connections.order(self._assignment.source, lane.read_from)
-            subscription = Subscription(
-                pchannel=lane.pchannel,
-                vchannel=lane.vchannel,
-                collection_id=self._assignment.want.collection_id,
-                position=lane.read_from,
-                last_order=order - 1,
-                deliver=self._deliver,
-                has_room=self._has_room,
-                on_error=partial(self._on_error, lane.vchannel),
-                incarnation=self._incarnations[lane.vchannel],
-            )
-            self._subscriptions.append((hub, subscription))
-            hub.subscribe(subscription)
+            if not lane.ended:
+                hub = await self._connections.hub(self._assignment.source, lane.pchannel)
+                self._subscribe(hub, lane, lane.read_from)
+
+    def _subscribe(self, hub: PchannelHub, lane: Lane, position: bytes) -> None:
+        subscription = Subscription(
+            pchannel=lane.pchannel,
+            vchannel=lane.vchannel,
+            collection_id=self._assignment.want.collection_id,
+            position=position,
+            last_order=hub.order(position) - 1,
+            deliver=lambda _, items: self._deliver(subscription, items),
+            has_room=partial(self._has_room, lane),
+            on_error=partial(self._on_error, lane.vchannel),
+            incarnation=self._incarnations[lane.vchannel],
+        )
+        self._subscriptions.append((hub, subscription))
+        hub.subscribe(subscription)
 
     async def check(self) -> None:
         """Raises what stands in the way of reading from the start, before anything is given up
@@ -101,17 +110,44 @@ class Intake:
         return self._incarnations[vchannel]
 
     def close(self) -> None:
-        for hub, subscription in self._subscriptions:
-            hub.unsubscribe(subscription)
-            self._incarnations[subscription.vchannel] = subscription.incarnation
-        self._subscriptions.clear()
+        for hub, subscription in list(self._subscriptions):
+            self._unsubscribe(hub, subscription)
+
+    def _unsubscribe(self, hub: PchannelHub, subscription: Subscription) -> None:
+        hub.unsubscribe(subscription)
+        self._incarnations[subscription.vchannel] = subscription.incarnation
+        self._subscriptions.remove((hub, subscription))
+
+    def relieve(self) -> None:
+        """At the hard limit, with nothing that writing alone would make room for: the largest
+        part of what waits for a tick is forgotten.
+        """
+        held, writable = self._held()
+        if writable or not self._core.buffered_bytes:
+            return
+        hard = self._budget.hard_limit_bytes
+        crowded = self._budget.writable == 0 and self._budget.held >= hard
+        least = 0 if held >= hard else hard // CROWDED_SHARE if crowded else held + 1
+        lanes = self._core.lanes.values()
+        lane = max((x for x in lanes if x.may_forget), key=lambda x: x.buffered_bytes, default=None)
+        if lane is not None and lane.buffered_bytes >= least:
+            log.info(
+                "forgotten until its tick is known",
+                vchannel=lane.vchannel,
+                bytes=lane.buffered_bytes,
+            )
+            lane.forget(self._limit_bytes // PORTIONS)
+        elif held >= hard and all(x.forgetful or not x.buffered_bytes for x in lanes):
+            raise UserError(
+                "TICK_INTERVAL_TOO_LARGE",
+                "the source sends so many messages between two time ticks that not even their "
+                f"places fit in twice memoryMiB ({self._budget.limit_bytes >> 20}): give the "
+                "replicator more memoryMiB",
+            )
 
     def account(self, *, final: bool = False) -> None:
         """Keeps the process' memory budget true; `final` gives everything back."""
-        held = writable = 0
-        if not final:
-            writable = self._core.staged_bytes + self._core.sequencer.held_bytes
-            held = writable + self._core.buffered_bytes + self._delivered_bytes
+        held, writable = (0, 0) if final else self._held()
         if (held, writable) == self._accounted:
             return
         before_held, before_writable = self._accounted
@@ -119,6 +155,11 @@ class Intake:
         self._accounted = (held, writable)
         if held < before_held:
             self._on_room()
+
+    def _held(self) -> tuple[int, int]:
+        """Bytes of everything not durable, and of the part that writing makes room for."""
+        writable = self._core.staged_bytes + self._core.sequencer.held_bytes
+        return writable + self._core.buffered_bytes + self._delivered_bytes, writable
 
     async def look_for_log_ends(self) -> None:
         """Of a dropped collection: ticks may stop with the last collection of a pchannel, then the
@@ -138,38 +179,48 @@ class Intake:
         if read + 1 < end:
             return
         await asyncio.sleep(LOG_END_QUIET_SECONDS)
-        if subscription.last_order == read:
+        current = any(subscription is other for _, other in self._subscriptions)
+        if current and subscription.last_order == read:
             # Behind everything delivered so far: the inbox keeps the order.
             self._post(lane.end_of_log)
 
-    def _deliver(self, vchannel: str, items: list[Item]) -> None:
+    def _deliver(self, subscription: Subscription, items: list[Item]) -> None:
         size = sum(getattr(item.message, "size", 0) for item in items)
         if size:
             self._delivered_bytes += size
             self.account()
-        feed = partial(self._feed, vchannel, items, size)
+        feed = partial(self._feed, subscription, items, size)
         if self._accounted == (0, 0) and all(isinstance(item.message, Tick) for item in items):
             self._post_later(feed)
         else:
             self._post(feed)
 
-    def _feed(self, vchannel: str, items: list[Item], size: int) -> None:
+    def _feed(self, subscription: Subscription, items: list[Item], size: int) -> None:
         self._delivered_bytes -= size
-        lane = self._core.lanes[vchannel]
+        hub = next((h for h, current in self._subscriptions if current is subscription), None)
+        if hub is None:
+            return  # reading has begun anew elsewhere, or has ended
+        lane = self._core.lanes[subscription.vchannel]
         for item in items:
             message = item.message
             if isinstance(message, Tick):
                 lane.tick(message.ts, item.position)
             elif (op := self._converter.op(message, item.position, item.order)) is not None:
                 lane.add(op)
+            if lane.wants_reread:
+                break
+        if (position := lane.take_reread()) is not None:
+            self._unsubscribe(hub, subscription)
+            self._subscribe(hub, lane, position)
 
-    def _has_room(self) -> bool:
+    def _has_room(self, lane: Lane) -> bool:
         mine, writable = self._accounted
         if mine == 0:
             return True
         if mine < self._limit_bytes:
             return self._budget.may_read
-        return writable == 0 and mine < self._budget.hard_limit_bytes
+        # A portion comes whole, and a single request of the source is never divided.
+        return writable == 0 and (mine < self._budget.hard_limit_bytes or lane.rereading)
 
     def _on_error(self, vchannel: str, error: CdcError | None) -> None:
         if error is None:

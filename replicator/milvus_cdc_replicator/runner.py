@@ -341,6 +341,7 @@ class CollectionRunner:
                     )
         if not self._core.waiting_partitions:
             self._waiting_since = None
+        self._intake.relieve()
         self._intake.account()
         self._maybe_reconcile()
         self._maybe_drop()

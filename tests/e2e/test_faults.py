@@ -187,7 +187,7 @@ async def test_a_topic_made_again_while_no_replicator_runs_is_noticed(
     request: pytest.FixtureRequest, tmp_path: Path, mq: SourceQueue
 ) -> None:
     if mq == "kafka":
-        request.getfixturevalue("kafka_stack")  # skips where there is no Java
+        request.getfixturevalue("kafka_available")
     # A source of its own: one whose topic was deleted is of no use to anybody.
     with Stack(tmp_path / "stack", mq=mq) as stack, Pair(stack, tmp_path) as pair:
         source_with(stack, "fault_reset", "simple")
@@ -220,10 +220,10 @@ async def test_a_topic_made_again_while_no_replicator_runs_is_noticed(
         assert pair.collections()[collection].reason == "LOG_RESET"
         assert topic in pair.collections()[collection].message
         # Nor is its beginning in the new topic: nothing is given up for it at the sink.
+        before = pair.collections()[collection].epoch
         pair.tasks.ResyncCollection(
             task_service_pb2.ResyncCollectionRequest(name=TASK, collection=collection)
         )
-        before = pair.collections()[collection].epoch
         pair.wait("tried again", lambda: pair.collections()[collection].epoch > before)
         pair.wait("failed", lambda: pair.collections()[collection].state == FAILED)
         assert pair.collections()[collection].reason == "LOG_RESET"

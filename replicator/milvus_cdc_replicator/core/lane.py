@@ -4,7 +4,9 @@ Laws: messages between two ticks are not sorted, so they wait for the tick and l
 timestamp, deletes before inserts at an equal timestamp, log order for the rest (milvus
 `pkg/mq/msgstream/mq_msgstream.go`). The checkpoint (`read_from`, `resolved_ts`) is never derived
 from what was merely read: `resolved_ts` is a tick all of whose messages are durable, `read_from`
-the oldest message beyond it, which may lie before the tick in the log.
+the oldest message beyond it, which may lie before the tick in the log. What waits for its tick
+can be forgotten; once the tick is known it is read again in portions, each released as if its end
+were a tick.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 
 from milvus_cdc_replicator.core.ops import Key, LogOp, Rank, TickBatch
+from milvus_cdc_replicator.core.survey import Portion, Survey
 
 
 class Lane:
@@ -51,13 +54,31 @@ class Lane:
         self._buffer: list[LogOp] = []
         self._batches: deque[TickBatch] = deque()
         self._seen: dict[tuple[int, int, int], LogOp] = {}
+        self._survey: Survey | None = None
+        self._portion_bytes = 0
+        self._portions: deque[Portion] = deque()
+        """Still to be read again."""
+        self._reread_from: bytes | None = None
 
     def add(self, op: LogOp) -> bool:
         """Buffers one message; False when it is not news (before the checkpoint, or a producer's
         retry).
         """
-        if self.ended or op.ts <= self._start_ts:
+        if self.ended or op.ts <= self._start_ts or self._reread_from is not None:
             return False
+        if self._survey is not None:
+            self._survey.add(op.ts, op.order, op.size, op.position)
+            self.buffered_bytes = self._survey.held_bytes
+            return True
+        if not self._portions:
+            return self._keep(op)
+        portion = self._portions[0]
+        kept = op.ts <= portion.until_ts and self._keep(op)
+        if op.order >= portion.last_order:
+            self._release_portion()
+        return kept
+
+    def _keep(self, op: LogOp) -> bool:
         if op.msg_id:
             twin_key = (op.msg_id, op.ts, op.rank)
             twin = self._seen.get(twin_key)
@@ -73,12 +94,75 @@ class Lane:
         """Releases everything at or below `ts`; True when something was released or the frontier
         moved.
         """
-        if self.ended or ts <= self.released_ts:
+        if self.ended or ts <= self.released_ts or self.rereading:
             return False  # ticks may repeat; they never announce something new then
+        if self._survey is None:
+            self._release(ts, position)
+            return True
+        portions = self._survey.portions(ts, position, self._portion_bytes)
+        if not portions:
+            self.released_ts = ts
+            self._push(TickBatch(ts, self._survey.start, 0))
+            return True
+        self._survey = None
+        self.buffered_bytes = 0
+        self._start_ts = self.released_ts
+        self._portions.extend(portions)
+        self._reread_from = portions[0].start
+        return True
+
+    def forget(self, portion_bytes: int) -> None:
+        """Gives up the payloads of what waits for its tick; see `take_reread`. Between ticks only
+        places and timestamps are kept from now on, afterwards `portion_bytes` at a time.
+        """
+        assert self.may_forget
+        self._survey = Survey()
+        for op in self._buffer:
+            self._survey.add(op.ts, op.order, op.size, op.position)
+        self._buffer = []
+        self._seen = {}
+        self._portion_bytes = portion_bytes
+        self.buffered_bytes = self._survey.held_bytes
+
+    @property
+    def may_forget(self) -> bool:
+        """It holds something that waits for a tick not yet known."""
+        return bool(self._buffer) and not self.rereading
+
+    @property
+    def forgetful(self) -> bool:
+        """It keeps no payloads until the next tick."""
+        return self._survey is not None
+
+    @property
+    def rereading(self) -> bool:
+        """What was forgotten is being read again."""
+        return bool(self._portions) or self._reread_from is not None
+
+    @property
+    def wants_reread(self) -> bool:
+        """Nothing read further on is taken."""
+        return self._reread_from is not None
+
+    def take_reread(self) -> bytes | None:
+        """Where reading has to begin anew, or None. What is read from there is taken again."""
+        position, self._reread_from = self._reread_from, None
+        return position
+
+    def _release_portion(self) -> None:
+        portion = self._portions.popleft()
+        self._release(portion.until_ts, portion.read_from)
+        self._start_ts = portion.until_ts
+        if self.ended:
+            self._portions.clear()
+        else:
+            self._reread_from = self._portions[0].start if self._portions else portion.read_from
+
+    def _release(self, ts: int, position: bytes) -> None:
         self.released_ts = ts
         if not self._buffer:
             self._push(TickBatch(ts, position, 0))
-            return True
+            return
         due = [op for op in self._buffer if op.ts <= ts]
         if len(due) == len(self._buffer):
             self._buffer = []
@@ -100,7 +184,6 @@ class Lane:
             self._buffer = []
         self.buffered_bytes = sum(op.size for op in self._buffer)
         self._push(batch)
-        return True
 
     def take(self) -> LogOp:
         """The next staged operation leaves."""
@@ -112,9 +195,10 @@ class Lane:
         """The collection is dropped and its log holds no more: what no tick released yet went
         with it.
         """
-        if not self.ended:
+        if not self.ended and not self.rereading:
             self.ended = True
             self._buffer = []
+            self._survey = None
             self.buffered_bytes = 0
             self._advance()
 

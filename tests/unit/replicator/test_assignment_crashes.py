@@ -115,7 +115,7 @@ def rows_of(write: Write) -> list[tuple[int, str]]:
     return [row for op in write.ops for row in op.payload.rows]
 
 
-def run(seed: int, lanes: int, steps: int, crash_rate: float) -> None:
+def run(seed: int, lanes: int, steps: int, crash_rate: float, forget_rate: float) -> None:
     rng = random.Random(seed)
     logs: dict[str, list[Entry]] = {}
     expected: list[tuple[int, str]] = []
@@ -179,6 +179,10 @@ def run(seed: int, lanes: int, steps: int, crash_rate: float) -> None:
                         )
                     )
                 at[v] += 1
+                if lane.may_forget and rng.random() < forget_rate:
+                    lane.forget(rng.choice((0, 20, 1_000)))
+                if (again := lane.take_reread()) is not None:
+                    at[v] = int.from_bytes(again, "little")
             elif action < 0.7 and in_flight:
                 write_id = rng.choice(list(in_flight))
                 write, kind, applied = in_flight[write_id]
@@ -220,11 +224,12 @@ def run(seed: int, lanes: int, steps: int, crash_rate: float) -> None:
     lanes=st.integers(1, 3),
     steps=st.integers(1, 40),
     crash_rate=st.sampled_from([0.0, 0.005, 0.02]),
+    forget_rate=st.sampled_from([0.0, 0.1, 1.0]),
 )
 def test_the_sink_ends_exact_over_any_crashes(
-    seed: int, lanes: int, steps: int, crash_rate: float
+    seed: int, lanes: int, steps: int, crash_rate: float, forget_rate: float
 ) -> None:
-    run(seed, lanes, steps, crash_rate)
+    run(seed, lanes, steps, crash_rate, forget_rate)
 
 
 def _core(partitions: tuple[Partition, ...], lanes: int = 2) -> AssignmentCore:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -48,9 +49,6 @@ class Connections:
 
     async def hub(self, _spec: object, _pchannel: str) -> PchannelHub:
         return self._hub
-
-    async def order(self, _spec: object, position: bytes) -> int:
-        return self._source.order(position)
 
     async def check_log(
         self, _spec: object, pchannel: str, position: bytes, incarnation: bytes
@@ -344,6 +342,42 @@ async def test_a_stalled_sink_bounds_what_is_held_and_loses_nothing() -> None:
         assert bench.budget.held <= (1 << 20) + helping
         stalled.set()
         await until(lambda: bench.count() == 40_000)
+
+
+async def test_an_interval_between_ticks_may_be_larger_than_the_memory() -> None:
+    async with running(memory=256 << 10) as bench:
+        rng = random.Random(1)
+        order = sorted(range(500), key=lambda n: n + rng.uniform(0, 30))
+        log = [insert(START + 10 + n, [n * 20 + k for k in range(20)], "y" * 60) for n in order]
+        # One request of the source alone is larger than the hard limit.
+        log.insert(500, insert(START + 3_000, list(range(50_000, 58_000)), "z" * 60))
+        late = insert(START + 9_000, [60_000])
+        largest = 0
+
+        async def look(_target: CollectionTarget, _batch: RowBatch | DeleteBatch) -> None:
+            nonlocal largest
+            largest = max(largest, bench.runner._core.held_bytes)
+
+        bench.sink.before_write = look
+        bench.append(*log[:700], late, *log[700:])
+        await asyncio.sleep(0.5)
+        assert bench.count() == 0, "nothing before its tick"
+        bench.append(tick(START + 5_000))
+        await until(lambda: bench.count() == 500 * 20 + 8_000)
+        bench.append(insert(START + 9_001, [60_001]), tick(START + 9_500))
+        await until(lambda: bench.resolved_ts == START + 9_500)
+        assert bench.count() == 500 * 20 + 8_000 + 2
+        assert bench.runner.report().counters.rows_inserted == bench.count()
+        assert sum(map(len, log)) > 1 << 20
+        assert largest < 2 * max(map(len, log)), "never more than one request of the source"
+
+
+async def test_more_messages_between_ticks_than_memory_has_places_for_fail_loudly() -> None:
+    async with running(memory=4 << 10) as bench:
+        bench.append(*(insert(START + 10 + n, [n]) for n in range(999)))
+        report = await failure(bench)
+        assert report.reason == "TICK_INTERVAL_TOO_LARGE"
+        assert "memoryMiB" in report.message
 
 
 async def test_without_the_lease_nothing_is_written_and_with_it_again_all_is() -> None:
