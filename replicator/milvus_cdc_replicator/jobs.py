@@ -1,4 +1,4 @@
-"""Work beside assignments: probe a source and sink, find log ends, compare source and sink."""
+"""Work beside assignments: probe a source and sink, find places in the log, compare both sides."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc_replicator.connections import Connections
+from milvus_cdc_replicator.positions import locate_targets
 from milvus_cdc_replicator.verifying import reads, verify_targets
 
 log = structlog.get_logger()
@@ -56,6 +57,10 @@ class JobRunner:
                     self._update(pb.JobUpdate(job_id=job_id, resolve=resolved))
                 case "verify":
                     await self._verify(job_id, request.verify)
+                case "locate":
+                    source = await self._connections.source(request.locate.source)
+                    located = await locate_targets(source, request.locate)
+                    self._update(pb.JobUpdate(job_id=job_id, locate=located))
                 case other:
                     raise BugError(
                         "UNKNOWN_JOB", f"this replicator does not know the job {other!r}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -30,6 +31,7 @@ from milvus_cdc_replicator.gate import WriteGate, boottime
 from milvus_cdc_replicator.jobs import JobRunner
 from milvus_cdc_replicator.metadata import MetadataRunner
 from milvus_cdc_replicator.report import to_progress
+from milvus_cdc_replicator.retention import RetentionWatch
 from milvus_cdc_replicator.runner import CollectionRunner
 from milvus_cdc_replicator.settings import MIB, Settings
 from milvus_cdc_replicator.spec import (
@@ -43,6 +45,8 @@ log = structlog.get_logger()
 
 PROTOCOL = 1
 HOUSEKEEPING_SECONDS = 0.2
+RESTING_SECONDS = 3.0
+"""Who has no news reports this often: a checkpoint that skips no row may be older."""
 RECONNECT_SECONDS = (0.1, 0.3, 1.0, 2.0)
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 * MIB),
@@ -73,11 +77,13 @@ class Replicator:
         self._instance_id = str(uuid.uuid4())
         self._wanted: dict[str, Assignment] = {}
         self._jobs = JobRunner(connections, self._send)
+        self._retention = RetentionWatch(connections)
         self._outbox: deque[pb.ConnectRequest] = deque()
         self._outbox_ready = asyncio.Event()
         self._flushed = asyncio.Event()
         self._due: set[str] = set()
         self._progress_seq = 0
+        self._reported_at: dict[str, float] = {}
         self._heartbeat_seq = 0
         self._heartbeat_seconds = 3.0
         self._progress_seconds = 1.0
@@ -119,6 +125,7 @@ class Replicator:
         finally:
             housekeeping.cancel()
             await self._jobs.close()
+            await self._retention.close()
             for runner in list(self._runners.values()):
                 await runner.stop()
 
@@ -193,7 +200,10 @@ class Replicator:
 
     def _progress(self, runner: Runner) -> pb.Progress:
         self._progress_seq += 1
-        return to_progress(runner.report(), self._progress_seq)
+        self._reported_at[runner.assignment.assignment_id] = time.monotonic()
+        progress = to_progress(runner.report(), self._progress_seq)
+        self._retention.add(progress, runner.assignment)
+        return progress
 
     def _send(self, message: pb.ConnectRequest) -> None:
         self._outbox.append(message)
@@ -260,12 +270,22 @@ class Replicator:
                     self._heartbeat()
                 if now >= next_progress:
                     next_progress = max(next_progress + self._progress_seconds, now)
-                    self._due.update(self._runners)
-                    self._outbox_ready.set()
+                    self._report_news()
             metrics.QUEUE_BYTES.set(self._budget.held)
             metrics.LEASE_SECONDS.set(self._lease.remaining(boottime()))
             metrics.ASSIGNMENTS.set(len(self._runners))
             self._connections.wake_readers()
+
+    def _report_news(self) -> None:
+        long_ago = time.monotonic() - RESTING_SECONDS
+        due = [
+            assignment_id
+            for assignment_id, runner in self._runners.items()
+            if runner.has_news or self._reported_at.get(assignment_id, long_ago) <= long_ago
+        ]
+        if due:
+            self._due.update(due)
+            self._outbox_ready.set()
 
     # ---- assignments
 
@@ -386,6 +406,8 @@ class Replicator:
             await runner.stop()
             self._due.discard(assignment_id)
             self._send(pb.ConnectRequest(progress=self._progress(runner)))
+            del self._reported_at[assignment_id]
+            self._retention.drop(runner.assignment)
         self._send(_released(assignment_id, epoch))
 
     def _query_partition(self, assignment_id: str, epoch: int, partition_id: int) -> None:

@@ -11,7 +11,15 @@ from uuid import uuid4
 
 import nats
 from confluent_kafka import Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewTopic,
+    OffsetSpec,
+    ResourceType,
+)
 from milvus_cdc.source import KafkaConfig, LogSource, NatsConfig
 from milvus_cdc.source.memory import MemorySource
 from milvus_cdc.source.positions import decode
@@ -28,6 +36,10 @@ class Queue(Protocol):
     async def append(self, *payloads: bytes, streaming: bool = False) -> None: ...
     async def truncate(self, first: bytes) -> None:
         """Removes everything before `first`."""
+        ...
+
+    async def limit(self, *, age_ms: int, size: int) -> None:
+        """What the queue is told to keep."""
         ...
 
     async def delete(self) -> None: ...
@@ -50,6 +62,10 @@ class MemoryQueue:
 
     async def truncate(self, first: bytes) -> None:
         self._memory.truncate(self.topic, first)
+
+    async def limit(self, *, age_ms: int, size: int) -> None:
+        topic = self._memory._topics[self.topic]
+        topic.max_age_ms, topic.max_bytes = age_ms, size
 
     async def delete(self) -> None:
         self._memory.delete(self.topic)
@@ -91,6 +107,12 @@ class NatsQueue:
     async def truncate(self, first: bytes) -> None:
         async with self._js() as js:
             await js.purge_stream(self.topic, seq=decode(first))
+
+    async def limit(self, *, age_ms: int, size: int) -> None:
+        async with self._js() as js:
+            await js.update_stream(
+                name=self.topic, subjects=[self.topic], max_age=age_ms / 1000, max_bytes=size
+            )
 
     async def delete(self) -> None:
         async with self._js() as js:
@@ -155,6 +177,22 @@ class KafkaQueue:
                 answer.result(10)
 
         await asyncio.to_thread(truncate)
+
+    async def limit(self, *, age_ms: int, size: int) -> None:
+        def alter() -> None:
+            values = {"retention.ms": age_ms, "retention.bytes": size}
+            resource = ConfigResource(
+                ResourceType.TOPIC,
+                self.topic,
+                incremental_configs=[
+                    ConfigEntry(name, str(value), incremental_operation=AlterConfigOpType.SET)
+                    for name, value in values.items()
+                ],
+            )
+            for answer in self._admin.incremental_alter_configs([resource]).values():
+                answer.result(10)
+
+        await asyncio.to_thread(alter)
 
     async def delete(self) -> None:
         def delete() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
 import nats
@@ -99,6 +100,48 @@ async def test_the_range_is_first_and_next(queue: Queue) -> None:
     (entry,) = await read_all(reader, 1)
     assert (entry.position, entry.payload) == (full.end, b"next")
     await reader.close()
+
+
+async def test_a_place_is_found_by_the_time_of_its_entry(queue: Queue) -> None:
+    source, topic = queue.source, queue.topic
+    between = []
+    for n in range(4):
+        await queue.append(*NUMBERS[5 * n : 5 * n + 5])
+        await asyncio.sleep(0.05)
+        between.append(int(time.time() * 1000))
+        await asyncio.sleep(0.05)
+    found = await source.log_range(topic)
+    first = source.order(found.first)
+    for n, unix_ms in enumerate(between):
+        assert source.order(await source.seek(topic, unix_ms)) == first + 5 * (n + 1)
+    assert await source.seek(topic, 0) == found.first
+    assert await source.seek(topic, 1) == found.first
+    assert await source.seek(topic, between[-1] + 3_600_000) == found.end
+    await queue.truncate(await source.seek(topic, between[1]))
+    now = await source.log_range(topic)
+    assert await source.seek(topic, between[0]) == now.first
+    assert source.order(now.first) == first + 10
+    with pytest.raises(LogResetError, match="does not exist"):
+        await source.seek("no-such-topic", 1)
+
+
+async def test_limits_are_those_of_the_queue(queue: Queue) -> None:
+    source, topic = queue.source, queue.topic
+    await queue.limit(age_ms=3_600_000, size=50_000_000)
+    empty = await source.limits(topic)
+    assert (empty.max_age_ms, empty.max_bytes, empty.whole) == (3_600_000, 50_000_000, True)
+    await queue.append(*[bytes(10_000)] * 20)
+    limits = await source.limits(topic)
+    assert limits.range == await source.log_range(topic)
+    assert limits.whole
+    assert 10_000 <= limits.entry_bytes <= 11_000
+    tenth = source.back(limits.range.end, 10)
+    assert source.text(tenth) == str(source.order(limits.range.end) - 10)
+    await queue.truncate(tenth)
+    cut = await source.limits(topic)
+    assert (cut.whole, cut.range.first) == (False, tenth)
+    with pytest.raises(LogResetError, match="does not exist"):
+        await source.limits("no-such-topic")
 
 
 async def test_a_read_stops_near_its_bytes_and_large_entries_come_all_the_same(

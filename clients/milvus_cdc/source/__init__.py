@@ -34,6 +34,20 @@ class LogRange:
     """Empty when the queue does not tell topics of one name apart."""
 
 
+@dataclass(frozen=True, slots=True)
+class LogLimits:
+    """What makes a queue forget a pchannel's oldest entries; 0 = there is no such limit."""
+
+    range: LogRange
+    whole: bool
+    """Nothing was forgotten yet: `range.first` is the first entry there ever was."""
+    max_age_ms: int = 0
+    max_bytes: int = 0
+    max_entries: int = 0
+    entry_bytes: int = 0
+    """Average size of an entry as the queue counts it; 0 = not known."""
+
+
 class LogReader(Protocol):
     """Reads one pchannel in order; a hole raises LogTruncatedError or LogResetError, and so does
     another incarnation of the topic.
@@ -76,8 +90,29 @@ class LogSource(Protocol):
         """Raises LogResetError when the topic does not exist."""
         ...
 
+    async def limits(self, pchannel: str) -> LogLimits:
+        """Raises LogResetError when the topic does not exist."""
+        ...
+
+    async def seek(self, pchannel: str, unix_ms: int) -> bytes:
+        """Position of the first entry that the queue took at `unix_ms` (by its own clock, Unix
+        milliseconds) or later; the log's end when there is none. Raises LogResetError when the
+        topic does not exist.
+        """
+        ...
+
     def order(self, position: bytes) -> int:
-        """A number that sorts positions of one pchannel; entries in a row may leave numbers out."""
+        """A number that sorts positions of one pchannel; entries in a row may leave numbers out.
+        Raises BugError BAD_POSITION for bytes that are no position of this queue.
+        """
+        ...
+
+    def back(self, position: bytes, entries: int) -> bytes:
+        """A place at least so many entries earlier; it may lie before the log's first one."""
+        ...
+
+    def text(self, position: bytes) -> str:
+        """As the queue's own tools show it."""
         ...
 
     async def probe(self) -> None:

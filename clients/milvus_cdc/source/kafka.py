@@ -25,7 +25,7 @@ from confluent_kafka import (
     TopicCollection,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient, ConfigResource, OffsetSpec, ResourceType
 
 from milvus_cdc.errors import (
     CdcError,
@@ -34,7 +34,14 @@ from milvus_cdc.errors import (
     RetryableError,
     UserError,
 )
-from milvus_cdc.source import KafkaConfig, LogEntry, LogRange, check_incarnation
+from milvus_cdc.source import (
+    KafkaConfig,
+    LogEntry,
+    LogLimits,
+    LogRange,
+    check_incarnation,
+    positions,
+)
 from milvus_cdc.source.positions import decode, encode
 
 log = structlog.get_logger()
@@ -46,6 +53,8 @@ POLL_SECONDS = 0.5
 POLL_MESSAGES = 4096
 CHECK_SECONDS = 5.0
 """How often a reader asks whether the topic still is the same one."""
+SAMPLED_ENTRIES = 64
+SAMPLED_BYTES = 256 * 1024
 HELD_KIBIBYTES = 2048
 """What the client may hold ahead of a reader, besides one fetch."""
 STREAMING_HEADER = "_v"
@@ -77,6 +86,7 @@ class KafkaSource:
         self._brokers = ",".join(config.brokers)
         self._where = f"Kafka at {self._brokers}"
         self._admin: AdminClient | None = None
+        self._limits_denied = False
 
     async def open(self, pchannel: str, position: bytes, incarnation: bytes = b"") -> KafkaReader:
         start = decode(position)
@@ -91,8 +101,48 @@ class KafkaSource:
 
         return await asyncio.to_thread(ask)
 
+    async def limits(self, pchannel: str) -> LogLimits:
+        """Kafka forgets whole segments, so an entry lives at least as long as the limits say. A
+        broker does not tell how large a topic is: where its bytes are limited, some of the newest
+        entries are read and counted uncompressed, which errs on the safe side.
+        """
+        found = await self.log_range(pchannel)
+        try:
+            max_age_ms, max_bytes = await asyncio.to_thread(self._retention, pchannel)
+        except UserError as error:
+            # Reading must not depend on a right that only looking at limits needs.
+            if not self._limits_denied:
+                log.warning("limits of topics are not known", reason=error.reason, error=str(error))
+            self._limits_denied = True
+            max_age_ms = max_bytes = 0
+        return LogLimits(
+            found,
+            whole=decode(found.first) == 0,
+            max_age_ms=max_age_ms,
+            max_bytes=max_bytes,
+            entry_bytes=await self._entry_bytes(pchannel, found) if max_bytes else 0,
+        )
+
+    async def seek(self, pchannel: str, unix_ms: int) -> bytes:
+        def ask() -> bytes:
+            partition = TopicPartition(pchannel, 0)
+            with self._foreign_errors(pchannel):
+                asked = {partition: OffsetSpec.for_timestamp(max(unix_ms, 0))}
+                offset = _answer(
+                    self._client().list_offsets(asked, request_timeout=REQUEST_SECONDS)
+                )[partition].offset
+            return encode(offset if offset >= 0 else self._offsets(pchannel)[1])
+
+        return await asyncio.to_thread(ask)
+
     def order(self, position: bytes) -> int:
         return decode(position)
+
+    def back(self, position: bytes, entries: int) -> bytes:
+        return positions.back(position, entries)
+
+    def text(self, position: bytes) -> str:
+        return positions.text(position)
 
     async def probe(self) -> None:
         def ask() -> None:
@@ -148,6 +198,32 @@ class KafkaSource:
                 for spec in (OffsetSpec.earliest(), OffsetSpec.latest())
             )
         return first, end
+
+    def _retention(self, pchannel: str) -> tuple[int, int]:
+        """Blocking: milliseconds and bytes, 0 for no limit."""
+        resource = ConfigResource(ResourceType.TOPIC, pchannel)
+        with self._foreign_errors(pchannel):
+            asked = self._client().describe_configs([resource], request_timeout=REQUEST_SECONDS)
+            entries = _answer(asked)[resource]
+        values = {name: entry.value or "" for name, entry in entries.items()}
+        if "delete" not in values.get("cleanup.policy", "delete"):
+            return 0, 0
+        age, size = (int(values.get(f"retention.{unit}") or -1) for unit in ("ms", "bytes"))
+        return max(age, 0), max(size, 0)
+
+    async def _entry_bytes(self, pchannel: str, found: LogRange) -> int:
+        """Average size of the newest entries; 0 when there are none."""
+        end = decode(found.end)
+        start = max(decode(found.first), end - SAMPLED_ENTRIES)
+        if start >= end:
+            return 0
+        reader = await self.open(pchannel, encode(start), found.incarnation)
+        try:
+            entries = await reader.read(SAMPLED_BYTES, REQUEST_SECONDS)
+        finally:
+            await reader.close()
+        size = sum(len(entry.payload) for entry in entries)
+        return -(-size // len(entries)) if entries else 0
 
     def _client(self) -> AdminClient:
         if self._admin is None:

@@ -6,10 +6,11 @@ Law: it keeps the seam's contract, proved by the same suite as the real queues.
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 
 from milvus_cdc.errors import LogResetError, LogTruncatedError, RetryableError
-from milvus_cdc.source import LogEntry, LogRange, check_incarnation
+from milvus_cdc.source import LogEntry, LogLimits, LogRange, check_incarnation, positions
 from milvus_cdc.source.positions import decode, encode
 
 
@@ -18,6 +19,10 @@ class _Topic:
     incarnation: bytes
     first: int = 0
     entries: list[LogEntry] = field(default_factory=list)
+    times_ms: list[int] = field(default_factory=list)
+    """When each was appended, Unix milliseconds."""
+    max_age_ms: int = 0
+    max_bytes: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -37,17 +42,25 @@ class MemorySource:
         self._incarnations = 0
         self._down = False
 
-    def append(self, pchannel: str, payload: bytes, *, streaming: bool = False) -> bytes:
-        """Appends one entry, making the topic when it is missing; its position."""
+    def append(
+        self, pchannel: str, payload: bytes, *, streaming: bool = False, at_ms: int = 0
+    ) -> bytes:
+        """Appends one entry (at `at_ms`, else now), making the topic when it is missing; its
+        position.
+        """
         topic = self._topics.get(pchannel) or self.create(pchannel)
         position = encode(topic.end)
         topic.entries.append(LogEntry(position, payload, streaming))
+        topic.times_ms.append(at_ms or int(time.time() * 1000))
         topic.notify()
         return position
 
-    def create(self, pchannel: str) -> _Topic:
+    def create(self, pchannel: str, *, max_age_ms: int = 0, max_bytes: int = 0) -> _Topic:
+        """The limits are told, not kept: only `truncate` forgets anything."""
         self._incarnations += 1
-        topic = self._topics[pchannel] = _Topic(encode(self._incarnations))
+        topic = self._topics[pchannel] = _Topic(
+            encode(self._incarnations), max_age_ms=max_age_ms, max_bytes=max_bytes
+        )
         return topic
 
     def truncate(self, pchannel: str, first: bytes) -> None:
@@ -55,6 +68,7 @@ class MemorySource:
         topic = self._topics[pchannel]
         count = min(max(decode(first) - topic.first, 0), len(topic.entries))
         del topic.entries[:count]
+        del topic.times_ms[:count]
         topic.first += count
 
     def delete(self, pchannel: str) -> None:
@@ -76,8 +90,30 @@ class MemorySource:
         topic = self._topic(pchannel)
         return LogRange(encode(topic.first), encode(topic.end), topic.incarnation)
 
+    async def limits(self, pchannel: str) -> LogLimits:
+        topic = self._topic(pchannel)
+        size = sum(len(entry.payload) for entry in topic.entries)
+        return LogLimits(
+            await self.log_range(pchannel),
+            whole=topic.first == 0,
+            max_age_ms=topic.max_age_ms,
+            max_bytes=topic.max_bytes,
+            entry_bytes=-(-size // len(topic.entries)) if topic.entries else 0,
+        )
+
+    async def seek(self, pchannel: str, unix_ms: int) -> bytes:
+        topic = self._topic(pchannel)
+        later = (n for n, at_ms in enumerate(topic.times_ms) if at_ms >= unix_ms)
+        return encode(topic.first + next(later, len(topic.entries)))
+
     def order(self, position: bytes) -> int:
         return decode(position)
+
+    def back(self, position: bytes, entries: int) -> bytes:
+        return positions.back(position, entries)
+
+    def text(self, position: bytes) -> str:
+        return positions.text(position)
 
     async def probe(self) -> None:
         self._check_up()

@@ -33,8 +33,21 @@ from milvus_cdc.errors import (
     LogTruncatedError,
     RetryableError,
 )
-from milvus_cdc.source import LogEntry, LogRange, NatsConfig, check_incarnation
-from milvus_cdc.source.nats_connection import API_SECONDS, Connection, foreign_errors, stream_info
+from milvus_cdc.source import (
+    LogEntry,
+    LogLimits,
+    LogRange,
+    NatsConfig,
+    check_incarnation,
+    positions,
+)
+from milvus_cdc.source.nats_connection import (
+    API_SECONDS,
+    Connection,
+    bounded,
+    foreign_errors,
+    stream_info,
+)
 from milvus_cdc.source.positions import decode, encode
 
 log = structlog.get_logger()
@@ -45,6 +58,10 @@ PULL_MESSAGES = 4096
 LEAST_PULL_BYTES = 64 * 1024
 CONSUMER_IDLE_SECONDS = 60.0
 """The server forgets a consumer nobody pulled from for this long; a reader then makes a new one."""
+SILENT_SECONDS = 45.0
+"""The server ends every pull within `PULL_SECONDS`: a reader that hears nothing for this long is
+stuck, wherever in the client that may be.
+"""
 STREAMING_HEADER = "_v"
 
 
@@ -66,8 +83,55 @@ class NatsSource:
         first, end = _bounds(info)
         return LogRange(encode(first), encode(end), _incarnation(info))
 
+    async def limits(self, pchannel: str) -> LogLimits:
+        info = await self._info(pchannel)
+        state, config = info.state, info.config
+        first, end = _bounds(info)
+        # Unset and "no limit" are None, 0 or -1, depending on who made the stream.
+        return LogLimits(
+            LogRange(encode(first), encode(end), _incarnation(info)),
+            whole=first <= 1,
+            max_age_ms=max(round((config.max_age or 0) * 1000), 0),
+            max_bytes=max(config.max_bytes or 0, 0),
+            max_entries=max(config.max_msgs or 0, 0),
+            entry_bytes=-(-state.bytes // state.messages) if state.messages else 0,
+        )
+
+    async def seek(self, pchannel: str, unix_ms: int) -> bytes:
+        """The server finds it for a consumer that nobody pulls from: its `delivered` stands on the
+        sequence before (nats-server `selectStartingSeqNo`, `GetSeqFromTime`).
+        """
+        await self._info(pchannel)
+        client = await self._asking.get()
+        with foreign_errors(self._url, pchannel):
+            stream = client.jetstream(timeout=API_SECONDS)
+            consumer = await bounded(
+                stream.add_consumer(
+                    pchannel,
+                    ConsumerConfig(
+                        deliver_policy=DeliverPolicy.BY_START_TIME,
+                        opt_start_time=datetime.fromtimestamp(max(unix_ms, 1) / 1000, UTC),
+                        ack_policy=AckPolicy.NONE,
+                        inactive_threshold=API_SECONDS,
+                        mem_storage=True,
+                    ),
+                ),
+                2 * API_SECONDS,
+            )
+            delivered = consumer.delivered
+            # Only a courtesy: the server forgets idle consumers by itself.
+            with contextlib.suppress(nats.errors.Error, TimeoutError):
+                await bounded(stream.delete_consumer(pchannel, consumer.name), 2 * API_SECONDS)
+        return encode((delivered.stream_seq if delivered else 0) + 1)
+
     def order(self, position: bytes) -> int:
         return decode(position)
+
+    def back(self, position: bytes, entries: int) -> bytes:
+        return positions.back(position, entries)
+
+    def text(self, position: bytes) -> str:
+        return positions.text(position)
 
     async def probe(self) -> None:
         client = await self._asking.get()
@@ -119,11 +183,13 @@ class NatsReader:
         self._wanted = asyncio.Event()
         self._error: CdcError | None = None
         self._pump: asyncio.Task[None] | None = None
+        self._heard_at = 0.0
 
     async def read(self, max_bytes: int, wait_seconds: float) -> list[LogEntry]:
         self._window = max_bytes
         self._wanted.set()
         if self._pump is None:
+            self.heard()
             self._pump = asyncio.create_task(self._run(), name=f"pull {self._pchannel}")
         if not self._entries and self._error is None:
             self._arrived.clear()
@@ -133,6 +199,7 @@ class NatsReader:
         # Nothing below waits: entries are taken only by a call that returns them.
         if not self._entries:
             self._raise_error()
+            self._raise_silence()
         return self._take(max_bytes)
 
     async def close(self) -> None:
@@ -141,6 +208,19 @@ class NatsReader:
             pump.cancel()
             await asyncio.gather(pump, return_exceptions=True)
         self._entries.clear()
+
+    def heard(self) -> None:
+        """The server has said something."""
+        self._heard_at = asyncio.get_running_loop().time()
+
+    def _raise_silence(self) -> None:
+        silent = asyncio.get_running_loop().time() - self._heard_at
+        if silent > SILENT_SECONDS and self._pump is not None:
+            self._pump.cancel()
+            self._pump = None
+            raise RetryableError(
+                "QUEUE_UNREACHABLE", f"no answer about {self._pchannel} for {silent:.0f} s"
+            )
 
     def _take(self, max_bytes: int) -> list[LogEntry]:
         taken: list[LogEntry] = []
@@ -155,6 +235,7 @@ class NatsReader:
             self._held -= size
             self.next = decode(taken[-1].position) + 1
             self._wanted.set()
+            self.heard()  # nobody pulled while these waited
         return taken
 
     def _raise_error(self) -> None:
@@ -217,6 +298,7 @@ class NatsReader:
     def accept(self, entry: LogEntry) -> None:
         self._entries.append(entry)
         self._held += len(entry.payload)
+        self.heard()
         self._arrived.set()
 
     async def room(self) -> int:
@@ -323,6 +405,7 @@ class _Consumer:
             self._changed.set()
 
     def _status(self, status: str, description: str) -> None:
+        self._reader.heard()
         match status:
             case "100":
                 return

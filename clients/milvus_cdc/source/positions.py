@@ -21,3 +21,11 @@ def decode(position: bytes) -> int:
             "does the task name the queue that the source really writes to?",
         )
     return int.from_bytes(position, "little")
+
+
+def back(position: bytes, entries: int) -> bytes:
+    return encode(max(decode(position) - entries, 0))
+
+
+def text(position: bytes) -> str:
+    return str(decode(position))
