@@ -1,5 +1,5 @@
 """The one door to every sink: nothing passes without the lease, nor more at once than a sink may
-have.
+have; one that answers too late gets less at once until it answers in time.
 
 The clock counts suspend (CLOCK_BOOTTIME), so a process that was frozen finds its lease expired when
 it wakes.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 
 from milvus_cdc.errors import RetryableError
@@ -33,13 +34,72 @@ def boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+class Slots:
+    """Requests at once at one sink. A sink goes on with a request that was given up, and gets its
+    repetition on top: what was too much stays too much unless less is sent. So a late answer halves
+    what is sent at once, and every answer in time adds to it again.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._limit = float(most)
+        self._used = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._halved_at = 0.0
+
+    @property
+    def limit(self) -> int:
+        return int(self._limit)
+
+    @contextlib.asynccontextmanager
+    async def one(self) -> AsyncIterator[None]:
+        """Room for one request, in order of arrival; sees from its end how the sink is doing."""
+        await self._acquire()
+        started = time.monotonic()
+        try:
+            yield
+            self._limit = min(self._most, self._limit + 1 / self._limit)
+        except RetryableError as error:
+            # Those that began before the last halving tell nothing about it.
+            if error.reason == "SINK_TIMEOUT" and started >= self._halved_at:
+                self._limit = max(1.0, self._limit / 2)
+                self._halved_at = time.monotonic()
+            raise
+        finally:
+            self._used -= 1
+            self._admit()
+
+    async def _acquire(self) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._admit()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._waiting.remove(turn)
+            else:
+                self._used -= 1
+                self._admit()
+            raise
+
+    def _admit(self) -> None:
+        for turn in list(self._waiting):
+            if self._used >= self.limit:
+                return
+            if not turn.done():
+                self._waiting.remove(turn)
+                self._used += 1
+                turn.set_result(None)
+
+
 class WriteGate:
     """Shared by all assignments of the process."""
 
     def __init__(self, lease: Lease, per_sink: int) -> None:
         self.core = lease
         self._per_sink = per_sink
-        self._slots: dict[bytes, asyncio.Semaphore] = {}
+        self._slots: dict[bytes, Slots] = {}
         self._renewed = asyncio.Event()
 
     def renewed(self) -> None:
@@ -64,10 +124,10 @@ class WriteGate:
     async def slot(self, sink: task_pb2.Sink, halt: asyncio.Event) -> AsyncIterator[float]:
         """Room for one write, and the seconds it may take; raises Halted."""
         key = sink.SerializeToString(deterministic=True)
-        semaphore = self._slots.get(key)
-        if semaphore is None:
-            semaphore = self._slots[key] = asyncio.Semaphore(self._per_sink)
-        async with semaphore:
+        slots = self._slots.get(key)
+        if slots is None:
+            slots = self._slots[key] = Slots(self._per_sink)
+        async with slots.one():
             timeout = await self._timeout(halt, WRITE_TIMEOUT_SECONDS, LEAST_TIMEOUT_SECONDS)
             with metrics.WRITES_IN_FLIGHT.track_inprogress():
                 yield timeout
