@@ -76,6 +76,17 @@ class Refusal(Exception):
             and self.says("can't find collection", "collection not found", "database not found")
         )
 
+    @property
+    def no_database(self) -> bool:
+        """2.3 says 65535 "database:NAME not found", later versions 800, milvus-lite 3.2 1 or 6
+        "database 'NAME' does not exist".
+        """
+        return self.code == DATABASE_NOT_FOUND or (
+            self.says("database")
+            and self.says("not found", "does not exist")
+            and not self.says("collection")
+        )
+
 
 class MilvusStatusError(UserError):
     """Milvus refused for a reason that only a person can mend; `code` is merr's."""

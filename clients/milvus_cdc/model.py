@@ -51,6 +51,26 @@ class LoadKind(StrEnum):
     PARTITIONS = "PARTITIONS"
 
 
+class Drift(StrEnum):
+    """What to do about differences of the sink that the source did not cause."""
+
+    REPAIR = "REPAIR"
+    REPORT = "REPORT"
+
+
+@dataclass(frozen=True, slots=True)
+class Carry:
+    """Kinds of operation that a task carries."""
+
+    rows: bool = True
+    schema: bool = True
+    """Databases, collections, partitions, aliases, names, properties."""
+    index: bool = True
+    load: bool = True
+    rbac: bool = False
+    flush: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class Database:
     database_id: int

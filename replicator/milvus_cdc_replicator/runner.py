@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 from milvus_cdc.errors import BugError, CdcError
 from milvus_cdc.model import Collection, ObjectState, ms_to_tso, tso_to_ms
-from milvus_cdc.sink import Opened, Sink
+from milvus_cdc.sink import Opened, Sink, reconcile
 
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.connections import Connections
@@ -425,12 +425,16 @@ class CollectionRunner:
         assert self._work is not None
         try:
             if await self._work.ddl(
-                "reconcile indexes and load state", partial(self._sink.reconcile, want)
+                "reconcile indexes and load state", partial(self._mend, want)
             ):
                 self._reconciled = want
         finally:
             self._reconciling = False
             self._wake.set()
+
+    async def _mend(self, want: Collection) -> None:
+        assert self._sink is not None
+        await reconcile(self._sink, want)
 
     def _maybe_drop(self) -> None:
         if (

@@ -17,14 +17,14 @@ from milvus_cdc.catalog import CatalogueWatcher, Layout
 from milvus_cdc.errors import RetryableError, UnknownOutcomeError, UserError
 from milvus_cdc.etcd import EtcdClient
 from milvus_cdc.milvus_client import MilvusClient, Refusal
-from milvus_cdc.model import Collection, Index, Load, LoadKind
-from milvus_cdc.sink import CollectionTarget, DeleteBatch, Op, RowBatch
+from milvus_cdc.model import Carry, Collection, Index, Load, LoadKind
+from milvus_cdc.sink import CollectionTarget, DeleteBatch, Op, RowBatch, reconcile
+from milvus_cdc.sink.differences import Action
 from milvus_cdc.sink.milvus import MilvusSink
 from pymilvus import DataType
 from pymilvus import MilvusClient as UserClient
 from pymilvus.grpc_gen import common_pb2, milvus_pb2, milvus_pb2_grpc, schema_pb2
 from pymilvus.grpc_gen.schema_pb2 import DataType as FieldType
-from structlog.testing import capture_logs
 
 from tests.contract.sink_samples import (
     DIM,
@@ -91,7 +91,7 @@ class Milvus:
                 state = await self.load_state(name, *partitions)
 
     async def count(self, sample: Sample) -> int:
-        await self.sink.reconcile(sample.want(indexes=(flat_index(),), load=LOADED))
+        await reconcile(self.sink, sample.want(indexes=(flat_index(),), load=LOADED))
         await self.until_loaded(sample.name)
         answer = await self.call(
             "Query",
@@ -197,16 +197,14 @@ async def test_indexes_of_a_real_source_are_made_once(
         here = replace(want, database=milvus.database, load=LOADED)
         assert len(here.indexes) == 3
         await milvus.open(here)
-        await milvus.sink.reconcile(here)
+        await reconcile(milvus.sink, here)
         made = await milvus.indexes(name)
         assert set(made) == {index.name for index in here.indexes}
         user_index = source_indexes()[name][1]
         vector_index = next(index.name for index in here.indexes if index.field_name == "v")
         assert made[vector_index]["index_type"] == user_index["index_type"]
         assert made[vector_index]["metric_type"] == user_index["metric_type"]
-        with capture_logs() as logs:
-            await milvus.sink.reconcile(here)
-        assert logs == []
+        assert await milvus.sink.diff(here, Carry()) == ()
         assert await milvus.indexes(name) == made
 
 
@@ -214,22 +212,23 @@ async def test_a_changed_index_is_replaced_under_load(milvus: Milvus) -> None:
     sample = await plain(milvus)
     await milvus.put(sample, range(10))
     flat = flat_index()
-    await milvus.sink.reconcile(sample.want(indexes=(flat,), load=LOADED))
+    await reconcile(milvus.sink, sample.want(indexes=(flat,), load=LOADED))
     await milvus.until_loaded("plain")
     more = Index(2, "on_n", 102, "n", (("index_type", "STL_SORT"),), 1)
-    with capture_logs() as logs:
-        await milvus.sink.reconcile(sample.want(indexes=(flat, more), load=LOADED))
-    assert [entry["event"] for entry in logs] == ["creating index"]
+    both = sample.want(indexes=(flat, more), load=LOADED)
+    [lacking] = await milvus.sink.diff(both, Carry())
+    assert (lacking.action, lacking.kind, lacking.name) == (Action.CREATE, "index", "on_n")
+    assert await reconcile(milvus.sink, both) == ()
     assert await milvus.load_state("plain") == LOADED_STATE  # a new one does not stop serving
     ivf = replace(
         flat, params=(("index_type", "IVF_FLAT"), ("metric_type", "L2"), ("params", '{"nlist":4}'))
     )
-    await milvus.sink.reconcile(sample.want(indexes=(ivf,), load=LOADED))
+    await reconcile(milvus.sink, sample.want(indexes=(ivf,), load=LOADED))
     assert {name: p["index_type"] for name, p in (await milvus.indexes("plain")).items()} == {
         "of_v": "IVF_FLAT"
     }
     await milvus.until_loaded("plain")
-    await milvus.sink.reconcile(sample.want())
+    await reconcile(milvus.sink, sample.want())
     assert await milvus.indexes("plain") == {}
     assert await milvus.load_state("plain") == NOT_LOADED
 
@@ -238,22 +237,22 @@ async def test_load_follows_the_source(milvus: Milvus) -> None:
     sample = await plain(milvus, partitions=("_default", "p1", "p2"))
     index = (flat_index(),)
     some = Load(LoadKind.PARTITIONS, (51,), 1)
-    await milvus.sink.reconcile(sample.want(indexes=index, load=some))
+    await reconcile(milvus.sink, sample.want(indexes=index, load=some))
     await milvus.until_loaded("plain", "p1")
     assert await milvus.load_state("plain", "p2") == NOT_LOADED
     others = Load(LoadKind.PARTITIONS, (50, 52), 1)
-    await milvus.sink.reconcile(sample.want(indexes=index, load=others))
+    await reconcile(milvus.sink, sample.want(indexes=index, load=others))
     await milvus.until_loaded("plain", "p2")
     await milvus.until_loaded("plain", "_default")
     assert await milvus.load_state("plain", "p1") == NOT_LOADED
     # Milvus calls it loaded already; two replicas are more than one node can hold.
     every = Load(LoadKind.COLLECTION, (), 2)
-    await milvus.sink.reconcile(sample.want(indexes=index, load=every))
+    await reconcile(milvus.sink, sample.want(indexes=index, load=every))
     await milvus.until_loaded("plain", "p1")
-    await milvus.sink.reconcile(sample.want(indexes=index, load=every))
-    await milvus.sink.reconcile(sample.want(indexes=index))
+    await reconcile(milvus.sink, sample.want(indexes=index, load=every))
+    await reconcile(milvus.sink, sample.want(indexes=index))
     assert await milvus.load_state("plain") == NOT_LOADED
-    await milvus.sink.reconcile(sample.want(indexes=index, load=every))
+    await reconcile(milvus.sink, sample.want(indexes=index, load=every))
     await milvus.until_loaded("plain", "_default", "p1", "p2")
 
 
@@ -261,19 +260,19 @@ async def test_the_last_loaded_partition_can_be_dropped(milvus: Milvus) -> None:
     sample = await plain(milvus, partitions=("_default", "p1"))
     index = (flat_index(),)
     only = Load(LoadKind.PARTITIONS, (51,), 1)
-    await milvus.sink.reconcile(sample.want(indexes=index, load=only))
+    await reconcile(milvus.sink, sample.want(indexes=index, load=only))
     await milvus.until_loaded("plain", "p1")
     await milvus.sink.drop_partition(sample.want(), "p1")
     shown = await milvus.call("ShowPartitions", collection_name="plain")
     assert list(shown.partition_names) == ["_default"]
-    await milvus.sink.reconcile(sample.want(indexes=index, dropped=("p1",), load=only))
+    await reconcile(milvus.sink, sample.want(indexes=index, dropped=("p1",), load=only))
 
 
 async def test_rows_of_an_unloaded_partition_are_not_overlooked(milvus: Milvus) -> None:
     sample = await plain(milvus, partitions=("_default", "p1"))
     await milvus.put(sample, range(3), partition="p1")
     only = Load(LoadKind.PARTITIONS, (50,), 1)
-    await milvus.sink.reconcile(sample.want(indexes=(flat_index(),), load=only))
+    await reconcile(milvus.sink, sample.want(indexes=(flat_index(),), load=only))
     await milvus.until_loaded("plain", "_default")
     with pytest.raises(UserError) as failed:
         await milvus.open(sample.want())

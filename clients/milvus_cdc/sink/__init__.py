@@ -13,7 +13,9 @@ from enum import StrEnum
 from typing import Protocol
 
 from milvus_cdc.codec.messages import Keys
-from milvus_cdc.model import Collection
+from milvus_cdc.model import Carry, Collection
+from milvus_cdc.sink.differences import ObjectDifference
+from milvus_cdc.sink.metadata import CredentialChange, MetadataDiff, MetadataWish
 
 
 class Op(StrEnum):
@@ -82,6 +84,10 @@ class Opened:
     """It was there with rows and the task may adopt it."""
     conditions: tuple[tuple[str, str], ...] = field(default=())
     """(TYPE, message) pairs a user should see, for example AUTO_ID_KEYS."""
+    created_partitions: tuple[str, ...] = ()
+    """Which were missing."""
+    writes_in_flight: int = 0
+    """Most writes that this sink takes at once for one collection; 0 = as many as come."""
 
 
 class Sink(Protocol):
@@ -91,8 +97,16 @@ class Sink(Protocol):
         """Connects and returns the sink's version, or raises what is wrong."""
         ...
 
+    async def violations(self, want: Collection, *, indexes: bool) -> list[str]:
+        """What of this collection the sink cannot hold, each naming the object; indexes only if
+        asked. Nothing is made or changed.
+        """
+        ...
+
     async def ensure_database(self, database: str) -> None:
-        """Creates it when it is missing."""
+        """Creates it when it is missing. Raises UserError UNSUPPORTED_BY_SINK where the sink has
+        only one.
+        """
         ...
 
     async def drop_database(self, database: str) -> None:
@@ -109,9 +123,10 @@ class Sink(Protocol):
         adopt: bool,
         recreate: bool,
         sink_collection_id: int,
+        create: bool = True,
     ) -> Opened:
         """Makes the sink collection be there with a fitting schema, and all partitions in state
-        CREATED.
+        CREATED; without `create` it must be there and nothing of it is made.
 
         Not yet `opened`: what is there must fit (SCHEMA_MISMATCH names the field) and be empty,
         unless `adopt` (COLLECTION_EXISTS); `recreate` drops it first. `opened`: it is this task's;
@@ -132,10 +147,42 @@ class Sink(Protocol):
         """Releases it first where the sink needs that. Succeeds when it does not exist."""
         ...
 
-    async def reconcile(self, want: Collection) -> None:
-        """Makes indexes and load state be as wanted (missing ones created, surplus ones
-        dropped).
+    async def diff(
+        self, want: Collection, carry: Carry, *, sink_collection_id: int = 0
+    ) -> tuple[ObjectDifference, ...]:
+        """How the collection differs, rows aside, in the order in which it is to be mended. Changes
+        nothing. Of a collection that is not there a single one, see `differences.is_missing`.
+
+        `want.partitions` says which names are not surplus: leave out those whose drop is done.
         """
+        ...
+
+    async def repair(
+        self, want: Collection, difference: ObjectDifference, *, sink_collection_id: int = 0
+    ) -> None:
+        """Mends one difference; idempotent. Raises SINK_COLLECTION_MISSING when the collection is
+        gone: it is never silently made anew without its rows.
+        """
+        ...
+
+    async def look_at_metadata(self, wish: MetadataWish) -> MetadataDiff:
+        """How the sink differs in what belongs to no collection, and how to mend it. Changes
+        nothing; what cannot be looked at is in the answer.
+        """
+        ...
+
+    async def diff_metadata(self, wish: MetadataWish) -> tuple[ObjectDifference, ...]:
+        """The differences alone; raises what hides any of them."""
+        ...
+
+    async def change_credential(self, change: CredentialChange) -> None:
+        """Makes a user, sets a password, or removes a user. Succeeds when a user to make is there,
+        or one to remove is not.
+        """
+        ...
+
+    async def flush(self, want: Collection) -> None:
+        """Asks the sink to seal what it has of the collection; does not wait for the end of it."""
         ...
 
     def target(self, want: Collection) -> CollectionTarget: ...
@@ -149,3 +196,17 @@ class Sink(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+async def reconcile(
+    sink: Sink, want: Collection, carry: Carry = Carry(), *, sink_collection_id: int = 0
+) -> tuple[ObjectDifference, ...]:
+    """Compares and mends until nothing differs, thrice at most; what still differs then."""
+    differences: tuple[ObjectDifference, ...] = ()
+    for attempt in range(4):
+        differences = await sink.diff(want, carry, sink_collection_id=sink_collection_id)
+        if not differences or attempt == 3:
+            break
+        for difference in differences:
+            await sink.repair(want, difference, sink_collection_id=sink_collection_id)
+    return differences

@@ -17,17 +17,37 @@ from typing import Any
 from milvus_cdc.codec.columns import concat, field_id, select_rows
 from milvus_cdc.errors import RetryableError, UserError
 from milvus_cdc.milvus_protos import schema_pb2
-from milvus_cdc.model import Collection, Load, ObjectState
-from milvus_cdc.sink import CollectionTarget, DeleteBatch, Op, Opened, RowBatch, RowChunk
+from milvus_cdc.model import Carry, Collection, LoadKind, ObjectState
+from milvus_cdc.sink import (
+    CollectionTarget,
+    DeleteBatch,
+    Op,
+    Opened,
+    RowBatch,
+    RowChunk,
+)
+from milvus_cdc.sink.differences import (
+    DEFAULT_PARTITION,
+    DESCRIPTION,
+    Action,
+    ObjectDifference,
+    Seen,
+    SeenIndex,
+    compare,
+    loaded_partitions,
+    missing,
+    wanted_properties,
+)
+from milvus_cdc.sink.memory_metadata import MemoryMetadata
+from milvus_cdc.sink.metadata import CredentialChange, MetadataDiff, MetadataWish
 from milvus_cdc.sink.milvus import schema as schemas
-
-DEFAULT_PARTITION = "_default"
 
 Row = dict[str, Any]
 """Cells by field name: plain values; bytes for JSON, vectors (as they lie in memory) and arrays
 (serialized); None for null.
 """
 WriteHook = Callable[[CollectionTarget, RowBatch | DeleteBatch], Awaitable[None]]
+RepairHook = Callable[[ObjectDifference], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -36,8 +56,13 @@ class _Held:
     want: Collection
     key_field: str
     partitions: dict[str, list[Row]]
-    indexes: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
-    load: Load = field(default_factory=Load)
+    indexes: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = field(default_factory=dict)
+    """Field and parameters by name."""
+    loaded: set[str] = field(default_factory=set)
+    """Partitions."""
+    replicas: int = 0
+    properties: dict[str, str] = field(default_factory=dict)
+    description: str = ""
 
     def rows(self) -> Iterator[Row]:
         for rows in self.partitions.values():
@@ -58,6 +83,20 @@ class MemorySink:
         self.after_write: WriteHook | None = None
         self.writes: list[RowBatch | DeleteBatch] = []
         """Every batch that took effect, in that order."""
+        self.before_repair: RepairHook | None = None
+        self.repairs: list[ObjectDifference] = []
+        """Everything that took effect, in that order."""
+        self.diffs = 0
+        """How often somebody looked."""
+        self.flushes: list[str] = []
+        """`database.collection` of every flush."""
+        self.metadata = MemoryMetadata(
+            lambda database: (
+                list(self._databases[database]) if database in self._databases else None
+            ),
+            self.ensure_database,
+            self.drop_database,
+        )
 
     # ---- for tests
 
@@ -74,10 +113,19 @@ class MemorySink:
         return list(self._databases[database][collection].partitions)
 
     def indexes(self, database: str, collection: str) -> dict[str, tuple[tuple[str, str], ...]]:
-        return dict(self._databases[database][collection].indexes)
+        held = self._databases[database][collection]
+        return {name: params for name, (_, params) in held.indexes.items()}
 
-    def load(self, database: str, collection: str) -> Load:
-        return self._databases[database][collection].load
+    def loaded(self, database: str, collection: str) -> set[str]:
+        """Partitions that are."""
+        return set(self._databases[database][collection].loaded)
+
+    def properties(self, database: str, collection: str) -> dict[str, str]:
+        return self._databases[database][collection].properties
+
+    def rename(self, database: str, old: str, new: str) -> None:
+        held = self._databases[database]
+        held[new] = held.pop(old)
 
     def databases(self) -> list[str]:
         return list(self._databases)
@@ -92,6 +140,9 @@ class MemorySink:
 
     async def close(self) -> None:
         pass
+
+    async def violations(self, want: Collection, *, indexes: bool) -> list[str]:
+        return []
 
     async def ensure_database(self, database: str) -> None:
         self._databases.setdefault(database or "default", {})
@@ -111,6 +162,7 @@ class MemorySink:
         adopt: bool,
         recreate: bool,
         sink_collection_id: int,
+        create: bool = True,
     ) -> Opened:
         held = self._find(want)
         adopted = False
@@ -119,8 +171,10 @@ class MemorySink:
                 raise UserError("SINK_COLLECTION_MISSING", f"{want.full_name} is gone; resync")
             if sink_collection_id and sink_collection_id != held.collection_id:
                 raise UserError("SINK_COLLECTION_REPLACED", f"{want.full_name} is another; resync")
-        elif held is not None and recreate:
+        elif held is not None and recreate and create:
             held = None
+        if held is None and not create:
+            raise UserError("SINK_COLLECTION_MISSING", f"{want.full_name} is not at the sink")
         if held is None:
             held = self._create(want)
         else:
@@ -129,11 +183,13 @@ class MemorySink:
                 if not adopt:
                     raise UserError("COLLECTION_EXISTS", f"{want.full_name} holds rows")
                 adopted = True
-        if not schemas.has_partition_key(schemas.parse(want)):
+        made = []
+        if create and not schemas.has_partition_key(schemas.parse(want)):
             for partition in want.partitions:
-                if partition.state is ObjectState.CREATED:
-                    held.partitions.setdefault(partition.name, [])
-        return Opened(held.collection_id, adopted, schemas.conditions(want))
+                if partition.state is ObjectState.CREATED and partition.name not in held.partitions:
+                    held.partitions[partition.name] = []
+                    made.append(partition.name)
+        return Opened(held.collection_id, adopted, schemas.conditions(want), tuple(made))
 
     async def drop_collection(self, want: Collection, *, sink_collection_id: int) -> None:
         held = self._find(want)
@@ -148,10 +204,87 @@ class MemorySink:
         if held is not None:
             held.partitions.pop(partition, None)
 
-    async def reconcile(self, want: Collection) -> None:
-        held = self._at(want.database, want.name)
-        held.indexes = {index.name: index.params for index in want.indexes}
-        held.load = want.load
+    async def diff(
+        self, want: Collection, carry: Carry, *, sink_collection_id: int = 0
+    ) -> tuple[ObjectDifference, ...]:
+        self.diffs += 1
+        held = self._ours(want, sink_collection_id)
+        if held is None:
+            return (missing(want, "is gone, its rows with it"),)
+        name = next(n for n, each in self._databases[want.database].items() if each is held)
+        schema = schemas.parse(want)
+        seen = Seen(
+            name=name,
+            partitions=tuple(held.partitions),
+            indexes={
+                each: SeenIndex(each, field_name, dict(params))
+                for each, (field_name, params) in held.indexes.items()
+            },
+            loaded=frozenset(held.loaded),
+            properties=held.properties,
+            replicas=held.replicas if held.loaded else None,
+            description=held.description,
+        )
+        return compare(
+            want,
+            seen,
+            carry,
+            partition_key=schemas.has_partition_key(schema),
+            description=schema.description,
+        )
+
+    async def repair(
+        self, want: Collection, difference: ObjectDifference, *, sink_collection_id: int = 0
+    ) -> None:
+        if self.before_repair is not None:
+            await self.before_repair(difference)
+        held = self._ours(want, sink_collection_id)
+        if held is None:
+            raise UserError("SINK_COLLECTION_MISSING", f"{want.full_name} is gone; resync")
+        self.repairs.append(difference)
+        name = difference.name
+        match difference.kind:
+            case "collection":
+                del self._databases[want.database][name]
+                self._databases[want.database][want.name] = held
+            case "property" if name == DESCRIPTION:
+                held.description = schemas.parse(want).description
+            case "property":
+                held.properties.pop(name, None)
+                wanted = wanted_properties(want)
+                if name in wanted:
+                    held.properties[name] = wanted[name]
+            case "partition" if difference.action is Action.DROP:
+                held.partitions.pop(name, None)
+                held.loaded.discard(name)
+            case "partition":
+                held.partitions.setdefault(name, [])
+            case "index":
+                held.indexes.pop(name, None)
+                for index in want.indexes:
+                    if index.name == name:
+                        held.indexes[name] = index.field_name, index.params
+            case "load":
+                names = {
+                    LoadKind.NONE: set[str](),
+                    LoadKind.COLLECTION: set(held.partitions),
+                    LoadKind.PARTITIONS: loaded_partitions(want) & set(held.partitions),
+                }
+                held.loaded = names[want.load.kind]
+                held.replicas = want.load.replicas
+
+    async def look_at_metadata(self, wish: MetadataWish) -> MetadataDiff:
+        return self.metadata.look(wish)
+
+    async def diff_metadata(self, wish: MetadataWish) -> tuple[ObjectDifference, ...]:
+        return tuple(repair.difference for repair in self.metadata.look(wish).repairs)
+
+    async def change_credential(self, change: CredentialChange) -> None:
+        self.metadata.change_credential(change)
+
+    async def flush(self, want: Collection) -> None:
+        self._at(want.database, want.name)
+        self.flushes.append(want.full_name)
 
     def target(self, want: Collection) -> CollectionTarget:
         parsed = schemas.parse(want)
@@ -208,13 +341,23 @@ class MemorySink:
         if want.database not in self._databases:
             raise RetryableError("SINK_ERROR", f"database {want.database!r} not found")
         self._ids += 1
-        key = schemas.key_field(schemas.parse(want)).name
+        schema = schemas.parse(want)
+        key = schemas.key_field(schema).name
         held = _Held(self._ids, want, key, {DEFAULT_PARTITION: []})
+        held.properties = wanted_properties(want)
+        held.description = schema.description
         self._databases[want.database][want.name] = held
         return held
 
     def _find(self, want: Collection) -> _Held | None:
         return self._databases.get(want.database, {}).get(want.name)
+
+    def _ours(self, want: Collection, sink_collection_id: int) -> _Held | None:
+        """By its id when that is known, whatever its name is now."""
+        if not sink_collection_id:
+            return self._find(want)
+        named = self._databases.get(want.database, {}).values()
+        return next((held for held in named if held.collection_id == sink_collection_id), None)
 
     def _at(self, database: str, collection: str) -> _Held:
         held = self._databases.get(database, {}).get(collection)

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from milvus_cdc.errors import BugError, UserError
 from milvus_cdc.model import Collection, Index
+from milvus_cdc.sink.differences import SeenIndex, index_differs
 from milvus_cdc.sink.milvus import schema as schemas
-from milvus_cdc.sink.milvus.objects import same_index
-from pymilvus.grpc_gen import milvus_pb2, schema_pb2
-from pymilvus.grpc_gen.common_pb2 import KeyValuePair
+from pymilvus.grpc_gen import schema_pb2
 from pymilvus.grpc_gen.schema_pb2 import DataType
 
 from tests.contract.sink_samples import KEY, META, NUMBER, PLAIN, SCALARS, VECTOR, Field, Sample
@@ -112,9 +111,12 @@ def test_order_ids_and_other_params_do_not_matter() -> None:
 # ---- indexes
 
 
-def described(field: str = "v", **params: str) -> Any:
-    pairs = [KeyValuePair(key=key, value=value) for key, value in params.items()]
-    return milvus_pb2.IndexDescription(index_name="i", field_name=field, params=pairs)
+def described(field: str = "v", **params: str) -> SeenIndex:
+    return SeenIndex("i", field, params)
+
+
+def same_index(wanted: Index, found: SeenIndex) -> bool:
+    return not index_differs(wanted, found)
 
 
 def index(**params: str) -> Index:

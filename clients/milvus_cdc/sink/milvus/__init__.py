@@ -9,17 +9,22 @@ alias of another collection.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from typing import Any
 
 from milvus_cdc.errors import BugError, RetryableError, UnknownOutcomeError, UserError
 from milvus_cdc.milvus_client import MessageTooLargeError, MilvusClient, Refusal
 from milvus_cdc.milvus_protos import common_pb2, milvus_pb2
-from milvus_cdc.milvus_status import DATABASE_NOT_FOUND
-from milvus_cdc.model import Collection
-from milvus_cdc.sink import CollectionTarget, DeleteBatch, Opened, RowBatch
+from milvus_cdc.model import Carry, Collection
+from milvus_cdc.sink import CollectionTarget, DeleteBatch, Op, Opened, RowBatch
+from milvus_cdc.sink.differences import ObjectDifference
+from milvus_cdc.sink.metadata import CredentialChange, MetadataDiff, MetadataWish
+from milvus_cdc.sink.milvus import capabilities as able
 from milvus_cdc.sink.milvus import requests
 from milvus_cdc.sink.milvus import schema as schemas
+from milvus_cdc.sink.milvus.metadata import Metadata
 from milvus_cdc.sink.milvus.objects import DDL_SECONDS, Objects
 
 __all__ = ["MilvusSink"]
@@ -30,22 +35,47 @@ class MilvusSink:
 
     def __init__(self, uri: str, token: str | None = None) -> None:
         self._client = MilvusClient(uri, token)
-        self._objects = Objects(self._client)
+        self._capabilities: able.Capabilities | None = None
+        self._objects = Objects(self._client, self.capabilities)
+        self._metadata = Metadata(
+            self._client,
+            has_database=self._has_database,
+            ensure_database=self.ensure_database,
+            drop_database=self.drop_database,
+        )
+        self._writers: dict[tuple[str, str], asyncio.Lock] = {}
 
     async def close(self) -> None:
         await self._client.close()
 
+    async def capabilities(self) -> able.Capabilities:
+        """Asked for once in the life of this object."""
+        if self._capabilities is None:
+            self._capabilities = await able.ask(self._client)
+        return self._capabilities
+
     async def probe(self) -> str:
-        answer = await self._client.call("GetVersion", milvus_pb2.GetVersionRequest())
+        # Another server may have taken the place of the one that was asked.
+        self._capabilities = None
+        known = await self.capabilities()
         # Some versions tell their version to anybody; listing shows whether the token is taken.
         await self._client.call("ShowCollections", milvus_pb2.ShowCollectionsRequest())
-        return str(answer.version)
+        return known.version or known.name
+
+    async def violations(self, want: Collection, *, indexes: bool) -> list[str]:
+        return (await self.capabilities()).violations(want, indexes=indexes)
 
     # ---- databases
 
     async def ensure_database(self, database: str) -> None:
         if database in ("", "default"):
             return
+        if not (known := await self.capabilities()).databases:
+            raise UserError(
+                "UNSUPPORTED_BY_SINK",
+                f"database {database!r}: {known.name} has one namespace only; map its collections "
+                f"to default ({database}.* -> default.{database}_*)",
+            )
         # Looked for first: a user who may write to a database need not be allowed to create one.
         if await self._collections(database) is not None:
             return
@@ -57,7 +87,7 @@ class MilvusSink:
                 raise self._client.error(refusal) from refusal
 
     async def drop_database(self, database: str) -> None:
-        if database in ("", "default"):
+        if database in ("", "default") or not (await self.capabilities()).databases:
             return
         held = await self._collections(database)
         if held is None:
@@ -70,8 +100,11 @@ class MilvusSink:
         except Refusal as refusal:
             if refusal.says("not empty"):
                 raise _not_empty(database, "collections") from refusal
-            if not _no_database(refusal):
+            if not refusal.no_database:
                 raise self._client.error(refusal) from refusal
+
+    async def _has_database(self, database: str) -> bool:
+        return await self._collections(database) is not None
 
     async def _collections(self, database: str) -> list[str] | None:
         """None when there is no such database."""
@@ -79,7 +112,7 @@ class MilvusSink:
         try:
             answer = await self._client.ask("ShowCollections", request, database=database)
         except Refusal as refusal:
-            if _no_database(refusal):
+            if refusal.no_database:
                 return None
             raise self._client.error(refusal) from refusal
         return list(answer.collection_names)
@@ -94,14 +127,23 @@ class MilvusSink:
         adopt: bool,
         recreate: bool,
         sink_collection_id: int,
+        create: bool = True,
     ) -> Opened:
-        there = await self._describe(want)
+        known = await self.capabilities()
+        known.check(want)
         adopted = False
         if opened:
-            there = _still_ours(want, there, sink_collection_id)
+            there = await self._objects.insist(want, sink_collection_id)
             schemas.check_fits(want, there.schema)
         else:
-            if there is not None and recreate:
+            there = await self._objects.describe(want)
+            if there is None and not create:
+                raise UserError(
+                    "SINK_COLLECTION_MISSING",
+                    f"{want.full_name} is not at the sink, and this task does not carry `schema`; "
+                    "create it there, then `milvus-cdc task retry`",
+                )
+            if there is not None and recreate and create:
                 await self._drop(want)
                 there = None
             if there is None:
@@ -115,15 +157,17 @@ class MilvusSink:
                         f"{want.full_name} exists at the sink and holds rows; drop it there, "
                         "exclude it from the task, or create the task with adoptExisting: true",
                     )
-        await self._objects.create_partitions(want)
+        made = await self._objects.create_partitions(want) if create else ()
         return Opened(
             sink_collection_id=there.collectionID,
             adopted=adopted,
             conditions=schemas.conditions(want),
+            created_partitions=made,
+            writes_in_flight=1 if known.serial_writes else 0,
         )
 
     async def drop_collection(self, want: Collection, *, sink_collection_id: int) -> None:
-        there = await self._describe(want)
+        there = await self._objects.describe(want)
         if there is not None and not _is_other(there, sink_collection_id):
             await self._drop(want)
 
@@ -133,27 +177,31 @@ class MilvusSink:
     async def drop_partition(self, want: Collection, partition: str) -> None:
         await self._objects.drop_partition(want, partition)
 
-    async def reconcile(self, want: Collection) -> None:
-        await self._objects.reconcile(want)
+    async def diff(
+        self, want: Collection, carry: Carry, *, sink_collection_id: int = 0
+    ) -> tuple[ObjectDifference, ...]:
+        return await self._objects.diff(want, carry, sink_collection_id)
 
-    async def _describe(self, want: Collection) -> Any | None:
-        """None when it does not exist, or its database."""
-        request = milvus_pb2.DescribeCollectionRequest(
-            db_name=want.database, collection_name=want.name
-        )
-        try:
-            answer = await self._client.ask("DescribeCollection", request, database=want.database)
-        except Refusal as refusal:
-            if refusal.not_found or _no_database(refusal):
-                return None
-            raise self._client.error(refusal) from refusal
-        if want.name in answer.aliases:
-            raise UserError(
-                "SINK_NAME_IS_ALIAS",
-                f"{want.full_name} is an alias of another collection at the sink "
-                f"({answer.schema.name!r}); drop the alias there or exclude the collection",
-            )
-        return answer
+    async def repair(
+        self, want: Collection, difference: ObjectDifference, *, sink_collection_id: int = 0
+    ) -> None:
+        await self._objects.repair(want, difference, sink_collection_id)
+
+    async def look_at_metadata(self, wish: MetadataWish) -> MetadataDiff:
+        return await self._metadata.look(wish)
+
+    async def diff_metadata(self, wish: MetadataWish) -> tuple[ObjectDifference, ...]:
+        diff = await self._metadata.look(wish)
+        for trouble in diff.troubles:
+            raise trouble
+        return tuple(repair.difference for repair in diff.repairs)
+
+    async def change_credential(self, change: CredentialChange) -> None:
+        await self._metadata.access.change_credential(change)
+
+    async def flush(self, want: Collection) -> None:
+        request = milvus_pb2.FlushRequest(db_name=want.database, collection_names=[want.name])
+        await self._client.call("Flush", request, timeout=DDL_SECONDS, database=want.database)
 
     async def _create(self, want: Collection) -> Any:
         await self._client.call(
@@ -162,7 +210,7 @@ class MilvusSink:
             timeout=DDL_SECONDS,
             database=want.database,
         )
-        there = await self._describe(want)
+        there = await self._objects.describe(want)
         if there is None:
             raise RetryableError(
                 "SINK_COLLECTION_NOT_READY", f"{want.full_name} was created and is not there yet"
@@ -209,17 +257,26 @@ class MilvusSink:
             return any(p.key == "row_count" and p.value != "0" for p in statistics.stats)
         if not await self._objects.is_loaded(want):
             return True
+        counts = (await self.capabilities()).count
+        key = schemas.key_field(schemas.parse(want)).name
         answer = await self._client.call(
             "Query",
             milvus_pb2.QueryRequest(
                 **names,
-                output_fields=["count(*)"],
+                expr="" if counts else requests.any_key(want),
+                output_fields=["count(*)" if counts else key],
+                query_params=[] if counts else [common_pb2.KeyValuePair(key="limit", value="1")],
                 consistency_level=common_pb2.ConsistencyLevel.Strong,
             ),
             timeout=DDL_SECONDS,
             database=want.database,
         )
-        return bool(answer.fields_data[0].scalars.long_data.data[0])
+        if counts:
+            return bool(answer.fields_data[0].scalars.long_data.data[0])
+        return any(
+            column.scalars.long_data.data or column.scalars.string_data.data
+            for column in answer.fields_data
+        )
 
     # ---- rows
 
@@ -232,11 +289,49 @@ class MilvusSink:
         if not isinstance(target, requests.MilvusTarget):
             raise BugError("FOREIGN_TARGET", "a target of another sink")
         deadline = time.monotonic() + timeout_seconds
-        if isinstance(batch, DeleteBatch):
-            for request in requests.delete_requests(target, batch):
-                await self._send("Delete", target, request, deadline)
-        else:
+        known = await self.capabilities()
+        async with self._writing(known, target.database, target.collection):
+            if isinstance(batch, DeleteBatch):
+                await self._delete(known, target, batch, deadline)
+                return
+            if batch.op is Op.UPSERT and not known.upsert:
+                batch = await self._make_room(known, target, batch, deadline)
             await self._write_rows(target, batch, deadline)
+
+    def _writing(
+        self, known: able.Capabilities, database: str, collection: str
+    ) -> contextlib.AbstractAsyncContextManager[Any]:
+        if not known.serial_writes:
+            return contextlib.nullcontext()
+        return self._writers.setdefault((database, collection), asyncio.Lock())
+
+    async def _delete(
+        self,
+        known: able.Capabilities,
+        target: requests.MilvusTarget,
+        batch: DeleteBatch,
+        deadline: float,
+    ) -> None:
+        for request in requests.delete_requests(target, batch, sums=known.constant_sums):
+            await self._send("Delete", target, request, deadline)
+
+    async def _make_room(
+        self,
+        known: able.Capabilities,
+        target: requests.MilvusTarget,
+        batch: RowBatch,
+        deadline: float,
+    ) -> RowBatch:
+        """The rows of an upsert as inserts, once their keys are gone from the partition that an
+        upsert would have looked in.
+
+        Whatever ends this in between is repeated as an upsert, which begins with the deletes again:
+        a delete takes only rows older than itself, so at the end each key is there once.
+        """
+        await self._delete(
+            known, target, DeleteBatch(batch.partition, requests.keys_of(target, batch)), deadline
+        )
+        return RowBatch(Op.INSERT, batch.partition, batch.chunks)
 
     async def _write_rows(
         self, target: requests.MilvusTarget, batch: RowBatch, deadline: float
@@ -294,33 +389,10 @@ class MilvusSink:
         return await self._client.write(method, request, timeout=timeout, database=target.database)
 
 
-def _still_ours(want: Collection, there: Any | None, sink_collection_id: int) -> Any:
-    if there is None:
-        raise UserError(
-            "SINK_COLLECTION_MISSING",
-            f"{want.full_name} is gone from the sink, its rows with it; "
-            "`milvus-cdc task resync` fills it anew",
-        )
-    if _is_other(there, sink_collection_id):
-        raise UserError(
-            "SINK_COLLECTION_REPLACED",
-            f"{want.full_name} at the sink is not the collection this task made; "
-            "`milvus-cdc task resync` replaces it",
-        )
-    return there
-
-
 def _is_other(there: Any, sink_collection_id: int) -> bool:
     """Ids differ, where both are told."""
     return bool(
         sink_collection_id and there.collectionID and there.collectionID != sink_collection_id
-    )
-
-
-def _no_database(refusal: Refusal) -> bool:
-    """2.3 says 65535 "database:NAME not found", later versions 800."""
-    return refusal.code == DATABASE_NOT_FOUND or (
-        refusal.says("database") and refusal.says("not found") and not refusal.says("collection")
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from milvus_cdc.errors import BugError, UserError
 from milvus_cdc.milvus_protos import common_pb2, milvus_pb2, schema_pb2
 from milvus_cdc.model import Collection
+from milvus_cdc.sink.differences import wanted_properties
 
 FIRST_USER_FIELD_ID = 100
 AUTO_ID_KEYS = (
@@ -25,8 +26,6 @@ AUTO_ID_KEYS = (
 
 _COMPARED_PARAMS = ("dim", "max_length", "max_capacity")
 _DYNAMIC = "$meta"
-# The source's own replication marks; taken over they would make the sink refuse ordinary writes.
-_OMITTED_PROPERTIES = frozenset({"replicate.id", "replicate.endTS"})
 
 
 def parse(want: Collection) -> Any:
@@ -92,8 +91,7 @@ def create_request(want: Collection) -> Any:
         consistency_level=want.consistency_level,
         properties=[
             common_pb2.KeyValuePair(key=key, value=value)
-            for key, value in want.properties
-            if key not in _OMITTED_PROPERTIES
+            for key, value in wanted_properties(want).items()
         ],
         num_partitions=len(want.partitions) if has_partition_key(parse(want)) else 0,
     )
