@@ -102,12 +102,20 @@ class MilvusClient:
             raise self.error(refusal) from refusal
 
     async def ask(
-        self, method: str, request: Any, *, timeout: float = CALL_SECONDS, database: str = ""
+        self,
+        method: str,
+        request: Any,
+        *,
+        timeout: float = CALL_SECONDS,
+        database: str = "",
+        headers: tuple[tuple[str, str], ...] = (),
     ) -> Any:
-        """Like `call`, but a status that is not success is Refusal."""
+        """Like `call`, but a status that is not success is Refusal. `headers` go beside the
+        usual ones.
+        """
         try:
             answer = await self._method(method)(
-                request, timeout=timeout, metadata=self._headers(database)
+                request, timeout=timeout, metadata=(*self._headers(database), *headers)
             )
         except grpc.aio.AioRpcError as error:
             raise from_rpc(self._who, self.uri, method, error, writes=False) from error
