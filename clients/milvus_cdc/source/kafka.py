@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -86,6 +87,7 @@ class KafkaSource:
         self._brokers = ",".join(config.brokers)
         self._where = f"Kafka at {self._brokers}"
         self._admin: AdminClient | None = None
+        self._admin_made = threading.Lock()
         self._limits_denied = False
 
     async def open(self, pchannel: str, position: bytes, incarnation: bytes = b"") -> KafkaReader:
@@ -226,10 +228,12 @@ class KafkaSource:
         return -(-size // len(entries)) if entries else 0
 
     def _client(self) -> AdminClient:
-        if self._admin is None:
-            # Nobody polls this client, so it must have nothing to say on its own.
-            self._admin = AdminClient(_settings(self._brokers) | {"log_level": 0})
-        return self._admin
+        # Threads ask at the same time; a second client would be destroyed with its question open.
+        with self._admin_made:
+            if self._admin is None:
+                # Nobody polls this client, so it must have nothing to say on its own.
+                self._admin = AdminClient(_settings(self._brokers) | {"log_level": 0})
+            return self._admin
 
     @contextlib.contextmanager
     def _foreign_errors(self, pchannel: str = "") -> Iterator[None]:
