@@ -7,7 +7,22 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.e2e.carries import Carries
 from tests.servers import EtcdServer, Stack, kafka_unavailable_reason
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-tables",
+        action="store_true",
+        help="write what the tests saw into the README's tables, instead of comparing",
+    )
+
+
+@pytest.fixture(scope="session")
+def carries(request: pytest.FixtureRequest) -> Carries:
+    """The README's table of what each sink carries."""
+    return Carries(update=request.config.getoption("--update-tables"))
 
 
 @pytest.fixture(scope="session")

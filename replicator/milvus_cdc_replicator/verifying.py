@@ -55,10 +55,11 @@ async def verify_targets(
             )
             send(pb.VerifyUpdate(difference=difference))
 
+    source_reads, sink_reads = reads(source), reads(sink)
     for target in job.targets:
         result = await verify_collection(
-            reads(source),
-            reads(sink),
+            source_reads,
+            sink_reads,
             Target(
                 target.source_database,
                 target.source_collection,

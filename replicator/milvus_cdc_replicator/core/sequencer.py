@@ -10,7 +10,7 @@ they were made.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from milvus_cdc_replicator.core.ops import LogOp, Write, WriteKind
 
@@ -56,6 +56,10 @@ class Sequencer:
             self._open = open_write
         open_write.append(op)
         self.held_bytes += op.size
+
+    def limit_in_flight(self, most: int) -> None:
+        """What the sink takes at once, where that is less."""
+        self._limits = replace(self._limits, in_flight=min(self._limits.in_flight, most))
 
     def start(self) -> list[Write]:
         """Requests that may go out now. An unfinished one goes too when there is room: lag

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 
 from milvuscdc.internal import milvus_log_pb2 as log_pb2
 
-from milvus_cdc.codec.columns import concat, field_id, select_rows
+from milvus_cdc.codec.columns import concat, field_id, key_values, select_rows
 from milvus_cdc.codec.messages import Keys
 from milvus_cdc.codec.wire import delimited
 from milvus_cdc.errors import BugError
-from milvus_cdc.milvus_protos import common_pb2, milvus_pb2
+from milvus_cdc.milvus_protos import common_pb2, milvus_pb2, schema_pb2
 from milvus_cdc.model import Collection
 from milvus_cdc.sink import CollectionTarget, DeleteBatch, Op, RowBatch, RowChunk
 from milvus_cdc.sink.milvus import schema as schemas
@@ -40,6 +40,7 @@ _METHODS = {Op.INSERT: "Insert", Op.UPSERT: "Upsert"}
 class MilvusTarget(CollectionTarget):
     """A target with what the sink must know of its fields."""
 
+    key_id: int = 0
     rewritten: frozenset[int] = frozenset()
     """Nullable fields and those with a default: their request form differs from the log's."""
     defaulted: frozenset[int] = frozenset()
@@ -56,6 +57,7 @@ def target_of(want: Collection) -> MilvusTarget:
         database=want.database,
         collection=want.name,
         key_field=schemas.key_field(schema).name,
+        key_id=schemas.key_field(schema).fieldID,
         partition_key=schemas.has_partition_key(schema),
         rewritten=defaulted | frozenset(f.fieldID for f in schema.fields if f.nullable),
         defaulted=defaulted,
@@ -106,9 +108,30 @@ def halve_rows(batch: RowBatch) -> list[RowBatch]:
     return [batch] if rows <= 1 else list(_halves(batch, rows // 2))
 
 
-def delete_requests(target: MilvusTarget, batch: DeleteBatch) -> Iterator[bytes]:
-    """Serialized milvus.DeleteRequest, each below the limits."""
-    for values in _key_runs(batch.keys):
+def keys_of(target: MilvusTarget, batch: RowBatch) -> Keys:
+    """The primary keys of its rows, in order."""
+    keys = []
+    for chunk in batch.chunks:
+        column = next((each for each in chunk.columns if field_id(each) == target.key_id), None)
+        if column is None:
+            raise _columns_differ(target, target.key_id)
+        keys.append(column if chunk.keep is None else select_rows(column, chunk.keep))
+    return key_values(concat(keys))
+
+
+def any_key(want: Collection) -> str:
+    """An expression that every row fulfils."""
+    key = schemas.key_field(schemas.parse(want))
+    if key.data_type == schema_pb2.VarChar:
+        return f'{key.name} >= ""'
+    return f"{key.name} <= {2**63 - 1}"
+
+
+def delete_requests(
+    target: MilvusTarget, batch: DeleteBatch, *, sums: bool = True
+) -> Iterator[bytes]:
+    """Serialized milvus.DeleteRequest, each below the limits; `sums`: its expressions have them."""
+    for values in _key_runs(batch.keys, sums):
         request = milvus_pb2.DeleteRequest(
             base=common_pb2.MsgBase(msg_type=common_pb2.MsgType.Delete),
             db_name=target.database,
@@ -119,12 +142,12 @@ def delete_requests(target: MilvusTarget, batch: DeleteBatch) -> Iterator[bytes]
         yield request.SerializeToString()
 
 
-def _key_runs(keys: Keys) -> Iterator[list[str]]:
+def _key_runs(keys: Keys, sums: bool) -> Iterator[list[str]]:
     # JSON's escapes are the expression grammar's; without ASCII escaping the keys stay exact.
     literals = (
         (json.dumps(key, ensure_ascii=False) for key in keys)
         if isinstance(keys, tuple)
-        else map(_integer, keys.tolist())
+        else map(_integer if sums else str, keys.tolist())
     )
     run: list[str] = []
     size = 0
