@@ -59,6 +59,11 @@ class MetadataRunner:
         if self._owner is not None:
             await self._owner
 
+    @property
+    def has_news(self) -> bool:
+        """Never: what happens is told at once."""
+        return False
+
     def report(self) -> Report:
         trouble = self._trouble
         state = "RUNNING"

@@ -103,6 +103,7 @@ class CollectionRunner:
         self._conditions: dict[str, str] = {}
         self._dropped = False
         self._asked_horizons: tuple[int, ...] = ()
+        self._said: object = None
         self._waiting_since: float | None = None
         self._reconciled: object = None
         self._reconciling = False
@@ -163,7 +164,17 @@ class CollectionRunner:
     def failed(self) -> bool:
         return self._failure is not None
 
+    @property
+    def has_news(self) -> bool:
+        """More has happened since the last report than that source time went on."""
+        return not self._core.resting or self._said != self._gist()
+
+    def _gist(self) -> object:
+        lanes = self._core.lanes.values()
+        return self._core.resting, replace(self._core.counters), [lane.closed for lane in lanes]
+
     def report(self) -> Report:
+        self._said = self._gist()
         state, reason, message = self._state()
         lanes = tuple(
             LaneReport(

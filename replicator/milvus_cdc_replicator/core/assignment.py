@@ -21,6 +21,10 @@ from milvus_cdc_replicator.core.sequencer import Sequencer, WriteLimits
 HORIZON_STEP_MIN_MS = 2_000
 """Source time granted ahead at least: a quiet collection asks about once a second."""
 HORIZON_STEP_MAX_MS = 30_000
+HORIZON_RESTING_MS = 8_000
+"""Granted ahead where nothing happens: twice as long and more as such a one says nothing, so that
+its next row finds it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +165,13 @@ class AssignmentCore:
         return effects
 
     @property
+    def resting(self) -> bool:
+        """Nothing that was read waits for anything; source time alone goes on."""
+        return self.sequencer.idle and all(
+            lane.idle and not lane.buffered_bytes for lane in self.lanes.values()
+        )
+
+    @property
     def held_bytes(self) -> int:
         """Memory held for this assignment."""
         return self.buffered_bytes + self.staged_bytes + self.sequencer.held_bytes
@@ -197,7 +208,8 @@ class AssignmentCore:
             step = 2 * step  # it had to wait: ask further ahead
         else:
             step = front - asked_at
-        step = max(ms_to_tso(HORIZON_STEP_MIN_MS), min(step, ms_to_tso(HORIZON_STEP_MAX_MS)))
+        least = HORIZON_RESTING_MS if self.resting else HORIZON_STEP_MIN_MS
+        step = max(ms_to_tso(least), min(step, ms_to_tso(HORIZON_STEP_MAX_MS)))
         return front + step if front + step // 2 > lane.horizon_ts else 0
 
     def horizon_blocks(self) -> bool:
