@@ -12,7 +12,7 @@ from milvus_cdc.model import split_assignment_id
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core.collection import CollectionRecord
 from milvus_cdc_controller.core.grant import Grant
-from milvus_cdc_controller.core.task import Failure, TaskRecord, TaskState
+from milvus_cdc_controller.core.task import Failure, LeftCollection, TaskRecord, TaskState
 from milvus_cdc_controller.core.world import World
 from milvus_cdc_controller.metrics import Metrics
 
@@ -26,6 +26,8 @@ class Journal:
         self._metrics = metrics
         self._states: dict[str, tuple[TaskState, str]] = {}
         self._failures: dict[str, Failure | None] = {}
+        self._names: dict[str, tuple[str, str]] = {}
+        self._left: dict[str, tuple[LeftCollection, ...]] = {}
 
     def note(self, decided: list[fx.Effect], world: World) -> None:
         for effect in decided:
@@ -38,8 +40,10 @@ class Journal:
                     self._collection(record, world)
                 case fx.Forget(key=key) if key.startswith("collections/"):
                     self._failures.pop(key.partition("/")[2].replace("/", "."), None)
+                    self._names.pop(key.partition("/")[2].replace("/", "."), None)
                 case fx.Publish(uid=uid, deleted=TaskRecord() as task):
                     self._states.pop(uid, None)
+                    self._left.pop(uid, None)
                     log.info("task gone", task=task.spec.name)
                 case fx.CloseStream(stream=stream, reason=reason):
                     log.warning("stream ended", stream=stream, reason=reason)
@@ -47,6 +51,16 @@ class Journal:
                     pass
 
     def _task(self, task: TaskRecord) -> None:
+        known = self._left.get(task.uid, ())
+        self._left[task.uid] = task.left
+        for left in task.left:
+            if left not in known:
+                log.warning(
+                    "renamed out of the selection, no longer followed",
+                    task=task.spec.name,
+                    collection=left.source_name,
+                    stays_at_sink=left.sink_name,
+                )
         now = (task.state, task.reason)
         if self._states.get(task.uid) == now:
             return
@@ -66,6 +80,13 @@ class Journal:
 
     def _collection(self, record: CollectionRecord, world: World) -> None:
         key = record.assignment_id
+        names = (record.source_name, record.now_at_sink)
+        before = self._names.get(key, names)
+        self._names[key] = names
+        if names[0] != before[0]:
+            log.info("renamed at the source", **_bound(key, world), before=before[0])
+        if names[1] != before[1] and record.at_sink:
+            log.info("renamed at the sink", **_bound(key, world), sink=names[1], before=before[1])
         if self._failures.get(key) == record.failure:
             return
         self._failures[key] = record.failure
@@ -85,5 +106,5 @@ def _bound(assignment_id: str, world: World) -> dict[str, str]:
     record = world.collections.get(uid, {}).get(collection_id or 0)
     return {
         "task": task.spec.name if task is not None else uid,
-        "collection": record.sink_name if record is not None else "(metadata)",
+        "collection": record.source_name if record is not None else "(metadata)",
     }

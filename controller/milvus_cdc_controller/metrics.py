@@ -69,7 +69,7 @@ class Metrics:
             for record in records.values():
                 view = collection_view(world, record)
                 states.append(view.status[0])
-                labels = {"task": world.tasks[uid].spec.name, "collection": record.sink_name}
+                labels = {"task": world.tasks[uid].spec.name, "collection": record.now_at_sink}
                 if view.observed.lag_ms >= 0:
                     self.lag_seconds.labels(**labels).set(view.observed.lag_ms / 1000)
                 if view.progress.resolved_ts:

@@ -11,9 +11,15 @@ from milvuscdc.v1 import fleet_service_pb2, task_pb2
 from milvus_cdc_controller.core.collection import CollectionRecord, CollectionState
 from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_controller.core.liveness import Session, SessionState
+from milvus_cdc_controller.core.mapping import NameRule, split
 from milvus_cdc_controller.core.selection import Selection
-from milvus_cdc_controller.core.status import collection_view, grant_state, task_totals
-from milvus_cdc_controller.core.task import StartAt, TaskRecord, TaskSpec, TaskState
+from milvus_cdc_controller.core.status import (
+    collection_view,
+    grant_state,
+    rename_pending,
+    task_totals,
+)
+from milvus_cdc_controller.core.task import LeftCollection, StartAt, TaskRecord, TaskSpec, TaskState
 from milvus_cdc_controller.core.world import World
 from milvus_cdc_controller.wire import duration
 
@@ -91,6 +97,10 @@ def task_spec(task: task_pb2.Task) -> TaskSpec:
         sink_id=sink_id(task.sink),
         start=(StartAt.LATEST if task.start.WhichOneof("at") == "latest" else StartAt.EARLIEST),
         adopt_existing=task.adopt_existing,
+        rename=tuple(NameRule(getattr(rule, "from"), rule.to) for rule in task.rename),
+        source_endpoint=(
+            f"milvus {endpoint_id(task.source.milvus.uri)}" if task.source.milvus.uri else ""
+        ),
     )
 
 
@@ -100,7 +110,7 @@ def fingerprint(task: task_pb2.Task) -> str:
     wish.CopyFrom(task)
     for name in (
         "uid", "etag", "generation", "observed_generation", "state", "reason", "message",
-        "state_time", "create_time", "update_time", "progress",
+        "state_time", "create_time", "update_time", "progress", "conditions",
     ):  # fmt: skip
         wish.ClearField(name)
     return hashlib.sha256(wish.SerializeToString(deterministic=True)).hexdigest()
@@ -126,12 +136,14 @@ def task_message(world: World, task: TaskRecord, store_error: str = "") -> task_
             include=spec.selection.include, exclude=spec.selection.exclude
         ),
         adopt_existing=spec.adopt_existing,
+        rename=[task_pb2.NameRule(**{"from": r.source, "to": r.sink}) for r in spec.rename],
         state=TASK_STATES[state],
         reason=reason,
         message=message,
         state_time=timestamp(task.state_time_ms),
         create_time=timestamp(task.create_time_ms),
         update_time=timestamp(task.update_time_ms),
+        conditions=[_left_condition(each) for each in task.left],
     )
     if spec.start is StartAt.LATEST:
         result.start.latest.SetInParent()
@@ -150,24 +162,32 @@ def task_message(world: World, task: TaskRecord, store_error: str = "") -> task_
     return result
 
 
+def _left_condition(left: LeftCollection) -> task_pb2.Condition:
+    return task_pb2.Condition(
+        type="COLLECTION_LEFT_SELECTION",
+        message=f"{left.source_name} (id {left.collection_id} at the source) was renamed out of "
+        f"the selection and is no longer followed; at the sink it stays as {left.sink_name}, to be "
+        "dropped there if it is not needed. An update of the selection ends this remark.",
+    )
+
+
 def collection_message(world: World, record: CollectionRecord) -> task_pb2.TaskCollection:
     view = collection_view(world, record)
     state, reason, message = view.status
     totals = view.progress.totals
     resolved_ts = view.progress.resolved_ts
     conditions = list(view.progress.conditions)
-    if record.source_name != record.sink_name:
-        conditions.append(
-            (
-                "RENAMED_AT_SOURCE",
-                f"It is called {record.source_name} at the source now; the sink keeps the name "
-                "under which it was first seen.",
-            )
-        )
+    pending = rename_pending(world, record)
+    if pending:
+        conditions.append(("RENAME_PENDING", pending))
+    database, name = split(record.source_name)
+    sink_database, sink_collection = split(record.now_at_sink)
     result = task_pb2.TaskCollection(
         name=f"{world.tasks[record.task_uid].spec.name}/collections/{record.collection_id}",
-        database=record.want.database,
-        collection=record.want.name,
+        database=database,
+        collection=name,
+        sink_database=sink_database,
+        sink_collection=sink_collection,
         collection_id=record.collection_id,
         state=_COLLECTION_STATES[state],
         reason=reason,
@@ -221,7 +241,7 @@ def assignment_message(world: World, grant: Grant) -> fleet_service_pb2.Assignme
     return fleet_service_pb2.AssignmentInfo(
         name=f"assignments/{grant.assignment_id}",
         task=world.tasks[uid].spec.name,
-        collection=record.sink_name if record is not None else "",
+        collection=record.source_name if record is not None else "",
         epoch=grant.epoch,
         version=record.version if record is not None else world.metadata[uid].version,
         replicator=f"replicators/{grant.owner}" if grant.instance else "",

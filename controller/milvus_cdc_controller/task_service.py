@@ -217,7 +217,7 @@ class TaskService(rpc.TaskServiceServicer):
         world = self._loop.controller.world
         shown, token = page(
             world.collections[task.uid].values(),
-            lambda record: f"{record.sink_name} {record.collection_id:020d}",
+            lambda record: f"{record.source_name} {record.collection_id:020d}",
             request.page_size,
             request.page_token,
             request.parent,

@@ -14,6 +14,7 @@ from milvuscdc.v1 import task_service_pb2 as pb
 from milvus_cdc_controller.api_errors import ApiError
 from milvus_cdc_controller.core import jobs
 from milvus_cdc_controller.core.collection import CollectionRecord, CollectionState
+from milvus_cdc_controller.core.mapping import split
 from milvus_cdc_controller.core.status import collection_status
 from milvus_cdc_controller.core.task import TaskRecord, TaskState
 
@@ -53,7 +54,7 @@ async def verify(
         yield event
     targets = tuple(
         jobs.VerifyTarget(
-            _split(_now(loop, record).source_name), (record.want.database, record.want.name)
+            split(_now(loop, record).source_name), split(_now(loop, record).now_at_sink)
         )
         for record in records
     )
@@ -74,7 +75,7 @@ def _chosen(loop: ControlLoop, task: TaskRecord, names: list[str]) -> list[Colle
         return records
     chosen = []
     for name in dict.fromkeys(names):
-        found = [record for record in records if name in (record.sink_name, record.source_name)]
+        found = [record for record in records if record.source_name == name]
         if not found:
             raise ApiError(
                 "NOT_FOUND",
@@ -124,7 +125,7 @@ def _now(loop: ControlLoop, record: CollectionRecord) -> CollectionRecord:
         raise ApiError(
             "FAILED_PRECONDITION",
             "COLLECTION_GONE",
-            f"{record.sink_name} is no longer followed; verify again.",
+            f"{record.source_name} is no longer followed; verify again.",
         )
     return now
 
@@ -142,9 +143,9 @@ async def _until_passed(
                 raise ApiError(
                     "FAILED_PRECONDITION",
                     f"COLLECTION_{state}",
-                    f"{now.sink_name} does not replicate ({reason or state}): "
+                    f"{now.source_name} does not replicate ({reason or state}): "
                     f"{message or 'resume it first'}",
-                    metadata={"collection": now.sink_name},
+                    metadata={"collection": now.source_name},
                 )
             progress = loop.controller.world.progress[now.assignment_id]
             behind += progress.resolved_ts < source_ts and not progress.closed
@@ -192,8 +193,3 @@ async def _compare(loop: ControlLoop, job: jobs.VerifyJob) -> AsyncIterator[pb.V
         await asyncio.shield(loop.end_job(job_id))
     verdict.equal = verdict.collections_equal == verdict.collections == compared
     yield pb.VerifyTaskResponse(verdict=verdict)
-
-
-def _split(full_name: str) -> tuple[str, str]:
-    database, _, name = full_name.partition(".")
-    return database, name

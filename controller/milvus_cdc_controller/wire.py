@@ -15,6 +15,7 @@ from milvus_cdc_controller.core import jobs
 from milvus_cdc_controller.core.collection import CollectionProgress, CollectionRecord, Counters
 from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.liveness import Leases
+from milvus_cdc_controller.core.mapping import split
 from milvus_cdc_controller.core.task import MetadataRecord
 
 PROTOCOL_MIN = 1
@@ -116,6 +117,9 @@ def _progress(stream: int, progress: pb.Progress) -> MakeEvent:
             progress.opened.adopted,
             progress.opened.horizon_ts,
         )
+    renamed_to = ""
+    if progress.HasField("renamed_to"):
+        renamed_to = f"{progress.renamed_to.database}.{progress.renamed_to.collection}"
     return lambda at: ev.ProgressReported(
         at,
         stream,
@@ -132,6 +136,7 @@ def _progress(stream: int, progress: pb.Progress) -> MakeEvent:
         opened,
         progress.dropped,
         progress.applied_version,
+        renamed_to,
     )
 
 
@@ -218,6 +223,10 @@ def _assign(message: fx.Assign) -> pb.Assign:
 
 def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> pb.CollectionSpec:
     want = record.want
+    renamed_from = None
+    if record.renaming:
+        database, name = split(record.at_sink)
+        renamed_from = pb.SinkName(database=database, collection=name)
     return pb.CollectionSpec(
         collection_id=want.collection_id,
         database=want.database,
@@ -272,6 +281,8 @@ def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> p
         sink_collection_id=record.sink_collection_id,
         recreate=record.recreate,
         drop_granted=record.drop_granted,
+        renamed_from=renamed_from,
+        rename_ts=record.rename_ts,
     )
 
 

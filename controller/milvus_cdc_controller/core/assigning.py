@@ -14,15 +14,23 @@ from milvus_cdc.model import metadata_assignment_id, split_assignment_id
 from milvus_cdc_controller.core.collection import (
     CollectionProgress,
     CollectionRecord,
+    changed,
+    named,
     start_checkpoints,
+    target_name,
 )
 from milvus_cdc_controller.core.effects import Assign, Revoke
 from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_controller.core.liveness import Session
-from milvus_cdc_controller.core.names import Claim, winners
+from milvus_cdc_controller.core.mapping import split
+from milvus_cdc_controller.core.names import Kind, Owner
 from milvus_cdc_controller.core.placement import Candidate, Need, place
+from milvus_cdc_controller.core.reconcile import name_fault
 from milvus_cdc_controller.core.task import StartAt, TaskRecord
 from milvus_cdc_controller.core.world import World
+
+MOVING = "milvus_cdc_moving_"
+"""Begins the name of a collection that makes way for others; its source id follows."""
 
 
 def wanted(task: TaskRecord, record: CollectionRecord) -> str:
@@ -128,7 +136,7 @@ def settle(world: World) -> set[str]:
 
 
 def _settle_task(world: World, task: TaskRecord) -> None:
-    take_names(world, task)
+    take_names(world)
     for record in list(world.collections[task.uid].values()):
         _settle_collection(world, task, record)
     grant = world.grants.get(metadata_assignment_id(task.uid))
@@ -143,6 +151,7 @@ def _settle_collection(world: World, task: TaskRecord, record: CollectionRecord)
         record = replace(record, started=True)
         _reset(world, record, CollectionProgress(task.uid, record.collection_id))
         world.put_collection(record)
+    record = _aim(world, task, record)
     grant = world.grants.get(record.assignment_id)
     held = grant is not None and bool(grant.instance)
     if not held:
@@ -207,30 +216,63 @@ def _settle_grant(world: World, grant: Grant, unwanted: str, version: int) -> No
             send_assign(world, grant)
 
 
-def take_names(world: World, task: TaskRecord) -> None:
-    """Gives the names that are free at this task's sink."""
-    names = {r.sink_name for r in world.collections[task.uid].values() if not r.holds_name}
-    if not names:
+def take_names(world: World) -> None:
+    """Gives the names that are free to those that wait for them, and opens rings."""
+    for claim in world.names.ready():
+        record = _of_owner(world, claim.owner)
+        if record is not None:
+            _take(world, record, claim.waits)
+    for ring in world.names.rings():
+        records = [_of_owner(world, owner) for owner in ring]
+        # Not before each of them would move at once: what makes way is without a name meanwhile.
+        if all(record is not None and _reached(world, record) for record in records):
+            first = records[0]
+            assert first is not None
+            database, _ = split(first.sink_name)
+            _take(world, first, f"{database}.{MOVING}{first.collection_id}")
+
+
+def _of_owner(world: World, owner: Owner) -> CollectionRecord | None:
+    """None for an alias."""
+    if owner.kind is not Kind.COLLECTION:
+        return None
+    return world.collections[owner.task_uid][int(owner.what)]
+
+
+def _reached(world: World, record: CollectionRecord) -> bool:
+    """Its owner would rename it at once."""
+    if not record.opened or not world.tasks[record.task_uid].active:
+        return False
+    progress = world.progress[record.assignment_id]
+    return progress.closed or progress.resolved_ts >= record.want.alter_ts
+
+
+def _take(world: World, record: CollectionRecord, name: str) -> None:
+    if not record.opened:
+        # Nothing of it is at the sink yet.
+        world.put_collection(replace(record, holds_name=True))
         return
-    claims = []
-    for other in world.tasks.values():
-        if other.spec.sink_id != task.spec.sink_id:
-            continue
-        for record in world.collections[other.uid].values():
-            if record.sink_name in names:
-                claims.append(
-                    Claim(
-                        (other.uid, record.collection_id),
-                        other.spec.sink_id,
-                        record.sink_name,
-                        record.want.create_ts,
-                        record.holds_name,
-                    )
-                )
-    for uid, collection_id in sorted(winners(claims)):
-        record = world.collections[uid][collection_id]
-        if not record.holds_name and not record.deselected:
-            world.put_collection(replace(record, holds_name=True))
+    want = named(record.want, name)
+    world.put_collection(changed(record, want=want, rename_ts=record.want.alter_ts))
+
+
+def _aim(world: World, task: TaskRecord, record: CollectionRecord) -> CollectionRecord:
+    """A collection of which nothing can be at the sink simply takes its newest name."""
+    grant = world.grants.get(record.assignment_id)
+    held = grant is not None and bool(grant.instance)
+    untried = grant is None or (record.failure is not None and not held)
+    if record.opened or record.recreate or record.at_sink or not untried:
+        return record
+    target = target_name(task, record)
+    failure = name_fault(target, record.source_name)
+    if target != record.sink_name:
+        want = named(record.want, target)
+        record = changed(record, want=want, holds_name=False, failure=failure)
+        world.put_collection(record)
+    elif failure is not None and record.failure is None:
+        record = replace(record, failure=failure)
+        world.put_collection(record)
+    return record
 
 
 def place_waiting(world: World) -> None:

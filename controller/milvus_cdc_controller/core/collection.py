@@ -12,7 +12,9 @@ from enum import StrEnum
 
 from milvus_cdc.model import Collection, collection_assignment_id
 
-from milvus_cdc_controller.core.task import Failure
+from milvus_cdc_controller.core.mapping import impossible_part, sink_name
+from milvus_cdc_controller.core.names import Claim, Owner, collection_owner
+from milvus_cdc_controller.core.task import Failure, TaskRecord
 
 
 class CollectionState(StrEnum):
@@ -94,8 +96,9 @@ class CollectionProgress:
 class CollectionRecord:
     """A collection as wanted at the sink.
 
-    `want` keeps the database and name under which it was first seen, because that is its name at
-    the sink; `source_name` follows renames at the source.
+    `want` has the database and name that were granted to it at the sink. Another name at the source
+    is followed in three steps: the new name is granted when nobody else holds it (`want`), the
+    owner renames at the sink, its word makes it `at_sink`; until then both names are held.
     """
 
     task_uid: str
@@ -104,6 +107,10 @@ class CollectionRecord:
     want: Collection
     source_name: str
     """`database.collection` at the source now."""
+    at_sink: str = ""
+    """`database.collection` under which the sink is known to have it; empty until it is opened."""
+    rename_ts: int = 0
+    """TSO of the rename that the granted name comes from: rows at or below it come first."""
     started: bool = False
     """Its checkpoints hold real start positions."""
     holds_name: bool = False
@@ -123,12 +130,56 @@ class CollectionRecord:
 
     @property
     def sink_name(self) -> str:
+        """The name granted to it."""
         return self.want.full_name
+
+    @property
+    def now_at_sink(self) -> str:
+        """The name to look for it at the sink now."""
+        return self.at_sink or self.want.full_name
+
+    @property
+    def owner(self) -> Owner:
+        return collection_owner(self.task_uid, self.collection_id)
+
+    @property
+    def renaming(self) -> bool:
+        return bool(self.at_sink) and self.at_sink != self.want.full_name
 
 
 def changed(record: CollectionRecord, **fields: object) -> CollectionRecord:
     """The record with other contents and the next version: its holder must hear of it."""
     return replace(record, version=record.version + 1, **fields)  # type: ignore[arg-type]
+
+
+def named(want: Collection, full_name: str) -> Collection:
+    database, _, name = full_name.partition(".")
+    return replace(want, database=database, name=name)
+
+
+def target_name(task: TaskRecord, record: CollectionRecord) -> str:
+    """The name it should have at the sink, whoever holds that now."""
+    if record.dropping:
+        return record.sink_name
+    return sink_name(task.spec.rename, record.source_name)
+
+
+def claim_of(task: TaskRecord, record: CollectionRecord) -> Claim:
+    """Which names it holds at its sink, and which one it would take now."""
+    holds = {record.sink_name} if record.holds_name else set()
+    if record.at_sink:
+        holds.add(record.at_sink)
+    waits, since_ts = "", 0
+    if not record.holds_name:
+        if not (record.deselected or record.failure is not None):
+            waits, since_ts = record.sink_name, record.want.create_ts
+    elif record.opened and not (
+        record.renaming or record.resync or record.deselected or record.failure is not None
+    ):
+        target = target_name(task, record)
+        if target not in holds and (target == record.source_name or not impossible_part(target)):
+            waits, since_ts = target, record.want.alter_ts
+    return Claim(record.owner, task.spec.sink_id, frozenset(holds), waits, since_ts)
 
 
 def start_checkpoints(want: Collection) -> tuple[Checkpoint, ...]:

@@ -15,9 +15,10 @@ from milvus_cdc_controller.core.events import (
     RetryTask,
     UpdateTask,
 )
-from milvus_cdc_controller.core.selection import Selection, overlap
+from milvus_cdc_controller.core.mapping import check_rules, meeting
+from milvus_cdc_controller.core.selection import overlap
 from milvus_cdc_controller.core.sources import adopt_catalogue
-from milvus_cdc_controller.core.task import TaskRecord
+from milvus_cdc_controller.core.task import TaskRecord, TaskSpec, echo
 from milvus_cdc_controller.core.world import World
 
 
@@ -78,23 +79,70 @@ def check_create(world: World, command: CreateTask) -> Refusal | None:
             f"{command.spec.name} exists already; choose another name or update it.",
             "task.name",
         )
-    return _overlap(world, command.spec.sink_id, command.spec.selection, own_uid="")
+    return _check_names(world, command.spec, own_uid="")
 
 
-def _overlap(world: World, sink_id: str, selection: Selection, own_uid: str) -> Refusal | None:
+def _check_names(world: World, spec: TaskSpec, own_uid: str) -> Refusal | None:
+    return (
+        _collision(spec, updating=bool(own_uid))
+        or _overlap(world, spec, own_uid)
+        or _echo(world, spec, own_uid)
+    )
+
+
+def _collision(spec: TaskSpec, *, updating: bool) -> Refusal | None:
+    fault = check_rules(spec.rename, spec.selection)
+    if fault is None:
+        return None
+    # The rules stand since creation: what is to be changed is at fault.
+    field = "task.selection.include" if updating else f"task.rename[{fault.rule}]"
+    rule = spec.rename[fault.rule]
+    return Refusal(
+        "INVALID_ARGUMENT",
+        fault.reason,
+        f"rename[{fault.rule}] ({rule.source} -> {rule.sink}): {fault.message}.",
+        field,
+        (("rule", str(fault.rule)), ("from", rule.source), ("to", rule.sink)),
+    )
+
+
+def _echo(world: World, spec: TaskSpec, own_uid: str) -> Refusal | None:
+    """Refuses what would come back to its own source through other tasks."""
+    others = [
+        task.spec for task in world.tasks.values() if task.uid != own_uid and not task.deleting
+    ]
+    way = echo(spec, others)
+    if way is None:
+        return None
+    names = ", ".join(other.name for other in way)
+    return Refusal(
+        "FAILED_PRECONDITION",
+        "SELF_FEEDING",
+        f"What this task writes would come back to its source by {names}, and round again for "
+        "ever. Select different collections in each direction, or give them other names by "
+        "rename.",
+        "task.selection.include",
+        tuple(("task", other.name) for other in way[:1]),
+    )
+
+
+def _overlap(world: World, spec: TaskSpec, own_uid: str) -> Refusal | None:
     for task in world.tasks.values():
-        if task.uid == own_uid or task.spec.sink_id != sink_id:
+        if task.uid == own_uid or task.spec.sink_id != spec.sink_id:
             continue
-        pair = overlap(selection, task.spec.selection)
+        if spec.rename or task.spec.rename:
+            pair = meeting(spec.naming, task.spec.naming)
+        else:
+            pair = overlap(spec.selection, task.spec.selection)
         if pair is None:
             continue
         mine, theirs = pair
         return Refusal(
             "FAILED_PRECONDITION",
             "SINK_OVERLAP",
-            f"{task.spec.name} writes to the same sink, and its {theirs!r} can select what "
-            f"{mine!r} selects: two tasks may not own one sink collection. Narrow one of them, "
-            "for example by exclude.",
+            f"{task.spec.name} writes to the same sink, and its {theirs!r} can reach a name there "
+            f"that {mine!r} can reach: two tasks may not own one sink collection. Narrow one of "
+            "them, for example by exclude.",
             "task.selection.include",
             (("task", task.spec.name), ("pattern", mine), ("other_pattern", theirs)),
         )
@@ -162,16 +210,18 @@ def update_task(world: World, command: UpdateTask) -> None:
     if command.labels is not None:
         spec = replace(spec, labels=command.labels)
     if command.selection is not None:
-        refusal = _overlap(world, spec.sink_id, command.selection, own_uid=task.uid)
+        spec = replace(spec, selection=command.selection)
+        refusal = _check_names(world, spec, own_uid=task.uid)
         if refusal is not None:
             _refuse(world, command, refusal)
             return
-        spec = replace(spec, selection=command.selection)
     if command.validate_only:
         _answer(world, command, replace(task, spec=spec))
         return
     if spec != task.spec:
-        task = _change(world, task, spec=spec)
+        # Who changes the selection has seen what a rename had taken out of it.
+        left = task.left if spec.selection == task.spec.selection else ()
+        task = _change(world, task, spec=spec, left=left)
         adopt_catalogue(world, task.uid)
     _answer(world, command, task)
 
@@ -213,7 +263,7 @@ def retry_task(world: World, command: RetryTask) -> None:
         return
     records = list(world.collections[task.uid].values())
     if command.collection:
-        records = [r for r in records if command.collection in (r.sink_name, r.source_name)]
+        records = [r for r in records if r.source_name == command.collection]
         if not records:
             _refuse(world, command, _no_collection(task, command.collection))
             return
@@ -252,7 +302,7 @@ def resync_collection(world: World, command: ResyncCollection) -> None:
     matching = [
         record
         for record in world.collections[task.uid].values()
-        if command.collection in (record.sink_name, record.source_name)
+        if record.source_name == command.collection
     ]
     # The holder of the name, when one of the same name waits behind it.
     record = next(iter(sorted(matching, key=lambda r: not r.holds_name)), None)

@@ -215,6 +215,8 @@ class ProgressReported(StreamEvent):
     opened: SinkOpened | None = None
     dropped: bool = False
     applied_version: int = 0
+    renamed_to: str = ""
+    """`database.collection` that the sink's collection has now."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,6 +176,15 @@ class Naming:
         outside = (*self.selection.exclude, *(rule.source for rule in self.rules))
         return not any(_covers(glob, flow.sink) or _covers(glob, other.sink) for glob in outside)
 
+    def feeds(self, flow: Flow, other: Naming, after: Flow) -> bool:
+        """Whether what `flow`, one of these, writes could be read by `after`, one of `other`'s."""
+        if not _intersect(flow.sink, after.source):
+            return False
+        mine = (*self.selection.exclude, *(rule.source for rule in self.rules))
+        if flow.rule < 0 and any(_covers(glob, after.source) for glob in mine):
+            return False
+        return not any(_covers(glob, flow.sink) for glob in other.selection.exclude)
+
     def _carries(self, flow: Flow, name: str) -> bool:
         """Whether some source collection gets exactly this name by this way."""
         source = name

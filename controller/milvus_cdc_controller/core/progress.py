@@ -74,4 +74,12 @@ def apply_opened(record: CollectionRecord, report: ProgressReported) -> Collecti
         opened=True,
         recreate=False,
         sink_collection_id=report.opened.sink_collection_id,
+        at_sink=record.want.full_name,
     )
+
+
+def apply_renamed(record: CollectionRecord, report: ProgressReported) -> CollectionRecord:
+    """The wish once the sink's collection is known to have the name it was granted."""
+    if not record.renaming or report.renamed_to != record.want.full_name:
+        return record
+    return replace(record, version=record.version + 1, at_sink=record.want.full_name)

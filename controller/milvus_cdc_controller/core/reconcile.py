@@ -4,26 +4,46 @@ sink.
 Laws: level-triggered: the same reading twice changes nothing. A partition once seen stays in the
 record as DROPPED, so that rows of it that are still in the log can be told from rows of one not
 yet known. A collection that is dropped at first sight has never been at the sink and is left out.
-What is DROPPING keeps its last contents: Milvus takes the keys apart piece by piece.
+What is DROPPING keeps its last contents: Milvus takes the keys apart piece by piece. The name at
+the sink is not decided here: a rename only changes `source_name` (see `names.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from milvus_cdc.model import Catalogue, Collection, ObjectState, Partition
 
-from milvus_cdc_controller.core.collection import CollectionRecord, changed
-from milvus_cdc_controller.core.task import DatabaseWish, MetadataRecord, TaskRecord
+from milvus_cdc_controller.core.collection import CollectionRecord, changed, named
+from milvus_cdc_controller.core.mapping import (
+    Naming,
+    impossible_part,
+    possible,
+    sink_database,
+    sink_name,
+    split,
+)
+from milvus_cdc_controller.core.selection import Selection, matches
+from milvus_cdc_controller.core.task import (
+    LEFT_MAX,
+    DatabaseWish,
+    Failure,
+    LeftCollection,
+    MetadataRecord,
+    TaskRecord,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Only what differs from the records given. `metadata` is None when it does not."""
+    """Only what differs from the records given; None where nothing does."""
 
     saved: tuple[CollectionRecord, ...] = ()
     metadata: MetadataRecord | None = None
+    left: tuple[LeftCollection, ...] | None = None
+    """The task's new list of collections that a rename took out of the selection."""
 
 
 def merge_partitions(
@@ -68,6 +88,8 @@ def merge_collection(record: CollectionRecord, read: Collection | None) -> Colle
         database=record.want.database,
         name=record.want.name,
         partitions=merge_partitions(record.want.partitions, read.partitions),
+        # Where it is read from goes away after a while.
+        alter_ts=max(read.alter_ts, record.want.alter_ts),
     )
     if want != record.want:
         return changed(record, want=want, source_name=read.full_name)
@@ -76,69 +98,125 @@ def merge_collection(record: CollectionRecord, read: Collection | None) -> Colle
     return record
 
 
+def name_fault(full_name: str, source_name: str) -> Failure | None:
+    """Why a collection cannot have this name at a sink, when it comes from a rule."""
+    half = impossible_part(full_name)
+    if not half or full_name == source_name:
+        return None
+    return Failure(
+        "SINK_NAME_INVALID",
+        f"{source_name} would be called {full_name} at the sink, and nothing there can be called "
+        f"{half!r}; exclude it, or delete the task and create it with other rename rules.",
+    )
+
+
 def reconcile(
     task: TaskRecord,
     records: Mapping[int, CollectionRecord],
     metadata: MetadataRecord,
     catalogue: Catalogue,
+    wall_ms: int = 0,
 ) -> Changes:
     """What a trusted reading changes for one task."""
     read = {c.collection_id: c for c in catalogue.collections}
     selection = task.spec.selection
     saved: list[CollectionRecord] = []
+    left = {each.collection_id: each for each in task.left}
     for record in records.values():
         new = merge_collection(record, read.get(record.collection_id))
-        # A renamed collection stays selected: its name at the sink has not changed.
-        new_deselected = not selection.selects(new.sink_name)
-        if new_deselected != new.deselected:
-            new = replace(new, deselected=new_deselected)
+        deselected = not selection.selects(new.source_name)
+        if deselected != new.deselected:
+            new = replace(new, deselected=deselected)
+            if deselected and not new.dropping and selection.selects(record.source_name):
+                left[new.collection_id] = LeftCollection(
+                    new.collection_id, new.source_name, new.now_at_sink, wall_ms
+                )
         if new != record:
             saved.append(new)
     for collection in sorted(read.values(), key=lambda c: (c.create_ts, c.collection_id)):
         if collection.collection_id in records or collection.state is ObjectState.DROPPED:
             continue
         if selection.selects(collection.full_name):
-            saved.append(
-                CollectionRecord(
-                    task_uid=task.uid,
-                    collection_id=collection.collection_id,
-                    version=1,
-                    want=collection,
-                    source_name=collection.full_name,
-                )
-            )
+            saved.append(_first_seen(task, collection))
     alive = {**records, **{record.collection_id: record for record in saved}}
-    busy = {record.want.database for record in alive.values()}
-    databases = _databases(task, metadata, catalogue, busy)
-    if databases == metadata.databases:
-        return Changes(tuple(saved))
+    still_left = tuple(
+        each
+        for each in left.values()
+        if (collection := read.get(each.collection_id)) is not None  # type: ignore[assignment]
+        and collection.state is ObjectState.CREATED
+        and not selection.selects(collection.full_name)
+    )[-LEFT_MAX:]
+    databases = _databases(task, metadata, catalogue, alive.values())
     return Changes(
-        tuple(saved), replace(metadata, databases=databases, version=metadata.version + 1)
+        tuple(saved),
+        None
+        if databases == metadata.databases
+        else replace(metadata, databases=databases, version=metadata.version + 1),
+        None if still_left == task.left else still_left,
+    )
+
+
+def _first_seen(task: TaskRecord, collection: Collection) -> CollectionRecord:
+    source_name = collection.full_name
+    target = sink_name(task.spec.rename, source_name)
+    return CollectionRecord(
+        task_uid=task.uid,
+        collection_id=collection.collection_id,
+        version=1,
+        want=named(collection, target),
+        source_name=source_name,
+        failure=name_fault(target, source_name),
     )
 
 
 def _databases(
-    task: TaskRecord, metadata: MetadataRecord, catalogue: Catalogue, busy: set[str]
+    task: TaskRecord,
+    metadata: MetadataRecord,
+    catalogue: Catalogue,
+    records: Iterable[CollectionRecord],
 ) -> tuple[DatabaseWish, ...]:
     """Databases to exist, then those to go: one goes only once the task has nothing left in it."""
-    there = {
-        d.database_id: DatabaseWish(d.database_id, d.name)
-        for d in catalogue.databases
-        if d.state is ObjectState.CREATED and task.spec.selection.selects_database(d.name)
-    }
-    names = {wish.name for wish in there.values()}
+    there: dict[str, DatabaseWish] = {}
+    alive = {d.database_id for d in catalogue.databases if d.state is ObjectState.CREATED}
+    for database in sorted(catalogue.databases, key=lambda d: d.database_id):
+        home = _home(task.spec.naming, database.name)
+        if database.database_id in alive and home:
+            there.setdefault(home, DatabaseWish(database.database_id, home))
+    busy: set[str] = set()
+    for record in records:
+        busy |= {record.want.database, split(record.now_at_sink)[0]}
+        if not (record.dropping or record.deselected or record.failure is not None):
+            there.setdefault(record.want.database, DatabaseWish(0, record.want.database))
     kept: list[DatabaseWish] = []
     for wish in metadata.databases:
-        if wish.database_id in there or wish.name in names:
-            continue
-        read = next((d for d in catalogue.databases if d.database_id == wish.database_id), None)
-        if read is not None and read.state is ObjectState.CREATED:
-            continue  # alive at the source and no longer selected: the sink's stays
+        if wish.name in there or wish.database_id in alive:
+            continue  # wanted; or alive at the source and no longer selected: the sink's stays
         if wish.dropped:
             if metadata.applied_version < metadata.version:
                 kept.append(wish)
         elif wish.name in busy:
             kept.append(wish)
-        else:
+        elif wish.database_id:
             kept.append(replace(wish, dropped=True))
-    return tuple(sorted(there.values(), key=lambda wish: wish.database_id)) + tuple(kept)
+    wanted = sorted(there.values(), key=lambda wish: (wish.database_id, wish.name))
+    return (*wanted, *kept)
+
+
+@lru_cache(maxsize=4096)
+def _home(naming: Naming, database: str) -> str:
+    """The sink's database for a source's database as a whole, with or without collections; empty
+    when none of its collections could be followed there.
+    """
+    if not naming.selection.selects_database(database):
+        return ""
+    home = sink_database(naming.rules, database)
+    if not naming.rules:
+        return home
+    globs = tuple(
+        f"{database}.{split(glob)[1]}"
+        for glob in naming.selection.include
+        if matches(split(glob)[0], database)
+    )
+    ways = Naming(naming.rules, Selection(globs, naming.selection.exclude)).flows()
+    used = possible(home) and any(split(way.sink)[0] == home for way in ways)
+    return home if used else ""

@@ -36,7 +36,7 @@ from milvus_cdc_controller.core.events import (
 from milvus_cdc_controller.core.grant import Grant, ReportedState
 from milvus_cdc_controller.core.jobs import Job, JobFailed, VerifyEvent
 from milvus_cdc_controller.core.liveness import Session
-from milvus_cdc_controller.core.progress import apply_opened, merge
+from milvus_cdc_controller.core.progress import apply_opened, apply_renamed, merge
 from milvus_cdc_controller.core.sources import adopt_catalogue, job_done, send_job
 from milvus_cdc_controller.core.task import Failure
 from milvus_cdc_controller.core.world import World
@@ -245,12 +245,12 @@ def _collection_progress(
     world: World, event: ProgressReported, uid: str, collection_id: int
 ) -> tuple[tuple[str, int], ...]:
     record = world.collections[uid][collection_id]
-    new = apply_opened(record, event)
+    new = apply_renamed(apply_opened(record, event), event)
     old_progress = world.progress[event.assignment_id]
     progress = merge(old_progress, event, opened=new.opened)
     if progress != old_progress:
         world.put_progress(progress)
-    if progress.closed != old_progress.closed:
+    if progress.closed != old_progress.closed or world.names.waits(record.owner):
         world.touch(uid)
     if new is not record:
         world.put_collection(new)

@@ -118,18 +118,36 @@ def _adopt(world: World, uid: str) -> None:
     if view is None or view.catalogue is None or task.deleting:
         return
     catalogue = view.catalogue
-    if task.baseline is None:
-        existing = tuple(
-            sorted(c.collection_id for c in catalogue.collections if c.state is ObjectState.CREATED)
-        )
-        task = replace(task, baseline=existing)
-        world.put_task(task)
-    changes = reconcile(task, world.collections[uid], world.metadata[uid], catalogue)
+    task = _baseline(world, task, catalogue)
+    changes = reconcile(
+        task, world.collections[uid], world.metadata[uid], catalogue, world.now.wall_ms
+    )
+    if changes.left is not None:
+        world.put_task(replace(task, left=changes.left))
     for record in changes.saved:
         world.put_collection(record)
     if changes.metadata is not None:
         world.put_metadata(changes.metadata)
     world.touch(uid)
+
+
+def _baseline(world: World, task: TaskRecord, catalogue: Catalogue) -> TaskRecord:
+    """The task with its baseline told for its selection as it is now."""
+    selection = task.spec.selection
+    if task.baseline_of == selection:
+        return task
+    baseline = set(task.baseline or ())
+    if task.baseline is None or task.baseline_of is not None:  # else of the format before
+        baseline.update(
+            c.collection_id
+            for c in catalogue.collections
+            if c.state is ObjectState.CREATED
+            and selection.selects(c.full_name)
+            and c.collection_id not in world.collections[task.uid]
+        )
+    task = replace(task, baseline=tuple(sorted(baseline)), baseline_of=selection)
+    world.put_task(task)
+    return task
 
 
 # Partitions that a row names and the assignment does not list.

@@ -15,10 +15,13 @@ from milvus_cdc_controller.core.collection import (
     CollectionRecord,
     CollectionState,
     Counters,
+    target_name,
 )
 from milvus_cdc_controller.core.effects import Publish, Save
 from milvus_cdc_controller.core.grant import Grant, GrantState, Observed, ReportedState
 from milvus_cdc_controller.core.liveness import SessionState
+from milvus_cdc_controller.core.names import Kind
+from milvus_cdc_controller.core.reconcile import name_fault
 from milvus_cdc_controller.core.task import TaskRecord, TaskState, move
 from milvus_cdc_controller.core.world import World, task_key
 
@@ -27,7 +30,6 @@ Status = tuple[CollectionState, str, str]
 _WAITS = {
     "NOT_PROBED": "Waiting until a replicator has reached queue and sink.",
     "WAITING_FOR_START": "Waiting for a replicator to name the end of the log.",
-    "WAITING_FOR_NAME": "Another collection still holds this name at the sink.",
     "RESYNC": "Being taken back before it is filled anew.",
     "DESELECTED": "No longer selected; being taken back.",
 }
@@ -42,6 +44,8 @@ def collection_status(world: World, record: CollectionRecord) -> Status:
     if task.paused:
         return CollectionState.PAUSED, "", ""
     reason = wanted(task, record)
+    if reason == "WAITING_FOR_NAME":
+        return CollectionState.PENDING, reason, waiting_for(world, record, record.sink_name)
     if reason:
         return CollectionState.PENDING, reason, _WAITS.get(reason, "")
     if not held:
@@ -70,6 +74,41 @@ def collection_status(world: World, record: CollectionRecord) -> Status:
     if seen.state is ReportedState.NONE:
         return CollectionState.PENDING, "ASSIGNING", f"{grant.owner} is beginning."
     return CollectionState.RUNNING, "", ""
+
+
+def waiting_for(world: World, record: CollectionRecord, name: str) -> str:
+    """Who still has a name at the sink that this collection is to get."""
+    task = world.tasks[record.task_uid]
+    for owner in sorted(world.names.holders(task.spec.sink_id, name) - {record.owner}):
+        what = f"alias {owner.what}"
+        if owner.kind is Kind.COLLECTION:
+            holder = world.collections[owner.task_uid][int(owner.what)]
+            what = f"{holder.source_name} (id {owner.what} at the source"
+            what += ", dropped there)" if holder.dropping else ")"
+            if holder.failure is not None:
+                what += f", which has failed: {holder.failure.reason}"
+        if owner.task_uid != record.task_uid:
+            what += f" of {world.tasks[owner.task_uid].spec.name}"
+        return f"{name} at the sink is still held by {what}."
+    return f"Waiting for the name {name} at the sink."
+
+
+def rename_pending(world: World, record: CollectionRecord) -> str:
+    """Why its name at the sink is not yet the one it should have; empty when it is."""
+    if not record.opened or record.dropping:
+        return ""
+    target = target_name(world.tasks[record.task_uid], record)
+    if target == record.now_at_sink:
+        return ""
+    text = f"It is to be called {target} at the sink and still is {record.now_at_sink}: "
+    if record.renaming:
+        return f"{text}rows that are older than the rename come first."
+    fault = name_fault(target, record.source_name)
+    if fault is not None:
+        return text + fault.message
+    if record.failure is not None:
+        return f"{text}it has failed; retry it."
+    return text + waiting_for(world, record, target)
 
 
 def grant_state(world: World, grant: Grant) -> GrantState:
@@ -146,7 +185,7 @@ def _running(world: World, task: TaskRecord) -> tuple[TaskState, str, str]:
         return TaskState.RETRYING, "NO_REPLICATOR", "No replicator is connected; start one."
     for record, (state, reason, message) in statuses:
         if state is CollectionState.RETRYING:
-            return TaskState.RETRYING, reason, f"{record.sink_name}: {message}"
+            return TaskState.RETRYING, reason, f"{record.source_name}: {message}"
     key = metadata_assignment_id(task.uid)
     seen = world.observed.get(key)
     if not metadata_wanted(world, task) and seen and seen.state is ReportedState.RETRYING:
@@ -158,7 +197,7 @@ def _running(world: World, task: TaskRecord) -> tuple[TaskState, str, str]:
         return (
             TaskState.RUNNING,
             "COLLECTIONS_FAILED",
-            f"{len(failed)} failed, {first.sink_name} first: {first.failure.message} "
+            f"{len(failed)} failed, {first.source_name} first: {first.failure.message} "
             "Retry or resync leads out; the others go on.",
         )
     failure = world.metadata[task.uid].failure

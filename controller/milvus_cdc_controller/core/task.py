@@ -6,9 +6,11 @@ loudly.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from milvus_cdc_controller.core.mapping import Flow, Naming, Rules
 from milvus_cdc_controller.core.selection import Selection
 
 
@@ -20,6 +22,8 @@ class TaskState(StrEnum):
     FAILED = "FAILED"
     DELETING = "DELETING"
 
+
+LEFT_MAX = 100
 
 TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
     TaskState.CREATING: frozenset(
@@ -85,6 +89,52 @@ class TaskSpec:
     sink_id: str
     start: StartAt
     adopt_existing: bool = False
+    rename: Rules = ()
+    source_endpoint: str = ""
+    """The source's public API, written as a `sink_id`; empty when the task does not name it."""
+
+    @property
+    def naming(self) -> Naming:
+        return Naming(self.rename, self.selection)
+
+
+def echo(spec: TaskSpec, others: Sequence[TaskSpec]) -> tuple[TaskSpec, ...] | None:
+    """The tasks by which rows that `spec` writes could come back to its source and be written
+    again; None when there are none. A task that does not name its source's API is not looked
+    through.
+    """
+    if not spec.source_endpoint:
+        return None
+    own = spec.naming.flows()
+    todo: list[tuple[TaskSpec, Flow, tuple[TaskSpec, ...]]] = [(spec, flow, ()) for flow in own]
+    seen: set[tuple[str, Flow]] = set()
+    while todo:
+        task, flow, way = todo.pop()
+        if task.sink_id == spec.source_endpoint and way:
+            if any(task.naming.feeds(flow, spec.naming, first) for first in own):
+                return way
+        for other in others:
+            if other.source_endpoint != task.sink_id:
+                continue
+            for after in other.naming.flows():
+                if (other.name, after) in seen:
+                    continue
+                if task.naming.feeds(flow, other.naming, after):
+                    seen.add((other.name, after))
+                    todo.append((other, after, (*way, other)))
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class LeftCollection:
+    """A collection that a rename at the source took out of the selection; its rows stay at the
+    sink.
+    """
+
+    collection_id: int
+    source_name: str
+    sink_name: str
+    time_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +158,13 @@ class TaskRecord:
     created: bool = False
     """Catalogue read and every start position known once: never CREATING again."""
     baseline: tuple[int, ...] | None = None
-    """Collections that existed at creation; `start` speaks of these only. None until the first
-    catalogue.
+    """Collections that existed when they were selected; `start` speaks of these only, not of one
+    that a rename brought in. None until the first catalogue.
     """
+    baseline_of: Selection | None = None
+    """The selection that `baseline` speaks of."""
+    left: tuple[LeftCollection, ...] = ()
+    """Newest last, at most `LEFT_MAX`."""
     state: TaskState = TaskState.CREATING
     reason: str = ""
     message: str = ""
@@ -140,7 +194,12 @@ def move(task: TaskRecord, state: TaskState, reason: str, message: str, wall_ms:
 
 @dataclass(frozen=True, slots=True)
 class DatabaseWish:
+    """A database to have at the sink, by its name there."""
+
     database_id: int
+    """Of the source's database that it stands for; 0 for one that is only there for collections
+    mapped into it.
+    """
     name: str
     dropped: bool = False
 

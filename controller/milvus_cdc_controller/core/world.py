@@ -7,7 +7,7 @@ Save.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from milvus_cdc.model import (
     Catalogue,
@@ -16,7 +16,11 @@ from milvus_cdc.model import (
     split_assignment_id,
 )
 
-from milvus_cdc_controller.core.collection import CollectionProgress, CollectionRecord
+from milvus_cdc_controller.core.collection import (
+    CollectionProgress,
+    CollectionRecord,
+    claim_of,
+)
 from milvus_cdc_controller.core.effects import (
     CloseSource,
     Effect,
@@ -32,6 +36,7 @@ from milvus_cdc_controller.core.events import Instant
 from milvus_cdc_controller.core.grant import Grant, Observed
 from milvus_cdc_controller.core.jobs import Job
 from milvus_cdc_controller.core.liveness import Leases, Session
+from milvus_cdc_controller.core.names import Names
 from milvus_cdc_controller.core.task import MetadataRecord, SourceRecord, TaskRecord
 
 
@@ -97,6 +102,8 @@ class World:
     metadata: dict[str, MetadataRecord] = field(default_factory=dict)
     grants: dict[str, Grant] = field(default_factory=dict)
     observed: dict[str, Observed] = field(default_factory=dict)
+    names: Names = field(default_factory=Names)
+    """Kept true by `put_collection` and `drop_collection`."""
     sessions: dict[str, Session] = field(default_factory=dict)
     """By instance."""
     streams: dict[int, str] = field(default_factory=dict)
@@ -152,10 +159,13 @@ class World:
                 case _:
                     pass
         for uid, records_of_task in self.collections.items():
-            for collection_id, wanted in records_of_task.items():
+            for collection_id, wanted in list(records_of_task.items()):
                 self.progress.setdefault(
                     wanted.assignment_id, CollectionProgress(uid, collection_id)
                 )
+                if wanted.opened and not wanted.at_sink:  # of the format before
+                    records_of_task[collection_id] = replace(wanted, at_sink=wanted.sink_name)
+                self._claim(records_of_task[collection_id])
 
     def put_task(self, task: TaskRecord) -> None:
         first = task.uid not in self.tasks
@@ -174,7 +184,11 @@ class World:
             record.assignment_id, CollectionProgress(record.task_uid, record.collection_id)
         )
         self.effects.append(Save(collection_key(record.task_uid, record.collection_id), record))
+        self._claim(record)
         self.touch(record.task_uid)
+
+    def _claim(self, record: CollectionRecord) -> None:
+        self.names.put(claim_of(self.tasks[record.task_uid], record))
 
     def put_progress(self, progress: CollectionProgress) -> None:
         key = collection_assignment_id(progress.task_uid, progress.collection_id)
@@ -209,6 +223,7 @@ class World:
         self.effects.append(Forget(progress_key(record.task_uid, record.collection_id)))
         if self.grants.pop(key, None) is not None:
             self.effects.append(Forget(grant_key(key)))
+        self.names.drop(record.owner)
         # Its name at the sink is free: another task's collection may wait for it.
         for task in self.tasks.values():
             if task.spec.sink_id == self.tasks[record.task_uid].spec.sink_id:
