@@ -73,6 +73,15 @@ class LeaseConfig(_Part):
         )
 
 
+class RetentionConfig(_Part):
+    """When a checkpoint counts as near the edge of what the queue keeps."""
+
+    warn_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Of the queue's limit in time or bytes: with less left the collection says RETENTION_LOW."""
+    check_seconds: Annotated[float, Field(ge=0.5, le=3600)] = 60.0
+    """How often the places of collections that nobody reads (paused, failed) are looked at."""
+
+
 class LogConfig(_Part):
     format: Literal["console", "json"] = "console"
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -83,6 +92,7 @@ class Config(_Part):
     metrics: Address | None = "127.0.0.1:7071"
     store: StoreConfig = StoreConfig(sqlite=SqliteConfig(path=Path("milvus-cdc.db")))
     lease: LeaseConfig = LeaseConfig()
+    retention: RetentionConfig = RetentionConfig()
     log: LogConfig = LogConfig()
 
 

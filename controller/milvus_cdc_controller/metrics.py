@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from milvus_cdc_controller.core.collection import CollectionState
 from milvus_cdc_controller.core.events import Instant
 from milvus_cdc_controller.core.liveness import SessionState
+from milvus_cdc_controller.core.positions import retention_of
 from milvus_cdc_controller.core.status import collection_view
 from milvus_cdc_controller.core.task import TaskState
 from milvus_cdc_controller.core.world import World
@@ -41,6 +42,18 @@ class Metrics:
             names,
             registry=self.registry,
         )
+        self.retention_left_seconds = Gauge(
+            "milvus_cdc_collection_retention_left_seconds",
+            "How long the queue still keeps the oldest message that is not durable in the sink.",
+            names,
+            registry=self.registry,
+        )
+        self.retention_left_bytes = Gauge(
+            "milvus_cdc_collection_retention_left_bytes",
+            "Bytes to be written until the queue forgets the oldest message that is not durable.",
+            names,
+            registry=self.registry,
+        )
         self.replicators = Gauge(
             "milvus_cdc_replicators", "Replicators by state.", ["state"], registry=self.registry
         )
@@ -64,6 +77,8 @@ class Metrics:
             self.tasks.labels(state=state.value).set(tasks.count(state))
         self.lag_seconds.clear()
         self.checkpoint_age_seconds.clear()
+        self.retention_left_seconds.clear()
+        self.retention_left_bytes.clear()
         states: list[CollectionState] = []
         for uid, records in world.collections.items():
             for record in records.values():
@@ -75,6 +90,11 @@ class Metrics:
                 if view.progress.resolved_ts:
                     age_ms = now.wall_ms - tso_to_ms(view.progress.resolved_ts)
                     self.checkpoint_age_seconds.labels(**labels).set(max(0, age_ms) / 1000)
+                left = retention_of(world, view.progress, record.assignment_id)
+                if left.left_ms >= 0:
+                    self.retention_left_seconds.labels(**labels).set(left.left_ms / 1000)
+                if left.left_bytes >= 0:
+                    self.retention_left_bytes.labels(**labels).set(left.left_bytes)
         for collection_state in CollectionState:
             self.collections.labels(state=collection_state.value).set(
                 states.count(collection_state)

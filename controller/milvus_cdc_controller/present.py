@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 
 from google.protobuf import timestamp_pb2
-from milvus_cdc.model import split_assignment_id, tso_to_ms
+from milvus_cdc.model import Carry, Drift, split_assignment_id, tso_to_ms
+from milvus_cdc.source.registry import position_text
 from milvuscdc.v1 import fleet_service_pb2, task_pb2
 
-from milvus_cdc_controller.core.collection import CollectionRecord, CollectionState
+from milvus_cdc_controller.core.collection import Checkpoint, CollectionRecord, CollectionState
 from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_controller.core.liveness import Session, SessionState
 from milvus_cdc_controller.core.mapping import NameRule, split
+from milvus_cdc_controller.core.positions import retention_of
 from milvus_cdc_controller.core.selection import Selection
 from milvus_cdc_controller.core.status import (
     collection_view,
@@ -21,7 +23,8 @@ from milvus_cdc_controller.core.status import (
 )
 from milvus_cdc_controller.core.task import LeftCollection, StartAt, TaskRecord, TaskSpec, TaskState
 from milvus_cdc_controller.core.world import World
-from milvus_cdc_controller.wire import duration
+from milvus_cdc_controller.retention_alarm import RETENTION_LOW, retention_text
+from milvus_cdc_controller.wire import DRIFTS, carry_message, duration
 
 TASK_STATES = {
     TaskState.CREATING: task_pb2.TASK_STATE_CREATING,
@@ -177,6 +180,9 @@ def collection_message(world: World, record: CollectionRecord) -> task_pb2.TaskC
     totals = view.progress.totals
     resolved_ts = view.progress.resolved_ts
     conditions = list(view.progress.conditions)
+    left = retention_of(world, view.progress, record.assignment_id)
+    if left.low(world.warn_fraction):
+        conditions.append((RETENTION_LOW, retention_text(left)))
     pending = rename_pending(world, record)
     if pending:
         conditions.append(("RENAME_PENDING", pending))
@@ -201,19 +207,34 @@ def collection_message(world: World, record: CollectionRecord) -> task_pb2.TaskC
         replicator=f"replicators/{view.grant.owner}" if view.grant.instance else "",
         epoch=view.grant.epoch,
         vchannels=[
-            task_pb2.VchannelProgress(
-                vchannel=point.vchannel,
-                read_from=point.read_from,
-                resolved_ts=point.resolved_ts,
-                horizon_ts=point.horizon_ts,
-                closed=point.closed,
-            )
+            _vchannel_message(world, record.assignment_id, point)
             for point in view.progress.checkpoints
         ],
         conditions=[task_pb2.Condition(type=kind, message=text) for kind, text in conditions],
     )
     if view.observed.lag_ms >= 0:
         result.lag.CopyFrom(duration(view.observed.lag_ms))
+    return result
+
+
+def _vchannel_message(
+    world: World, assignment_id: str, point: Checkpoint
+) -> task_pb2.VchannelProgress:
+    result = task_pb2.VchannelProgress(
+        vchannel=point.vchannel,
+        read_from=point.read_from,
+        read_from_text=position_text(point.read_from),
+        resolved_ts=point.resolved_ts,
+        horizon_ts=point.horizon_ts,
+        closed=point.closed,
+        retention_left_bytes=-1,
+    )
+    seen = world.retention.get(assignment_id, {}).get(point.vchannel)
+    if seen is not None and not point.closed:
+        left = seen.now(world.now.wall_ms)
+        if left.left_ms >= 0:
+            result.retention_left.CopyFrom(duration(left.left_ms))
+        result.retention_left_bytes = left.left_bytes
     return result
 
 

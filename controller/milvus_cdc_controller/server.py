@@ -31,6 +31,7 @@ from milvus_cdc_controller.fleet_service import FleetService
 from milvus_cdc_controller.loop import ControlLoop
 from milvus_cdc_controller.metrics import Metrics
 from milvus_cdc_controller.replication_service import ReplicationService, Streams
+from milvus_cdc_controller.retention_alarm import RetentionAlarm
 from milvus_cdc_controller.store import Store
 from milvus_cdc_controller.store.records import decode
 from milvus_cdc_controller.task_service import TaskService
@@ -109,6 +110,8 @@ async def serve(
     """
     records = [decode(key, value) for key, value in (await store.load()).items()]
     controller = Controller(config.lease.leases, records)
+    controller.world.warn_fraction = config.retention.warn_fraction
+    controller.world.check_every_ms = round(config.retention.check_seconds * 1000)
     metrics = Metrics()
     streams = Streams()
     loop = ControlLoop(controller, store, metrics)
@@ -193,6 +196,7 @@ def _export(config: Config, metrics: Metrics) -> Callable[[], None]:
 
 
 async def _observe(metrics: Metrics, loop: ControlLoop) -> None:
+    alarm = RetentionAlarm()
     while True:
         metrics.observe(loop.controller.world, clock.now())
         await asyncio.sleep(OBSERVE_SECONDS)

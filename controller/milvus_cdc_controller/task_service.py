@@ -20,6 +20,7 @@ from milvus_cdc_controller.core import jobs
 from milvus_cdc_controller.core.commands import check_create, find_repeated
 from milvus_cdc_controller.core.task import TaskRecord
 from milvus_cdc_controller.pages import page
+from milvus_cdc_controller.setting_positions import set_positions
 from milvus_cdc_controller.validation import (
     check,
     check_task_part,
@@ -246,7 +247,18 @@ class TaskService(rpc.TaskServiceServicer):
         self, request: pb.SetTaskPositionsRequest
     ) -> pb.SetTaskPositionsResponse:
         check(request)
-        raise ApiError("UNIMPLEMENTED", "UNIMPLEMENTED", "Not there yet.")
+        task, places = await set_positions(self._loop, self._find(request.name), request)
+        return pb.SetTaskPositionsResponse(
+            task=self._message(task),
+            positions=[
+                pb.VchannelPosition(
+                    vchannel=place.vchannel,
+                    read_from=place.read_from,
+                    resolved_ts=place.resolved_ts,
+                )
+                for place in places
+            ],
+        )
 
     def _find(self, name: str, field: str = "name") -> TaskRecord:
         world = self._loop.controller.world

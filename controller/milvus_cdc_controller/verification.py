@@ -30,7 +30,7 @@ _STOPPED = (CollectionState.FAILED, CollectionState.PAUSED)
 async def verify(
     loop: ControlLoop, task: TaskRecord, request: pb.VerifyTaskRequest
 ) -> AsyncIterator[pb.VerifyTaskResponse]:
-    records = _chosen(loop, task, list(request.collections))
+    records = chosen(loop, task, list(request.collections))
     if not task_pb2.Source.FromString(task.spec.source).HasField("milvus"):
         raise ApiError(
             "FAILED_PRECONDITION",
@@ -65,7 +65,7 @@ async def verify(
         yield event
 
 
-def _chosen(loop: ControlLoop, task: TaskRecord, names: list[str]) -> list[CollectionRecord]:
+def chosen(loop: ControlLoop, task: TaskRecord, names: list[str]) -> list[CollectionRecord]:
     records = [
         record
         for record in loop.controller.world.collections[task.uid].values()
@@ -90,7 +90,7 @@ def _chosen(loop: ControlLoop, task: TaskRecord, names: list[str]) -> list[Colle
 async def _source_ts(loop: ControlLoop, task: TaskRecord, records: list[CollectionRecord]) -> int:
     """The source's time now: rows acknowledged before are at or below it."""
     logs = tuple(sorted({v.pchannel for record in records for v in record.want.vchannels}))
-    result = await _single(loop, jobs.ResolveJob(task.spec.source, logs))
+    result = await single(loop, jobs.ResolveJob(task.spec.source, logs))
     if not isinstance(result, jobs.ResolveDone):
         raise ApiError("INTERNAL", "BAD_JOB_RESULT", "A resolve job answered with something else.")
     if not result.source_ts:
@@ -100,7 +100,7 @@ async def _source_ts(loop: ControlLoop, task: TaskRecord, records: list[Collecti
     return result.source_ts
 
 
-async def _single(loop: ControlLoop, payload: jobs.JobPayload) -> jobs.JobResult:
+async def single(loop: ControlLoop, payload: jobs.JobPayload) -> jobs.JobResult:
     job_id = await loop.begin_job(payload)
     try:
         result, _ = await loop.next_of_job(job_id)

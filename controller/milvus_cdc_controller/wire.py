@@ -16,6 +16,7 @@ from milvus_cdc_controller.core.collection import CollectionProgress, Collection
 from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.liveness import Leases
 from milvus_cdc_controller.core.mapping import split
+from milvus_cdc_controller.core.retention import Retention
 from milvus_cdc_controller.core.task import MetadataRecord
 
 PROTOCOL_MIN = 1
@@ -100,7 +101,13 @@ def event(stream: int, request: pb.ConnectRequest) -> MakeEvent | None:
 def _progress(stream: int, progress: pb.Progress) -> MakeEvent:
     reports = tuple(
         ev.VchannelReport(
-            v.vchannel, v.read_from, v.resolved_ts, v.closed, v.wanted_horizon_ts, v.incarnation
+            v.vchannel,
+            v.read_from,
+            v.resolved_ts,
+            v.closed,
+            v.wanted_horizon_ts,
+            v.incarnation,
+            _retention(v.retention) if v.HasField("retention") else None,
         )
         for v in progress.vchannels
     )
@@ -153,7 +160,30 @@ def _job_result(update: pb.JobUpdate) -> jobs.JobResult | None:
         case "verify":
             last = update.verify.WhichOneof("event") == "done"
             return jobs.VerifyEvent(update.verify.SerializeToString(), last)
+        case "locate":
+            return jobs.LocateDone(tuple(map(_located, update.locate.located)))
     return None
+
+
+def _located(place: pb.LocatedVchannel) -> jobs.Located:
+    return jobs.Located(
+        place.vchannel,
+        place.read_from,
+        place.resolved_ts,
+        place.incarnation,
+        _retention(place.retention) if place.HasField("retention") else None,
+        place.reason,
+        place.message,
+    )
+
+
+def _retention(told: pb.Retention) -> Retention:
+    return Retention(
+        told.left.ToMilliseconds() if told.HasField("left") else -1,
+        told.left_bytes,
+        told.limit.ToMilliseconds(),
+        told.limit_bytes,
+    )
 
 
 # To the replicator.
@@ -324,6 +354,23 @@ def _job_request(job_id: str, payload: jobs.JobPayload) -> pb.JobRequest:
                     max_differences=payload.max_differences,
                 ),
             )
+        case jobs.LocateJob():
+            places = [
+                pb.LocateTarget(
+                    vchannel=target.vchannel,
+                    pchannel=target.pchannel,
+                    resolved_ts=target.resolved_ts,
+                    incarnation=target.incarnation,
+                    stored=target.stored,
+                )
+                for target in payload.targets
+            ]
+            for place, target in zip(places, payload.targets, strict=True):
+                if target.read_from:
+                    place.read_from = target.read_from
+                else:
+                    place.ts = target.ts
+            return pb.JobRequest(job_id=job_id, locate=pb.LocateJob(source=source, targets=places))
 
 
 def duration(milliseconds: int) -> duration_pb2.Duration:

@@ -32,7 +32,7 @@ ASK_SECONDS = 30.0
 
 def retention(source: LogSource, limits: LogLimits, read_from: bytes, ts: int) -> pb.Retention:
     """`ts`: a TSO that is not newer than the entry at `read_from`."""
-    result = pb.Retention(left_bytes=-1, read_from_text=source.text(read_from))
+    result = pb.Retention(left_bytes=-1)
     if limits.max_age_ms:
         age_ms = max(int(time.time() * 1000) - tso_to_ms(ts), 0) if ts else 0
         result.left.CopyFrom(_duration(max(limits.max_age_ms - age_ms, 0)))

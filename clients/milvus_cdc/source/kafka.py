@@ -127,6 +127,7 @@ class KafkaSource:
 
     async def seek(self, pchannel: str, unix_ms: int) -> bytes:
         def ask() -> bytes:
+            self.check_topic(pchannel, b"")
             partition = TopicPartition(pchannel, 0)
             with self._foreign_errors(pchannel):
                 asked = {partition: OffsetSpec.for_timestamp(max(unix_ms, 0))}

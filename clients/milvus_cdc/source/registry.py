@@ -1,8 +1,9 @@
-"""Which adapter reads which queue."""
+"""Which adapter reads which queue, and what can be said of a queue without asking it."""
 
 from __future__ import annotations
 
-from milvus_cdc.source import KafkaConfig, LogSource, NatsConfig, QueueConfig
+from milvus_cdc.errors import BugError
+from milvus_cdc.source import KafkaConfig, LogSource, NatsConfig, QueueConfig, positions
 
 
 def open_source(config: QueueConfig) -> LogSource:
@@ -17,3 +18,11 @@ def open_source(config: QueueConfig) -> LogSource:
             from milvus_cdc.source.kafka import KafkaSource
 
             return KafkaSource(config)
+
+
+def position_text(position: bytes) -> str:
+    """As the queue's own tools show it; every queue so far numbers its messages in the same way."""
+    try:
+        return positions.text(position)
+    except BugError:
+        return position.hex()

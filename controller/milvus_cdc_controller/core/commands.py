@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from milvus_cdc_controller.core import positions
+from milvus_cdc_controller.core.collection import changed
 from milvus_cdc_controller.core.effects import Effect, RefreshSource, Refusal, Reply
 from milvus_cdc_controller.core.events import (
     Command,
@@ -13,6 +15,7 @@ from milvus_cdc_controller.core.events import (
     ResumeTask,
     ResyncCollection,
     RetryTask,
+    SetPositions,
     UpdateTask,
 )
 from milvus_cdc_controller.core.mapping import check_rules, meeting
@@ -324,6 +327,17 @@ def resync_collection(world: World, command: ResyncCollection) -> None:
     world.put_collection(replace(record, resync=True, failure=None))
     task = _change(world, task)
     _answer(world, command, task)
+
+
+def set_positions(world: World, command: SetPositions) -> None:
+    task = _find(world, command, command.name, command.etag)
+    if task is None or not _not_deleting(world, command, task):
+        return
+    refusal = positions.set_positions(world, task, command.positions)
+    if refusal is not None:
+        _refuse(world, command, refusal)
+        return
+    _answer(world, command, _change(world, task))
 
 
 def _no_collection(task: TaskRecord, collection: str) -> Refusal:

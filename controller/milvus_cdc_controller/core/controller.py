@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from milvus_cdc_controller.core import commands, events, sessions, sources
+from milvus_cdc_controller.core import commands, events, positions, sessions, sources
 from milvus_cdc_controller.core.assigning import settle
 from milvus_cdc_controller.core.effects import Effect, Forget, Publish, Record, Save
 from milvus_cdc_controller.core.liveness import Leases, SessionState
@@ -26,6 +26,7 @@ _HANDLERS: dict[type[events.Event], Callable[[World, Any], None]] = {
     events.DeleteTask: commands.delete_task,
     events.RetryTask: commands.retry_task,
     events.ResyncCollection: commands.resync_collection,
+    events.SetPositions: commands.set_positions,
     events.CatalogueSeen: sources.catalogue_seen,
     events.SourceUnavailable: sources.source_unavailable,
     events.PartitionRead: sources.partition_read,
@@ -92,6 +93,9 @@ class Controller:
                 world.touch(uid)
             elif world.work[uid].resolve_job or world.work[uid].not_before_ms:
                 world.touch(uid)
+            elif world.work[uid].check_job:
+                world.touch(uid)
+        positions.look_after(world, sources.start_job)
         if world.now.mono_ms - self._published_ms >= PUBLISH_EVERY_MS:
             self._published_ms = world.now.mono_ms
             for uid in sorted(world.stirred & world.tasks.keys()):

@@ -8,7 +8,8 @@ from milvus_cdc.model import Catalogue
 
 from milvus_cdc_controller.core.collection import NO_ROWS, Counters
 from milvus_cdc_controller.core.grant import ReportedState
-from milvus_cdc_controller.core.jobs import JobPayload, JobResult
+from milvus_cdc_controller.core.jobs import JobPayload, JobResult, Located
+from milvus_cdc_controller.core.retention import Retention
 from milvus_cdc_controller.core.selection import Selection
 from milvus_cdc_controller.core.task import TaskSpec
 
@@ -93,6 +94,15 @@ class RetryTask(Command):
 class ResyncCollection(Command):
     name: str
     collection: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetPositions(Command):
+    """All or nothing; each was found good in the log just before."""
+
+    name: str
+    etag: str
+    positions: tuple[Located, ...]
 
 
 # The source's metadata.
@@ -191,6 +201,7 @@ class VchannelReport:
     closed: bool = False
     wanted_horizon_ts: int = 0
     incarnation: bytes = b""
+    retention: Retention | None = None
 
 
 @dataclass(frozen=True, slots=True)

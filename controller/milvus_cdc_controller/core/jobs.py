@@ -1,4 +1,4 @@
-"""Work beside assignments that any replicator can do: probe, resolve, verify.
+"""Work beside assignments that any replicator can do: probe, resolve, verify, locate.
 
 Law: a job is given to one connected replicator; when its stream is lost, the core's own jobs
 begin anew elsewhere and those of a caller fail, because the caller has seen part of the answer.
@@ -7,6 +7,8 @@ begin anew elsewhere and those of a caller fail, because the caller has seen par
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from milvus_cdc_controller.core.retention import Retention
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,29 @@ class VerifyJob:
     max_differences: int
 
 
-JobPayload = ProbeJob | ResolveJob | VerifyJob
+@dataclass(frozen=True, slots=True)
+class LocateTarget:
+    """`read_from` with its `resolved_ts`, or (where `read_from` is empty) the last tick at or
+    before `ts`.
+    """
+
+    vchannel: str
+    pchannel: str
+    read_from: bytes = b""
+    resolved_ts: int = 0
+    ts: int = 0
+    incarnation: bytes = b""
+    stored: bool = False
+    """A checkpoint of ours: only whether the log still holds it is of interest."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocateJob:
+    source: bytes
+    targets: tuple[LocateTarget, ...]
+
+
+JobPayload = ProbeJob | ResolveJob | VerifyJob | LocateJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +93,26 @@ class VerifyEvent:
     last: bool
 
 
-JobResult = JobFailed | ProbeDone | ResolveDone | VerifyEvent
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A good place when `reason` is empty."""
+
+    vchannel: str
+    read_from: bytes = b""
+    resolved_ts: int = 0
+    incarnation: bytes = b""
+    retention: Retention | None = None
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LocateDone:
+    located: tuple[Located, ...]
+    """In the order asked."""
+
+
+JobResult = JobFailed | ProbeDone | ResolveDone | VerifyEvent | LocateDone
 
 
 @dataclass(slots=True)

@@ -36,7 +36,9 @@ from milvus_cdc_controller.core.events import (
 from milvus_cdc_controller.core.grant import Grant, ReportedState
 from milvus_cdc_controller.core.jobs import Job, JobFailed, VerifyEvent
 from milvus_cdc_controller.core.liveness import Session
-from milvus_cdc_controller.core.progress import apply_opened, apply_renamed, merge
+from milvus_cdc_controller.core.metadata_work import awaits, flushed, metadata_reported
+from milvus_cdc_controller.core.positions import note
+from milvus_cdc_controller.core.progress import apply_applied, apply_opened, apply_renamed, merge
 from milvus_cdc_controller.core.sources import adopt_catalogue, job_done, send_job
 from milvus_cdc_controller.core.task import Failure
 from milvus_cdc_controller.core.world import World
@@ -250,7 +252,11 @@ def _collection_progress(
     progress = merge(old_progress, event, opened=new.opened)
     if progress != old_progress:
         world.put_progress(progress)
-    if progress.closed != old_progress.closed or world.names.waits(record.owner):
+    for shard in event.vchannels:
+        if shard.retention is not None:
+            note(world, event.assignment_id, shard.vchannel, shard.retention)
+    moves = world.names.waits(record.owner) or awaits(world, event.assignment_id)
+    if moves or progress.closed != old_progress.closed:
         world.touch(uid)
     if new is not record:
         world.put_collection(new)

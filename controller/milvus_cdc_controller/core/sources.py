@@ -30,6 +30,7 @@ from milvus_cdc_controller.core.jobs import (
     ResolveDone,
     ResolveJob,
 )
+from milvus_cdc_controller.core.positions import looked_after
 from milvus_cdc_controller.core.reconcile import reconcile
 from milvus_cdc_controller.core.task import Failure, SourceRecord, TaskRecord
 from milvus_cdc_controller.core.world import World
@@ -204,7 +205,7 @@ def advance_work(world: World) -> None:
             continue
         if not task.probed:
             if not work.probe_job:
-                work.probe_job = _start(world, task, ProbeJob(task.spec.source, task.spec.sink))
+                work.probe_job = start_job(world, task, ProbeJob(task.spec.source, task.spec.sink))
             continue
         if work.resolve_job:
             continue
@@ -216,10 +217,11 @@ def advance_work(world: World) -> None:
         if lacking and task.baseline is not None:
             logs = sorted({v.pchannel for record in lacking for v in record.want.vchannels})
             work.resolving = tuple(record.collection_id for record in lacking)
-            work.resolve_job = _start(world, task, ResolveJob(task.spec.source, tuple(logs)))
+            work.resolve_job = start_job(world, task, ResolveJob(task.spec.source, tuple(logs)))
 
 
-def _start(world: World, task: TaskRecord, payload: JobPayload) -> str:
+def start_job(world: World, task: TaskRecord, payload: JobPayload) -> str:
+    """One of the core's own jobs; empty when no replicator is there."""
     world.job_count += 1
     job = Job(f"{task.uid}/{world.job_count}", payload, task.uid)
     job.deadline_ms = world.now.mono_ms + JOB_TIMEOUT_MS
@@ -246,6 +248,9 @@ def job_done(world: World, job: Job, result: JobResult) -> None:
     if task is None:
         return
     work = world.work[task.uid]
+    if job.job_id == work.check_job:
+        looked_after(world, task, job, result)
+        return
     if job.job_id not in (work.probe_job, work.resolve_job):
         return
     world.touch(task.uid)

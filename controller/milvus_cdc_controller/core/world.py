@@ -36,7 +36,9 @@ from milvus_cdc_controller.core.events import Instant
 from milvus_cdc_controller.core.grant import Grant, Observed
 from milvus_cdc_controller.core.jobs import Job
 from milvus_cdc_controller.core.liveness import Leases, Session
-from milvus_cdc_controller.core.names import Names
+from milvus_cdc_controller.core.metadata import alias_names
+from milvus_cdc_controller.core.names import Claim, Names, alias_owner
+from milvus_cdc_controller.core.retention import Seen
 from milvus_cdc_controller.core.task import MetadataRecord, SourceRecord, TaskRecord
 
 
@@ -83,6 +85,9 @@ class TaskWork:
     probe_job: str = ""
     resolve_job: str = ""
     resolving: tuple[int, ...] = ()
+    check_job: str = ""
+    """Looks whether the queue still holds the places that nobody reads from."""
+    check_after_ms: int = 0
     not_before_ms: int = 0
     recheck: bool = False
     """A retry waits for a trusted reading of the source."""
@@ -113,6 +118,11 @@ class World:
     sources: dict[str, SourceView] = field(default_factory=dict)
     source_records: dict[str, SourceRecord] = field(default_factory=dict)
     work: dict[str, TaskWork] = field(default_factory=dict)
+    retention: dict[str, dict[str, Seen]] = field(default_factory=dict)
+    """By assignment id and vchannel."""
+    check_every_ms: int = 60_000
+    warn_fraction: float = 0.2
+    """Less than this part of a limit of the queue is a reason to warn."""
     dirty: set[str] = field(default_factory=set)
     """Tasks whose assignments and state must be looked at in this step."""
     stirred: set[str] = field(default_factory=set)
@@ -219,6 +229,7 @@ class World:
         self.collections[record.task_uid].pop(record.collection_id)
         self.progress.pop(key, None)
         self.observed.pop(key, None)
+        self.retention.pop(key, None)
         self.effects.append(Forget(collection_key(record.task_uid, record.collection_id)))
         self.effects.append(Forget(progress_key(record.task_uid, record.collection_id)))
         if self.grants.pop(key, None) is not None:
