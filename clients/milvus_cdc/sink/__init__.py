@@ -141,6 +141,19 @@ class Sink(Protocol):
         """
         ...
 
+    async def rename_collection(
+        self, want: Collection, *, renamed_from: tuple[str, str], sink_collection_id: int
+    ) -> None:
+        """Gives the collection of this id its wanted database and name; `renamed_from` is the
+        (database, name) it has, unless that has happened already: then nothing is done. The wanted
+        database is there.
+
+        Raises RetryableError SINK_NAME_TAKEN while something else has the name, SINK_HAS_ALIASES
+        while aliases stand in the way; UserError SINK_CANNOT_RENAME, and SINK_COLLECTION_MISSING
+        or SINK_COLLECTION_REPLACED when it is found under neither name.
+        """
+        ...
+
     async def create_partition(self, want: Collection, partition: str) -> None: ...
 
     async def drop_partition(self, want: Collection, partition: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from milvus_cdc.codec.columns import concat, field_id, select_rows
@@ -195,6 +195,25 @@ class MemorySink:
         held = self._find(want)
         if held is not None and sink_collection_id in (0, held.collection_id):
             del self._databases[want.database][want.name]
+
+    async def rename_collection(
+        self, want: Collection, *, renamed_from: tuple[str, str], sink_collection_id: int
+    ) -> None:
+        old = replace(want, database=renamed_from[0], name=renamed_from[1])
+        there, before = self._find(want), self._find(old)
+        if (
+            there is not None
+            and sink_collection_id in (0, there.collection_id)
+            and (sink_collection_id or before is None)
+        ):
+            return
+        if before is None:
+            raise UserError("SINK_COLLECTION_MISSING", f"{old.full_name} is gone; resync")
+        if sink_collection_id not in (0, before.collection_id):
+            raise UserError("SINK_COLLECTION_REPLACED", f"{old.full_name} is another; resync")
+        if there is not None:
+            raise RetryableError("SINK_NAME_TAKEN", f"{want.full_name} is there already")
+        self._databases[want.database][want.name] = self._databases[old.database].pop(old.name)
 
     async def create_partition(self, want: Collection, partition: str) -> None:
         self._at(want.database, want.name).partitions.setdefault(partition, [])

@@ -26,6 +26,7 @@ from milvus_cdc.sink.milvus import requests
 from milvus_cdc.sink.milvus import schema as schemas
 from milvus_cdc.sink.milvus.metadata import Metadata
 from milvus_cdc.sink.milvus.objects import DDL_SECONDS, Objects
+from milvus_cdc.sink.milvus.renaming import rename
 
 __all__ = ["MilvusSink"]
 
@@ -170,6 +171,12 @@ class MilvusSink:
         there = await self._objects.describe(want)
         if there is not None and not _is_other(there, sink_collection_id):
             await self._drop(want)
+
+    async def rename_collection(
+        self, want: Collection, *, renamed_from: tuple[str, str], sink_collection_id: int
+    ) -> None:
+        known = await self.capabilities()
+        await rename(self._client, self._objects, known, want, renamed_from, sink_collection_id)
 
     async def create_partition(self, want: Collection, partition: str) -> None:
         await self._objects.create_partition(want, partition)
