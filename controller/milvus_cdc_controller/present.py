@@ -104,7 +104,18 @@ def task_spec(task: task_pb2.Task) -> TaskSpec:
         source_endpoint=(
             f"milvus {endpoint_id(task.source.milvus.uri)}" if task.source.milvus.uri else ""
         ),
+        carry=carry(task.carry),
+        drift=drift(task.drift),
     )
+
+
+def carry(message: task_pb2.Carry) -> Carry:
+    """What is unset has its default."""
+    return Carry(**{field.name: value for field, value in message.ListFields()})
+
+
+def drift(value: task_pb2.Drift.ValueType) -> Drift:
+    return Drift.REPORT if value == task_pb2.DRIFT_REPORT else Drift.REPAIR
 
 
 def fingerprint(task: task_pb2.Task) -> str:
@@ -140,6 +151,8 @@ def task_message(world: World, task: TaskRecord, store_error: str = "") -> task_
         ),
         adopt_existing=spec.adopt_existing,
         rename=[task_pb2.NameRule(**{"from": r.source, "to": r.sink}) for r in spec.rename],
+        carry=carry_message(spec.carry),
+        drift=DRIFTS[spec.drift],
         state=TASK_STATES[state],
         reason=reason,
         message=message,

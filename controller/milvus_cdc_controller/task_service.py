@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from milvus_cdc.errors import CdcError
+from milvus_cdc.model import Carry
 from milvuscdc.v1 import task_pb2
 from milvuscdc.v1 import task_service_pb2 as pb
 from milvuscdc.v1 import task_service_pb2_grpc as rpc
@@ -143,6 +144,16 @@ class TaskService(rpc.TaskServiceServicer):
             if paths & {"selection", "selection.exclude"}:
                 whole.selection.exclude[:] = request.task.selection.exclude
             check_task_part(whole, "selection")
+        paths = set(request.update_mask.paths)
+        with_carry = any(path.startswith("carry") for path in paths)
+        if "carry" in paths:
+            whole.carry.CopyFrom(request.task.carry)
+        for switch in (path.partition(".")[2] for path in paths if path.startswith("carry.")):
+            given = {f.name: value for f, value in request.task.carry.ListFields()}
+            setattr(whole.carry, switch, given.get(switch, getattr(Carry(), switch)))
+        if "drift" in paths:
+            whole.drift = request.task.drift
+            check_task_part(whole, "drift")
         task = await self._loop.call(
             lambda at, call: ev.UpdateTask(
                 at,
@@ -153,6 +164,8 @@ class TaskService(rpc.TaskServiceServicer):
                 tuple(sorted(whole.labels.items())) if with_labels else None,
                 present.selection(whole.selection) if with_selection else None,
                 request.validate_only,
+                present.carry(whole.carry) if with_carry else None,
+                present.drift(whole.drift) if "drift" in paths else None,
             )
         )
         return pb.UpdateTaskResponse(task=self._message(task))

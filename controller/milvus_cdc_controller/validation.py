@@ -12,10 +12,18 @@ from milvuscdc.v1 import task_service_pb2 as pb
 from milvus_cdc_controller.api_errors import ApiError
 from milvus_cdc_controller.present import endpoint_id
 
-_UPDATABLE = {"labels", "selection", "selection.include", "selection.exclude"}
+_CARRIES = frozenset(f"carry.{each.name}" for each in task_pb2.Carry.DESCRIPTOR.fields)
+_UPDATABLE = {
+    "labels",
+    "selection",
+    "selection.include",
+    "selection.exclude",
+    "drift",
+    "carry",
+} | _CARRIES
 _OUTPUT_ONLY = {
     "uid", "etag", "generation", "observed_generation", "state", "reason", "message",
-    "state_time", "create_time", "update_time", "progress",
+    "state_time", "create_time", "update_time", "progress", "conditions",
 }  # fmt: skip
 
 
@@ -69,7 +77,7 @@ def check_update(request: pb.UpdateTaskRequest) -> tuple[bool, bool]:
                 f"{path!r} is set by the server; {_can()}.",
                 field="update_mask",
             )
-        if head in ("labels", "selection"):
+        if head in ("labels", "selection", "carry", "drift"):
             raise ApiError(
                 "INVALID_ARGUMENT",
                 "UNKNOWN_FIELD_PATH",
@@ -106,7 +114,7 @@ def invalid(violations: tuple[tuple[str, str], ...]) -> ApiError:
 
 
 def _can() -> str:
-    return "only labels and selection can be updated"
+    return "only labels, selection, carry and drift can be updated"
 
 
 def _path(path: object) -> str:

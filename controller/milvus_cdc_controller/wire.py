@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 from google.protobuf import duration_pb2
-from milvus_cdc.model import LoadKind, ObjectState
+from milvus_cdc.model import Carry, Drift, Index, Load, LoadKind, ObjectState, Rbac, RoleGrant
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import task_pb2
 
@@ -32,6 +33,7 @@ _LOADS = {
     LoadKind.COLLECTION: pb.LoadSpec.KIND_COLLECTION,
     LoadKind.PARTITIONS: pb.LoadSpec.KIND_PARTITIONS,
 }
+DRIFTS = {Drift.REPAIR: task_pb2.DRIFT_REPAIR, Drift.REPORT: task_pb2.DRIFT_REPORT}
 _PARTITIONS = {
     ObjectState.CREATED: pb.PartitionSpec.STATE_CREATED,
     ObjectState.DROPPED: pb.PartitionSpec.STATE_DROPPED,
@@ -144,6 +146,13 @@ def _progress(stream: int, progress: pb.Progress) -> MakeEvent:
         progress.dropped,
         progress.applied_version,
         renamed_to,
+        aliases_version=progress.aliases_version,
+        flushed_ts=progress.flushed_ts,
+        flushes=tuple(
+            ev.FlushSeen(each.ts, each.database, tuple(each.collections))
+            for each in progress.flushes
+        ),
+        operations_read_from=progress.operations_read_from,
     )
 
 
@@ -239,6 +248,8 @@ def _assign(message: fx.Assign) -> pb.Assign:
         task=message.task.spec.name,
         source=task_pb2.Source.FromString(message.task.spec.source),
         sink=task_pb2.Sink.FromString(message.task.spec.sink),
+        carry=carry_message(message.task.spec.carry),
+        drift=DRIFTS[message.task.spec.drift],
     )
     if message.collection is not None:
         assert message.progress is not None
@@ -247,7 +258,7 @@ def _assign(message: fx.Assign) -> pb.Assign:
         assign.collection.CopyFrom(spec)
     else:
         assert message.metadata is not None
-        assign.metadata.CopyFrom(_metadata_spec(message.metadata))
+        assign.metadata.CopyFrom(metadata_spec(message.metadata, message.task.spec.carry))
     return assign
 
 
@@ -257,6 +268,15 @@ def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> p
     if record.renaming:
         database, name = split(record.at_sink)
         renamed_from = pb.SinkName(database=database, collection=name)
+    applied = None
+    if record.applied is not None:
+        applied = pb.AppliedObjects(
+            indexes=map(_index_spec, record.applied.indexes),
+            load=_load_spec(record.applied.load),
+            partition_ids=record.applied.partition_ids,
+            alter_ts=record.applied.alter_ts,
+        )
+    source_database, _, source_collection = record.source_name.partition(".")
     return pb.CollectionSpec(
         collection_id=want.collection_id,
         database=want.database,
@@ -279,22 +299,8 @@ def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> p
             )
             for p in want.partitions
         ],
-        indexes=[
-            pb.IndexSpec(
-                index_id=i.index_id,
-                name=i.name,
-                field_id=i.field_id,
-                field_name=i.field_name,
-                params=dict(i.params),
-                create_ts=i.create_ts,
-            )
-            for i in want.indexes
-        ],
-        load=pb.LoadSpec(
-            kind=_LOADS[want.load.kind],
-            partition_ids=want.load.partition_ids,
-            replicas=want.load.replicas,
-        ),
+        indexes=map(_index_spec, want.indexes),
+        load=_load_spec(want.load),
         vchannels=[
             pb.VchannelSpec(
                 vchannel=point.vchannel,
@@ -311,17 +317,98 @@ def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> p
         sink_collection_id=record.sink_collection_id,
         recreate=record.recreate,
         drop_granted=record.drop_granted,
+        flush_ts=record.flush_ts,
         renamed_from=renamed_from,
         rename_ts=record.rename_ts,
+        source_database=source_database,
+        source_collection=source_collection,
+        alter_ts=want.alter_ts,
+        applied=applied,
     )
 
 
-def _metadata_spec(metadata: MetadataRecord) -> pb.MetadataSpec:
-    return pb.MetadataSpec(
+def _index_spec(index: Index) -> pb.IndexSpec:
+    return pb.IndexSpec(
+        index_id=index.index_id,
+        name=index.name,
+        field_id=index.field_id,
+        field_name=index.field_name,
+        params=dict(index.params),
+        create_ts=index.create_ts,
+    )
+
+
+def _load_spec(load: Load) -> pb.LoadSpec:
+    return pb.LoadSpec(
+        kind=_LOADS[load.kind], partition_ids=load.partition_ids, replicas=load.replicas
+    )
+
+
+def carry_message(carry: Carry) -> task_pb2.Carry:
+    """Every switch said."""
+    return task_pb2.Carry(**{each.name: getattr(carry, each.name) for each in fields(Carry)})
+
+
+def metadata_spec(metadata: MetadataRecord, carry: Carry) -> pb.MetadataSpec:
+    properties = dict(metadata.database_properties)
+    spec = pb.MetadataSpec(
         databases=[
-            pb.DatabaseSpec(database_id=d.database_id, name=d.name, dropped=d.dropped)
+            pb.DatabaseSpec(
+                database_id=d.database_id,
+                name=d.name,
+                dropped=d.dropped,
+                properties=dict(properties.get(d.name, ())),
+            )
             for d in metadata.databases
-        ]
+        ],
+        aliases=[
+            pb.AliasSpec(database=a.database, alias=a.alias, collection=a.collection)
+            for a in metadata.aliases
+        ],
+        dropped_aliases=[
+            pb.SinkName(database=database, collection=alias)
+            for database, alias, _ in metadata.dropped_aliases
+        ],
+        applied_version=metadata.applied_version,
+    )
+    if metadata.rbac is not None:
+        spec.rbac.CopyFrom(_rbac_spec(metadata.rbac, metadata.dropped_rbac))
+    if metadata.operations_channel:
+        spec.operations.CopyFrom(
+            pb.OperationsSpec(
+                channel=metadata.operations_channel,
+                read_from=metadata.operations_read_from,
+                flush=carry.flush,
+                credentials=carry.rbac,
+            )
+        )
+    return spec
+
+
+def _rbac_spec(rbac: Rbac, dropped: Rbac) -> pb.RbacSpec:
+    return pb.RbacSpec(
+        users=rbac.users,
+        roles=rbac.roles,
+        members=[pb.RoleMember(user=user, role=role) for user, role in rbac.members],
+        grants=map(_grant_spec, rbac.grants),
+        privilege_groups=[
+            pb.PrivilegeGroupSpec(name=name, privileges=privileges)
+            for name, privileges in rbac.privilege_groups
+        ],
+        dropped_roles=dropped.roles,
+        dropped_members=[pb.RoleMember(user=user, role=role) for user, role in dropped.members],
+        dropped_grants=map(_grant_spec, dropped.grants),
+        dropped_privilege_groups=[name for name, _ in dropped.privilege_groups],
+    )
+
+
+def _grant_spec(grant: RoleGrant) -> pb.GrantSpec:
+    return pb.GrantSpec(
+        role=grant.role,
+        object_type=grant.object_type,
+        object_name=grant.object_name,
+        database=grant.database,
+        privilege=grant.privilege,
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from milvus_cdc.model import (
+    Carry,
     Collection,
+    Drift,
     Index,
     Load,
     LoadKind,
@@ -49,6 +51,31 @@ class CollectionAssignment:
     adopt_existing: bool
     recreate: bool
     drop_granted: bool
+    renamed_from: tuple[str, str] | None = None
+    """(database, name) that the sink's collection still may have."""
+    rename_ts: int = 0
+    """Rows at or below it come before the rename."""
+    source_database: str = ""
+    """Its database at the source."""
+    carry: Carry = Carry()
+    drift: Drift = Drift.REPAIR
+    applied: Applied | None = None
+    """What an owner before has carried out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What an owner has carried out, rows aside; tells the source's changes from others'."""
+
+    indexes: tuple[Index, ...]
+    load: Load
+    partition_ids: frozenset[int]
+    alter_ts: int
+
+    @classmethod
+    def of(cls, want: Collection) -> Applied:
+        alive = (p.partition_id for p in want.partitions if p.state is ObjectState.CREATED)
+        return cls(want.indexes, want.load, frozenset(alive), want.alter_ts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +132,7 @@ def from_assign(message: pb.Assign) -> Assignment:
         task=message.task,
         source=message.source,
         sink=message.sink,
-        want=_collection(spec),
+        want=collection_of(spec),
         lanes=tuple(
             LaneStart(
                 v.vchannel,
@@ -123,7 +150,22 @@ def from_assign(message: pb.Assign) -> Assignment:
         adopt_existing=spec.adopt_existing,
         recreate=spec.recreate,
         drop_granted=spec.drop_granted,
+        renamed_from=(
+            (spec.renamed_from.database, spec.renamed_from.collection)
+            if spec.HasField("renamed_from")
+            else None
+        ),
+        rename_ts=spec.rename_ts,
+        source_database=spec.source_database,
+        carry=carry_of(message.carry),
+        drift=Drift.REPORT if message.drift == task_pb2.DRIFT_REPORT else Drift.REPAIR,
+        applied=_applied(spec.applied) if spec.HasField("applied") else None,
     )
+
+
+def carry_of(message: task_pb2.Carry) -> Carry:
+    """What is unset has its default."""
+    return Carry(**{field.name: value for field, value in message.ListFields()})
 
 
 _LOAD_KINDS = {
@@ -133,7 +175,31 @@ _LOAD_KINDS = {
 }
 
 
-def _collection(spec: pb.CollectionSpec) -> Collection:
+def _applied(applied: pb.AppliedObjects) -> Applied:
+    return Applied(
+        tuple(map(_index, applied.indexes)),
+        _load(applied.load),
+        frozenset(applied.partition_ids),
+        applied.alter_ts,
+    )
+
+
+def _index(spec: pb.IndexSpec) -> Index:
+    return Index(
+        spec.index_id,
+        spec.name,
+        spec.field_id,
+        spec.field_name,
+        tuple(sorted(spec.params.items())),
+        spec.create_ts,
+    )
+
+
+def _load(spec: pb.LoadSpec) -> Load:
+    return Load(_LOAD_KINDS[spec.kind], tuple(spec.partition_ids), spec.replicas)
+
+
+def collection_of(spec: pb.CollectionSpec) -> Collection:
     dropped = spec.state == pb.CollectionSpec.STATE_DROPPING
     return Collection(
         collection_id=spec.collection_id,
@@ -158,17 +224,8 @@ def _collection(spec: pb.CollectionSpec) -> Collection:
             )
             for p in spec.partitions
         ),
-        indexes=tuple(
-            Index(
-                i.index_id,
-                i.name,
-                i.field_id,
-                i.field_name,
-                tuple(sorted(i.params.items())),
-                i.create_ts,
-            )
-            for i in spec.indexes
-        ),
-        load=Load(_LOAD_KINDS[spec.load.kind], tuple(spec.load.partition_ids), spec.load.replicas),
+        indexes=tuple(map(_index, spec.indexes)),
+        load=_load(spec.load),
+        alter_ts=spec.alter_ts,
         vchannels=tuple(Vchannel(v.vchannel, v.pchannel, v.read_from) for v in spec.vchannels),
     )

@@ -389,6 +389,7 @@ class CollectionSpec(_message.Message):
     RENAME_TS_FIELD_NUMBER: _builtins.int
     ALTER_TS_FIELD_NUMBER: _builtins.int
     FLUSH_TS_FIELD_NUMBER: _builtins.int
+    APPLIED_FIELD_NUMBER: _builtins.int
     collection_id: _builtins.int
     database: _builtins.str
     collection: _builtins.str
@@ -431,6 +432,12 @@ class CollectionSpec(_message.Message):
     def renamed_from(self) -> Global___SinkName:
         """Set while the sink's collection still has another name: rename it, once rows at or below `rename_ts` are there."""
 
+    @_builtins.property
+    def applied(self) -> Global___AppliedObjects:
+        """What an owner has reported as carried out (Progress.applied_version); unset before the first time. What differs
+        from it is the source's doing, what else differs at the sink is not.
+        """
+
     def __init__(
         self,
         *,
@@ -458,14 +465,46 @@ class CollectionSpec(_message.Message):
         rename_ts: _builtins.int = ...,
         alter_ts: _builtins.int = ...,
         flush_ts: _builtins.int = ...,
+        applied: Global___AppliedObjects | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "renamed_from", b"renamed_from"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "load", b"load", "renamed_from", b"renamed_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "alter_ts", b"alter_ts", "collection", b"collection", "collection_id", b"collection_id", "consistency_level", b"consistency_level", "create_ts", b"create_ts", "database", b"database", "drop_granted", b"drop_granted", "flush_ts", b"flush_ts", "indexes", b"indexes", "load", b"load", "opened", b"opened", "partitions", b"partitions", "properties", b"properties", "recreate", b"recreate", "rename_ts", b"rename_ts", "renamed_from", b"renamed_from", "schema", b"schema", "shards", b"shards", "sink_collection_id", b"sink_collection_id", "source_collection", b"source_collection", "source_database", b"source_database", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "alter_ts", b"alter_ts", "applied", b"applied", "collection", b"collection", "collection_id", b"collection_id", "consistency_level", b"consistency_level", "create_ts", b"create_ts", "database", b"database", "drop_granted", b"drop_granted", "flush_ts", b"flush_ts", "indexes", b"indexes", "load", b"load", "opened", b"opened", "partitions", b"partitions", "properties", b"properties", "recreate", b"recreate", "rename_ts", b"rename_ts", "renamed_from", b"renamed_from", "schema", b"schema", "shards", b"shards", "sink_collection_id", b"sink_collection_id", "source_collection", b"source_collection", "source_database", b"source_database", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CollectionSpec: _TypeAlias = CollectionSpec  # noqa: Y015
+
+@_typing.final
+class AppliedObjects(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEXES_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    PARTITION_IDS_FIELD_NUMBER: _builtins.int
+    ALTER_TS_FIELD_NUMBER: _builtins.int
+    alter_ts: _builtins.int
+    @_builtins.property
+    def indexes(self) -> _containers.RepeatedCompositeFieldContainer[Global___IndexSpec]: ...
+    @_builtins.property
+    def load(self) -> Global___LoadSpec: ...
+    @_builtins.property
+    def partition_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        indexes: _abc.Iterable[Global___IndexSpec] | None = ...,
+        load: Global___LoadSpec | None = ...,
+        partition_ids: _abc.Iterable[_builtins.int] | None = ...,
+        alter_ts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alter_ts", b"alter_ts", "indexes", b"indexes", "load", b"load", "partition_ids", b"partition_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppliedObjects: _TypeAlias = AppliedObjects  # noqa: Y015
 
 @_typing.final
 class SinkName(_message.Message):
@@ -689,6 +728,9 @@ class MetadataSpec(_message.Message):
     DROPPED_ALIASES_FIELD_NUMBER: _builtins.int
     RBAC_FIELD_NUMBER: _builtins.int
     OPERATIONS_FIELD_NUMBER: _builtins.int
+    APPLIED_VERSION_FIELD_NUMBER: _builtins.int
+    applied_version: _builtins.int
+    """The newest version that was reported as applied: what differs from it is the source's doing."""
     @_builtins.property
     def databases(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatabaseSpec]: ...
     @_builtins.property
@@ -715,10 +757,11 @@ class MetadataSpec(_message.Message):
         dropped_aliases: _abc.Iterable[Global___SinkName] | None = ...,
         rbac: Global___RbacSpec | None = ...,
         operations: Global___OperationsSpec | None = ...,
+        applied_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["operations", b"operations", "rbac", b"rbac"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "databases", b"databases", "dropped_aliases", b"dropped_aliases", "operations", b"operations", "rbac", b"rbac"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "applied_version", b"applied_version", "databases", b"databases", "dropped_aliases", b"dropped_aliases", "operations", b"operations", "rbac", b"rbac"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1162,6 +1205,7 @@ class Progress(_message.Message):
     FLUSHED_TS_FIELD_NUMBER: _builtins.int
     FLUSHES_FIELD_NUMBER: _builtins.int
     OPERATIONS_READ_FROM_FIELD_NUMBER: _builtins.int
+    ALIASES_VERSION_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     epoch: _builtins.int
     seq: _builtins.int
@@ -1179,10 +1223,12 @@ class Progress(_message.Message):
     dropped: _builtins.bool
     """The drop was executed at the sink."""
     applied_version: _builtins.int
-    """Metadata assignments: the version whose wishes the sink fulfils."""
+    """The version whose wishes, rows aside, the sink has been brought to fulfil."""
     flushed_ts: _builtins.int
     """The newest flush that was carried out."""
     operations_read_from: _builtins.bytes
+    aliases_version: _builtins.int
+    """Metadata assignments: the version whose wishes for aliases the sink fulfils, whatever else is in the way."""
     @_builtins.property
     def vchannels(self) -> _containers.RepeatedCompositeFieldContainer[Global___VchannelReport]: ...
     @_builtins.property
@@ -1222,10 +1268,11 @@ class Progress(_message.Message):
         flushed_ts: _builtins.int = ...,
         flushes: _abc.Iterable[Global___FlushOperation] | None = ...,
         operations_read_from: _builtins.bytes = ...,
+        aliases_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["opened", b"opened", "renamed_to", b"renamed_to"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_version", b"applied_version", "assignment_id", b"assignment_id", "conditions", b"conditions", "dropped", b"dropped", "epoch", b"epoch", "flushed_ts", b"flushed_ts", "flushes", b"flushes", "lag_ms", b"lag_ms", "message", b"message", "opened", b"opened", "operations_read_from", b"operations_read_from", "reason", b"reason", "renamed_to", b"renamed_to", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "seq", b"seq", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases_version", b"aliases_version", "applied_version", b"applied_version", "assignment_id", b"assignment_id", "conditions", b"conditions", "dropped", b"dropped", "epoch", b"epoch", "flushed_ts", b"flushed_ts", "flushes", b"flushes", "lag_ms", b"lag_ms", "message", b"message", "opened", b"opened", "operations_read_from", b"operations_read_from", "reason", b"reason", "renamed_to", b"renamed_to", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "seq", b"seq", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1337,13 +1384,10 @@ class Retention(_message.Message):
 
     LEFT_FIELD_NUMBER: _builtins.int
     LEFT_BYTES_FIELD_NUMBER: _builtins.int
-    READ_FROM_TEXT_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     left_bytes: _builtins.int
     """-1 when the queue sets no limit in bytes."""
-    read_from_text: _builtins.str
-    """`read_from` as the queue's own tools show it."""
     limit_bytes: _builtins.int
     @_builtins.property
     def left(self) -> _duration_pb2.Duration:
@@ -1358,13 +1402,12 @@ class Retention(_message.Message):
         *,
         left: _duration_pb2.Duration | None = ...,
         left_bytes: _builtins.int = ...,
-        read_from_text: _builtins.str = ...,
         limit: _duration_pb2.Duration | None = ...,
         limit_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "limit", b"limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "left_bytes", b"left_bytes", "limit", b"limit", "limit_bytes", b"limit_bytes", "read_from_text", b"read_from_text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "left_bytes", b"left_bytes", "limit", b"limit", "limit_bytes", b"limit_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

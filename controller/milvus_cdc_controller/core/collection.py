@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from milvus_cdc.model import Collection, collection_assignment_id
+from milvus_cdc.model import Collection, Index, Load, ObjectState, collection_assignment_id
 
 from milvus_cdc_controller.core.mapping import impossible_part, sink_name
 from milvus_cdc_controller.core.names import Claim, Owner, collection_owner
@@ -93,6 +93,21 @@ class CollectionProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class Applied:
+    """What an owner has carried out, rows aside; tells the source's changes from others'."""
+
+    indexes: tuple[Index, ...]
+    load: Load
+    partition_ids: tuple[int, ...]
+    alter_ts: int
+
+
+def applied(want: Collection) -> Applied:
+    alive = (p.partition_id for p in want.partitions if p.state is ObjectState.CREATED)
+    return Applied(want.indexes, want.load, tuple(alive), want.alter_ts)
+
+
+@dataclass(frozen=True, slots=True)
 class CollectionRecord:
     """A collection as wanted at the sink.
 
@@ -123,6 +138,9 @@ class CollectionRecord:
     drop_granted: bool = False
     deselected: bool = False
     failure: Failure | None = None
+    flush_ts: int = 0
+    """TSO of the newest flush that the sink has not been asked for yet; 0 = none."""
+    applied: Applied | None = None
 
     @property
     def assignment_id(self) -> str:

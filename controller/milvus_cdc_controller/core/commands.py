@@ -218,13 +218,23 @@ def update_task(world: World, command: UpdateTask) -> None:
         if refusal is not None:
             _refuse(world, command, refusal)
             return
+    if command.carry is not None:
+        spec = replace(spec, carry=command.carry)
+    if command.drift is not None:
+        spec = replace(spec, drift=command.drift)
     if command.validate_only:
         _answer(world, command, replace(task, spec=spec))
         return
     if spec != task.spec:
+        retold = (spec.carry, spec.drift) != (task.spec.carry, task.spec.drift)
         # Who changes the selection has seen what a rename had taken out of it.
         left = task.left if spec.selection == task.spec.selection else ()
         task = _change(world, task, spec=spec, left=left)
+        if retold:
+            for record in list(world.collections[task.uid].values()):
+                world.put_collection(changed(record))
+            metadata = world.metadata[task.uid]
+            world.put_metadata(replace(metadata, version=metadata.version + 1))
         adopt_catalogue(world, task.uid)
     _answer(world, command, task)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from milvus_cdc.model import Catalogue
+from milvus_cdc.model import Carry, Catalogue, Drift
 
 from milvus_cdc_controller.core.collection import NO_ROWS, Counters
 from milvus_cdc_controller.core.grant import ReportedState
@@ -62,6 +62,8 @@ class UpdateTask(Command):
     labels: tuple[tuple[str, str], ...] | None
     selection: Selection | None
     validate_only: bool = False
+    carry: Carry | None = None
+    drift: Drift | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +214,15 @@ class SinkOpened:
 
 
 @dataclass(frozen=True, slots=True)
+class FlushSeen:
+    """A user's flush at the source, names as there."""
+
+    ts: int
+    database: str
+    collections: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ProgressReported(StreamEvent):
     assignment_id: str
     epoch: int
@@ -228,6 +239,10 @@ class ProgressReported(StreamEvent):
     applied_version: int = 0
     renamed_to: str = ""
     """`database.collection` that the sink's collection has now."""
+    aliases_version: int = 0
+    flushed_ts: int = 0
+    flushes: tuple[FlushSeen, ...] = ()
+    operations_read_from: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from milvus_cdc_controller.core.collection import (
     CollectionProgress,
     CollectionRecord,
     Counters,
+    applied,
 )
 from milvus_cdc_controller.core.events import ProgressReported, VchannelReport
 
@@ -60,6 +61,14 @@ def merge(
         current=report.counters,
         conditions=report.conditions,
     )
+
+
+def apply_applied(record: CollectionRecord, report: ProgressReported) -> CollectionRecord:
+    """Only of the newest wish: what an older one wanted is not known any more."""
+    if report.applied_version != record.version or record.recreate:
+        return record
+    now = applied(record.want)
+    return record if record.applied == now else replace(record, applied=now)
 
 
 def apply_opened(record: CollectionRecord, report: ProgressReported) -> CollectionRecord:

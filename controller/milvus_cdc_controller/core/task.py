@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from milvus_cdc.model import Carry, Drift, Rbac
+
 from milvus_cdc_controller.core.mapping import Flow, Naming, Rules
 from milvus_cdc_controller.core.selection import Selection
 
@@ -89,6 +91,8 @@ class TaskSpec:
     sink_id: str
     start: StartAt
     adopt_existing: bool = False
+    carry: Carry = Carry()
+    drift: Drift = Drift.REPAIR
     rename: Rules = ()
     source_endpoint: str = ""
     """The source's public API, written as a `sink_id`; empty when the task does not name it."""
@@ -204,6 +208,27 @@ class DatabaseWish:
     dropped: bool = False
 
 
+Properties = tuple[str, tuple[tuple[str, str], ...]]
+"""A database at the sink and its properties."""
+
+
+@dataclass(frozen=True, slots=True)
+class AliasWish:
+    """By its names at the sink; `source` is its `database.alias` at the source."""
+
+    source: str
+    database: str
+    alias: str
+    collection: str
+    collection_id: int
+    sink_collection_id: int = 0
+    """Another one when the sink's collection was made anew: the alias must be looked at again."""
+
+    @property
+    def place(self) -> str:
+        return f"{self.database}.{self.alias}"
+
+
 @dataclass(frozen=True, slots=True)
 class MetadataRecord:
     """The content of a task's metadata assignment."""
@@ -213,6 +238,27 @@ class MetadataRecord:
     databases: tuple[DatabaseWish, ...] = ()
     applied_version: int = 0
     failure: Failure | None = None
+    aliases: tuple[AliasWish, ...] = ()
+    """To be at the sink: everything they wait for has happened, or they are as they were."""
+    dropped_aliases: tuple[tuple[str, str, int], ...] = ()
+    """(database, alias, id of the collection it stood for) at the sink, once wanted."""
+    leaving: tuple[int, ...] = ()
+    """Collections for which an alias may still stand until `aliases_version` has caught up."""
+    aliases_version: int = 0
+    """The newest version of which a replicator said that its aliases are as wanted."""
+    database_properties: tuple[Properties, ...] = ()
+    rbac: Rbac | None = None
+    """With the names of the sink; None unless the task carries `rbac`."""
+    dropped_rbac: Rbac = Rbac()
+    """Given by us and gone at the source."""
+    operations_channel: str = ""
+    operations_read_from: bytes = b""
+    """Everything before it has been seen to; empty before the first reading."""
+    conditions: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def aliases_done(self) -> bool:
+        return self.aliases_version >= self.version
 
 
 @dataclass(frozen=True, slots=True)
