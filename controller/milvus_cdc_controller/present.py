@@ -167,6 +167,10 @@ def task_message(world: World, task: TaskRecord, store_error: str = "") -> task_
         result.start.earliest.SetInParent()
     if task.uid in world.tasks:
         totals = task_totals(world, task.uid)
+        result.conditions.extend(
+            task_pb2.Condition(type=kind, message=text)
+            for kind, text in world.metadata[task.uid].conditions
+        )
         result.progress.collections = totals.collections
         result.progress.collections_running = totals.running
         result.progress.collections_failed = totals.failed

@@ -23,6 +23,7 @@ from milvus_cdc_controller.core.effects import Assign, Revoke
 from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_controller.core.liveness import Session
 from milvus_cdc_controller.core.mapping import split
+from milvus_cdc_controller.core.metadata_work import drop_waits_for_alias, settle_metadata
 from milvus_cdc_controller.core.names import Kind, Owner
 from milvus_cdc_controller.core.placement import Candidate, Need, place
 from milvus_cdc_controller.core.reconcile import name_fault
@@ -64,7 +65,7 @@ def metadata_wanted(world: World, task: TaskRecord) -> str:
         return "NOT_PROBED"
     if metadata.failure is not None:
         return "FAILED"
-    if not metadata.databases and not metadata.applied_version:
+    if not metadata.version:
         return "EMPTY"
     return ""
 
@@ -136,6 +137,7 @@ def settle(world: World) -> set[str]:
 
 
 def _settle_task(world: World, task: TaskRecord) -> None:
+    settle_metadata(world, task)
     take_names(world)
     for record in list(world.collections[task.uid].values()):
         _settle_collection(world, task, record)
@@ -170,6 +172,7 @@ def _settle_collection(world: World, task: TaskRecord, record: CollectionRecord)
                 recreate=True,
                 opened=False,
                 sink_collection_id=0,
+                applied=None,
                 failure=None,
                 started=True,
                 drop_granted=False,
@@ -177,7 +180,8 @@ def _settle_collection(world: World, task: TaskRecord, record: CollectionRecord)
             _reset(world, record, world.progress[record.assignment_id])
             world.put_collection(record)
     if not record.drop_granted and record.dropping and record.opened:
-        if world.progress[record.assignment_id].closed:
+        waits = drop_waits_for_alias(world, task.uid, record.collection_id)
+        if world.progress[record.assignment_id].closed and not waits:
             record = replace(record, version=record.version + 1, drop_granted=True)
             world.put_collection(record)
     if held:

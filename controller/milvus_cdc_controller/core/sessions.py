@@ -237,9 +237,7 @@ def progress_reported(world: World, event: ProgressReported) -> None:
 
 
 def _metadata_progress(world: World, event: ProgressReported, uid: str) -> None:
-    metadata = world.metadata[uid]
-    if event.applied_version > metadata.applied_version:
-        world.put_metadata(replace(metadata, applied_version=event.applied_version))
+    if metadata_reported(world, uid, event):
         adopt_catalogue(world, uid)
 
 
@@ -247,7 +245,7 @@ def _collection_progress(
     world: World, event: ProgressReported, uid: str, collection_id: int
 ) -> tuple[tuple[str, int], ...]:
     record = world.collections[uid][collection_id]
-    new = apply_renamed(apply_opened(record, event), event)
+    new = apply_applied(apply_renamed(apply_opened(record, event), event), event)
     old_progress = world.progress[event.assignment_id]
     progress = merge(old_progress, event, opened=new.opened)
     if progress != old_progress:
@@ -260,6 +258,7 @@ def _collection_progress(
         world.touch(uid)
     if new is not record:
         world.put_collection(new)
+    flushed(world, uid, collection_id, event.flushed_ts)
     if event.dropped and new.drop_granted:
         session = world.session_of(event.stream)
         assert session is not None

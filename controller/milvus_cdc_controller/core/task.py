@@ -7,7 +7,7 @@ loudly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from milvus_cdc.model import Carry, Drift, Rbac
@@ -249,7 +249,7 @@ class MetadataRecord:
     database_properties: tuple[Properties, ...] = ()
     rbac: Rbac | None = None
     """With the names of the sink; None unless the task carries `rbac`."""
-    dropped_rbac: Rbac = Rbac()
+    dropped_rbac: Rbac = field(default_factory=Rbac)
     """Given by us and gone at the source."""
     operations_channel: str = ""
     operations_read_from: bytes = b""

@@ -93,6 +93,8 @@ class TaskWork:
     """A retry waits for a trusted reading of the source."""
     reason: str = ""
     message: str = ""
+    awaited: frozenset[int] = frozenset()
+    """Collections whose progress may let an alias come."""
 
 
 @dataclass(slots=True)
@@ -176,6 +178,8 @@ class World:
                 if wanted.opened and not wanted.at_sink:  # of the format before
                     records_of_task[collection_id] = replace(wanted, at_sink=wanted.sink_name)
                 self._claim(records_of_task[collection_id])
+        for metadata in self.metadata.values():
+            self._claim_aliases(metadata, None)
 
     def put_task(self, task: TaskRecord) -> None:
         first = task.uid not in self.tasks
@@ -197,6 +201,14 @@ class World:
         self._claim(record)
         self.touch(record.task_uid)
 
+    def _claim_aliases(self, now: MetadataRecord, before: MetadataRecord | None) -> None:
+        held = alias_names(now)
+        for name in (alias_names(before) if before is not None else frozenset()) - held:
+            self.names.drop(alias_owner(now.task_uid, name))
+        sink_id = self.tasks[now.task_uid].spec.sink_id
+        for name in held:
+            self.names.put(Claim(alias_owner(now.task_uid, name), sink_id, frozenset({name})))
+
     def _claim(self, record: CollectionRecord) -> None:
         self.names.put(claim_of(self.tasks[record.task_uid], record))
 
@@ -206,6 +218,7 @@ class World:
         self.effects.append(Save(progress_key(progress.task_uid, progress.collection_id), progress))
 
     def put_metadata(self, metadata: MetadataRecord) -> None:
+        self._claim_aliases(metadata, self.metadata.get(metadata.task_uid))
         self.metadata[metadata.task_uid] = metadata
         self.effects.append(Save(metadata_key(metadata.task_uid), metadata))
         self.touch(metadata.task_uid)
@@ -247,6 +260,7 @@ class World:
         if self.grants.pop(key, None) is not None:
             self.effects.append(Forget(grant_key(key)))
         self.observed.pop(key, None)
+        self._claim_aliases(MetadataRecord(task.uid), self.metadata[task.uid])
         del self.tasks[task.uid], self.collections[task.uid], self.metadata[task.uid]
         del self.work[task.uid]
         if self.uid_by_name.get(task.spec.name) == task.uid:
