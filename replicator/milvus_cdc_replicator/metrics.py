@@ -4,6 +4,8 @@ contents.
 
 from __future__ import annotations
 
+import contextlib
+
 from prometheus_client import Counter, Gauge, Histogram
 
 BYTES_READ = Counter(
@@ -44,3 +46,10 @@ QUEUE_BYTES = Gauge("milvus_cdc_replicator_queue_bytes", "Bytes read and not yet
 LEASE_SECONDS = Gauge("milvus_cdc_replicator_lease_seconds", "Time the process may still write")
 ASSIGNMENTS = Gauge("milvus_cdc_replicator_assignments", "Assignments held")
 CONNECTED = Gauge("milvus_cdc_replicator_connected", "1 while the stream to the controller is up")
+
+
+def forget(task: str, collection: str) -> None:
+    """Gauges of a name that the collection no longer has."""
+    for gauge in (LAG_SECONDS, CHECKPOINT_AGE):
+        with contextlib.suppress(KeyError):
+            gauge.remove(task, collection)

@@ -38,6 +38,8 @@ class Report:
     """(sink collection id, adopted, horizon TSO)."""
     dropped: bool
     applied_version: int = 0
+    renamed_to: tuple[str, str] | None = None
+    """(database, name) that the sink's collection has since a rename."""
 
 
 _STATES = {
@@ -75,6 +77,8 @@ def to_progress(report: Report, seq: int) -> pb.Progress:
         dropped=report.dropped,
         applied_version=report.applied_version,
     )
+    if report.renamed_to is not None:
+        message.renamed_to.database, message.renamed_to.collection = report.renamed_to
     if report.opened is not None:
         sink_collection_id, adopted, horizon_ts = report.opened
         message.opened.sink_collection_id = sink_collection_id

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import structlog
-from milvus_cdc.errors import BugError, CdcError
+from milvus_cdc.errors import BugError, CdcError, UserError
 from milvus_cdc.model import Collection, ObjectState, ms_to_tso, tso_to_ms
 from milvus_cdc.sink import Opened, Sink, reconcile
 
@@ -44,6 +44,20 @@ REST_SECONDS = 0.5
 PARTITION_UNKNOWN_SECONDS = 30.0
 ADOPTION_MARGIN_MS = 60_000
 """Rows of an adopted collection are no newer than now by the source's clock, which may be ahead."""
+
+
+RENAME_AGAIN_SECONDS = 2.0
+_NOT_THERE = frozenset(
+    {"SINK_COLLECTION_MISSING", "SINK_COLLECTION_REPLACED", "SINK_NAME_IS_ALIAS"}
+)
+
+
+def _name(want: Collection) -> tuple[str, str]:
+    return want.database, want.name
+
+
+def _named(want: Collection, name: tuple[str, str]) -> Collection:
+    return want if _name(want) == name else replace(want, database=name[0], name=name[1])
 
 
 class CollectionRunner:
@@ -105,6 +119,11 @@ class CollectionRunner:
         self._asked_horizons: tuple[int, ...] = ()
         self._said: object = None
         self._waiting_since: float | None = None
+        self._placed = want
+        """`assignment.want` with the name that it has at the sink."""
+        self._renamed_to: tuple[str, str] | None = None
+        self._renaming = False
+        self._rename_after = 0.0
         self._reconciled: object = None
         self._reconciling = False
         self._dropping = False
@@ -136,6 +155,7 @@ class CollectionRunner:
     def update(self, assignment: CollectionAssignment) -> None:
         def apply() -> None:
             self.assignment = assignment
+            self._placed = _named(assignment.want, _name(self._placed))
             self._core.update(assignment.want)
 
         self._post(apply)
@@ -187,8 +207,7 @@ class CollectionRunner:
             )
             for lane in self._core.lanes.values()
         )
-        want = self.assignment.want
-        labels = (self.assignment.task, want.full_name)
+        labels = (self.assignment.task, self._placed.full_name)
         resolved = min((lane.resolved_ts for lane in lanes if not lane.closed), default=0)
         lag_ms = self._lag_ms()
         if lag_ms >= 0:
@@ -207,6 +226,7 @@ class CollectionRunner:
             conditions=tuple(sorted(self._conditions.items())),
             opened=self._opened,
             dropped=self._dropped,
+            renamed_to=self._renamed_to,
         )
 
     def _lag_ms(self) -> int:
@@ -290,33 +310,61 @@ class CollectionRunner:
             self._core.mark_opened(0)
             self._act()
             return
+        renamed_from = self.assignment.renamed_from
+        places = [want]
+        if renamed_from is not None and not self.assignment.recreate:
+            # An owner before may have renamed it without living to say so.
+            places.append(_named(want, renamed_from))
         answers: list[Opened] = []
 
         async def open_collection() -> None:
             if self.assignment.recreate:
                 await self._intake.check()
+                if renamed_from is not None:
+                    old = _named(want, renamed_from)
+                    await sink.drop_collection(old, sink_collection_id=0)
             await sink.ensure_database(want.database)
-            answers.append(
-                await sink.open_collection(
-                    want,
-                    opened=self.assignment.opened,
-                    adopt=self.assignment.adopt_existing,
-                    recreate=self.assignment.recreate,
-                    sink_collection_id=self.assignment.sink_collection_id,
-                )
-            )
+            for place in places:
+                try:
+                    opened = await self._open_at(sink, place)
+                except UserError as error:
+                    if error.reason not in _NOT_THERE or place is places[-1]:
+                        raise
+                else:
+                    self._placed = place
+                    answers.append(opened)
+                    return
 
         if not await self._work.ddl("open", open_collection):
             return
         opened = answers[-1]
+        if renamed_from is not None and self._placed is want:
+            self._renamed_to = _name(want)
+        self._work.retarget(sink.target(self._placed))
+        self._bind()
         existing_until = 0
         if opened.adopted:
             existing_until = ms_to_tso(int(time.time() * 1000) + ADOPTION_MARGIN_MS)
         self._opened = (opened.sink_collection_id, opened.adopted, existing_until)
         self._conditions.update(opened.conditions)
+        if opened.writes_in_flight:
+            self._core.sequencer.limit_in_flight(opened.writes_in_flight)
         self._core.mark_opened(existing_until)
         self._log.info("collection opened", adopted=opened.adopted)
         self._notify(self.assignment.assignment_id)
+
+    async def _open_at(self, sink: Sink, place: Collection) -> Opened:
+        return await sink.open_collection(
+            place,
+            opened=self.assignment.opened,
+            adopt=self.assignment.adopt_existing,
+            recreate=self.assignment.recreate,
+            sink_collection_id=self.assignment.sink_collection_id,
+        )
+
+    def _bind(self) -> None:
+        self._log = self._log.bind(collection=self._placed.full_name)
+        self._troubles.bind(self._log)
 
     def _post(self, event: Callable[[], None]) -> None:
         self._inbox.append(event)
@@ -354,6 +402,7 @@ class CollectionRunner:
             self._waiting_since = None
         self._intake.relieve()
         self._intake.account()
+        self._maybe_rename()
         self._maybe_reconcile()
         self._maybe_drop()
         if self._core.horizon_blocks():
@@ -404,14 +453,14 @@ class CollectionRunner:
     async def _create_partition(self, partition_id: int, name: str) -> None:
         assert self._sink is not None
         assert self._work is not None
-        create = partial(self._sink.create_partition, self.assignment.want, name)
+        create = partial(self._sink.create_partition, self._placed, name)
         if await self._work.ddl(f"create partition {name}", create):
             self._post(lambda: self._core.partition_created(partition_id))
 
     async def _drop_partition(self, partition_id: int, name: str) -> None:
         assert self._sink is not None
         assert self._work is not None
-        drop = partial(self._sink.drop_partition, self.assignment.want, name)
+        drop = partial(self._sink.drop_partition, self._placed, name)
         if await self._work.ddl(f"drop partition {name}", drop):
             self._log.info("partition dropped", partition=name)
             self._post(lambda: self._core.partition_dropped(partition_id))
@@ -420,7 +469,9 @@ class CollectionRunner:
         """Indexes and load state follow once everything older than they is in the sink."""
         if self._reconciling or self._stopping or not self._core.opened or self._dropping:
             return
-        want = self.assignment.want
+        if self._core.held_back:
+            return
+        want = self._placed
         if want is self._reconciled or want.state is ObjectState.DROPPED:
             return
         resolved = min(lane.resolved_ts for lane in self._core.lanes.values())
@@ -435,9 +486,7 @@ class CollectionRunner:
         assert self._sink is not None
         assert self._work is not None
         try:
-            if await self._work.ddl(
-                "reconcile indexes and load state", partial(self._mend, want)
-            ):
+            if await self._work.ddl("reconcile indexes and load state", partial(self._mend, want)):
                 self._reconciled = want
         finally:
             self._reconciling = False
@@ -447,9 +496,64 @@ class CollectionRunner:
         assert self._sink is not None
         await reconcile(self._sink, want)
 
+    def _maybe_rename(self) -> None:
+        """Once everything older than the rename is in the sink, and nothing is under way there."""
+        want = self.assignment.want
+        if _name(want) == _name(self._placed) or self._renaming or self._stopping:
+            return
+        if not self._core.opened or self._core.closed or want.state is ObjectState.DROPPED:
+            self._core.held_back = False
+            return
+        lanes = self._core.lanes.values()
+        late = any(
+            not lane.closed and lane.resolved_ts < self.assignment.rename_ts for lane in lanes
+        )
+        if late or time.monotonic() < self._rename_after:
+            return
+        self._core.held_back = True
+        if self._core.at_rest and not self._reconciling:
+            self._renaming = True
+            self._spawn(self._rename(want))
+
+    async def _rename(self, want: Collection) -> None:
+        assert self._sink is not None
+        assert self._work is not None
+        done = False
+        try:
+            done = await self._work.attempt("rename", partial(self._rename_at, self._sink, want))
+        finally:
+            self._post(partial(self._rename_tried, want, done))
+
+    async def _rename_at(self, sink: Sink, want: Collection) -> None:
+        await sink.ensure_database(want.database)
+        await sink.rename_collection(
+            want,
+            renamed_from=_name(self._placed),
+            sink_collection_id=self.assignment.sink_collection_id,
+        )
+
+    def _rename_tried(self, want: Collection, done: bool) -> None:
+        """Rows go on, under whichever name it has now."""
+        self._renaming = self._core.held_back = False
+        if not done:
+            self._rename_after = time.monotonic() + RENAME_AGAIN_SECONDS
+            return
+        assert self._sink is not None
+        assert self._work is not None
+        before = self._placed.full_name
+        self._placed = _named(self.assignment.want, _name(want))
+        self._renamed_to = _name(want)
+        self._work.retarget(self._sink.target(self._placed))
+        metrics.forget(self.assignment.task, before)
+        self._bind()
+        self._log.info("renamed at the sink", before=before)
+        self._notify(self.assignment.assignment_id)
+        self._wake.set()
+
     def _maybe_drop(self) -> None:
         if (
             self._dropping
+            or self._renaming
             or self._reconciling
             or self._stopping
             or not self.assignment.drop_granted
@@ -462,12 +566,17 @@ class CollectionRunner:
     async def _drop(self) -> None:
         assert self._sink is not None
         assert self._work is not None
-        drop = partial(
-            self._sink.drop_collection,
-            self.assignment.want,
-            sink_collection_id=self.assignment.sink_collection_id,
-        )
-        if await self._work.ddl("drop collection", drop):
+        assignment = self.assignment
+        names = {_name(self._placed), _name(assignment.want), assignment.renamed_from}
+        for name in sorted(filter(None, names)):
+            drop = partial(
+                self._sink.drop_collection,
+                _named(assignment.want, name),
+                sink_collection_id=assignment.sink_collection_id,
+            )
+            if not await self._work.ddl("drop collection", drop):
+                break
+        else:
             self._dropped = True
             self._log.info("collection dropped")
             self._notify(self.assignment.assignment_id)

@@ -34,6 +34,10 @@ class Troubles:
         self._changed = changed
         self._now: dict[str, CdcError] = {}
 
+    def bind(self, log: Any) -> None:
+        """Speaks through another log from now on."""
+        self._log = log
+
     @property
     def first(self) -> CdcError | None:
         return next(iter(self._now.values()), None)
@@ -107,6 +111,26 @@ class SinkWork:
         self._troubles.clear(where)
         metrics.ROWS_WRITTEN.labels(self._task, self._collection, kind).inc(write.rows)
         metrics.BYTES_WRITTEN.labels(self._task, self._collection).inc(write.size)
+        return True
+
+    def retarget(self, target: CollectionTarget) -> None:
+        """The collection has another name; nothing may be in flight."""
+        self._target = target
+        self._collection = f"{target.database}.{target.collection}"
+
+    async def attempt(self, what: str, call: Callable[[], Awaitable[None]]) -> bool:
+        """One try of an idempotent call that may have to wait for others; False when it failed, and
+        is to be tried again, or when told to stop before.
+        """
+        try:
+            async with self._gate.ddl(self._halt):
+                await call()
+        except Halted:
+            return False
+        except RetryableError as error:
+            self._troubles.add(what, error)
+            return False
+        self._troubles.clear(what)
         return True
 
     async def ddl(self, what: str, call: Callable[[], Awaitable[None]]) -> bool:

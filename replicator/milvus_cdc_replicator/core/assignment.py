@@ -85,6 +85,8 @@ class AssignmentCore:
         self.lanes = {lane.vchannel: lane for lane in lanes}
         self.counters = Counters()
         self.opened = False
+        self.held_back = False
+        """Nothing new is begun: what is under way comes to its end."""
         self.sequencer = Sequencer(limits)
         self._partition_key = partition_key
         self._partitions = _Partitions()
@@ -151,7 +153,7 @@ class AssignmentCore:
     def step(self) -> list[Effect]:
         """Everything that may be done now."""
         effects: list[Effect] = []
-        if not self.opened:
+        if not self.opened or self.held_back:
             return effects
         effects.extend(self._new_partitions())
         if self._partitions.dropping is None:
@@ -170,6 +172,12 @@ class AssignmentCore:
         return self.sequencer.idle and all(
             lane.idle and not lane.buffered_bytes for lane in self.lanes.values()
         )
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing of it is under way at the sink."""
+        state = self._partitions
+        return not self.sequencer.in_flight and not state.creating and state.dropping is None
 
     @property
     def held_bytes(self) -> int:

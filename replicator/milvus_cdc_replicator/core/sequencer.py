@@ -41,6 +41,10 @@ class Sequencer:
         return self._open is None and not self._sealed and not self._in_flight
 
     @property
+    def in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
     def backlog(self) -> int:
         """Requests that are full and wait."""
         return len(self._sealed)
