@@ -28,6 +28,8 @@ class Shape:
     dynamic: bool = False
     partitions: tuple[str, ...] = ()
     auto_id: bool = False
+    plain_keys: bool = False
+    """Text keys of letters and digits alone."""
 
     @property
     def key(self) -> FieldSchema:
@@ -236,7 +238,8 @@ def create_collection(client: MilvusClient, shape: Shape) -> None:
 
 def new_key(shape: Shape, rng: random.Random, step: int, n: int) -> int | str:
     if shape.key.dtype == DataType.VARCHAR:
-        text = "".join(rng.choice(_ALPHABET) for _ in range(rng.randint(0, 20)))
+        letters = "abcäß漢" if shape.plain_keys else _ALPHABET
+        text = "".join(rng.choice(letters) for _ in range(rng.randint(0, 20)))
         return f"{text}{step}-{n}"
     number = step * 1_000 + n
     return -number if rng.random() < 0.3 else number

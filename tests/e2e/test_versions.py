@@ -23,7 +23,8 @@ _BY_NAME = {shape.name: shape for shape in SHAPES}
 _SCALARS = _BY_NAME["all_scalars"]
 VERSION_SHAPES = {
     "Int64 keys": replace(_BY_NAME["int_keys"], partitions=()),
-    "VarChar keys, dynamic fields": _BY_NAME["text_keys"],
+    "VarChar keys, dynamic fields": replace(_BY_NAME["text_keys"], plain_keys=True),
+    "VarChar keys with quotes and control characters": _BY_NAME["text_keys"],
     "numbers, text, JSON": replace(
         _SCALARS, fields=tuple(f for f in _SCALARS.fields if f.dtype != DataType.ARRAY)
     ),

@@ -297,6 +297,9 @@ class MilvusSink:
             raise BugError("FOREIGN_TARGET", "a target of another sink")
         deadline = time.monotonic() + timeout_seconds
         known = await self.capabilities()
+        if known.unsafe_in_keys:
+            keys = batch.keys if isinstance(batch, DeleteBatch) else requests.keys_of(target, batch)
+            known.check_keys(f"{target.database}.{target.collection}", keys)
         async with self._writing(known, target.database, target.collection):
             if isinstance(batch, DeleteBatch):
                 await self._delete(known, target, batch, deadline)

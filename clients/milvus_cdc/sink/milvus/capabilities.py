@@ -10,7 +10,9 @@ Facts, seen on Milvus 2.2.16 and 2.3.5, milvus-lite 2.5.1 (a C++ program) and 3.
   vectors).
 - milvus-lite 2.5.1 does not know GetVersion, partitions, databases or aliases. It takes no notice
   of the names of partitions and databases in requests: all rows end up in one collection.
-  Everything is always loaded. AllocTimestamp gives 0.
+  Everything is always loaded. AllocTimestamp gives 0. Of a collection with a partition key nothing
+  can be deleted. An upsert or delete of a text key with a single quote fails (it ends up in SQL),
+  the delete of one with a control character succeeds and removes nothing.
 - milvus-lite 3.2.2 does not know AllocTimestamp, GetReplicas; it has one index a field, named as
   the field; its expressions have no arithmetic; its queries are in key order only with the
   parameter `iterator`; `count(*)` without an expression counts all partitions; parallel writes to
@@ -26,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from milvus_cdc.codec.messages import Keys
 from milvus_cdc.errors import CdcError, UserError
 from milvus_cdc.milvus_client import MilvusClient, Refusal
 from milvus_cdc.milvus_protos import milvus_pb2, schema_pb2
@@ -92,6 +95,9 @@ class Capabilities:
     nullable: bool = True
     default_values: bool = True
     functions: bool = True
+    partition_keys: bool = True
+    unsafe_in_keys: str = ""
+    """Regular expression for characters of text keys that cannot be deleted."""
     cosine: bool = True
     index_types: Mapping[str, frozenset[str]] = field(default_factory=lambda: _ANY_INDEX)
     """By kind of field; a kind that is missing takes any."""
@@ -147,6 +153,11 @@ class Capabilities:
                 f"fields {', '.join(map(repr, vectors))}: {self.name} takes "
                 f"{self.vector_fields} vector field in a collection"
             )
+        keyed = [each.name for each in fields if each.is_partition_key]
+        if keyed and not self.partition_keys:
+            found.append(
+                f"field {keyed[0]!r}: {self.name} deletes nothing where there is a partition key"
+            )
         if schema.functions and not self.functions:
             found.append(f"function {schema.functions[0].name!r}: {self.name} has no functions")
         return found
@@ -163,6 +174,21 @@ class Capabilities:
         if params.get("metric_type") == "COSINE" and not self.cosine:
             return f"{what}: {self.name} does not know the metric COSINE"
         return None
+
+    def check_keys(self, collection: str, keys: Keys) -> None:
+        """Raises UserError UNSUPPORTED_BY_SINK for a key whose row could not be removed again."""
+        if not self.unsafe_in_keys or not isinstance(keys, tuple):
+            return
+        unsafe = re.compile(self.unsafe_in_keys)
+        for key in keys:
+            if unsafe.search(key):
+                raise UserError(
+                    "UNSUPPORTED_BY_SINK",
+                    f"{collection} has the key {key!r}, whose row {self.name} could not replace or "
+                    "delete (single quotes, control characters); exclude the collection or give it "
+                    "other keys",
+                    field="selection.exclude",
+                )
 
     def check(self, want: Collection) -> None:
         """Raises UserError UNSUPPORTED_BY_SINK; indexes aside, which hold no rows."""
@@ -200,6 +226,8 @@ _LITE_2 = Capabilities(
     field_types=_2_4_TYPES,
     nullable=False,
     functions=False,
+    partition_keys=False,
+    unsafe_in_keys=r"[\x00-\x1f']",
     index_types=MappingProxyType(
         {
             "float vectors": frozenset({"FLAT", "IVF_FLAT", "AUTOINDEX"}),
