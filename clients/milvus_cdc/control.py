@@ -2,7 +2,8 @@
 
 Every failure is an ApiError with the server's `google.rpc.ErrorInfo` and, for a refused field, its
 path. A create carries a request id, so repeating it when the connection breaks cannot make two
-tasks. A watch survives broken connections: it goes on after the last revision it saw.
+tasks. A watch survives broken connections and proxies that cut it: it goes on after the last
+revision it saw.
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ PAGE_SIZE = 1000
 _STATUS_DETAILS = "grpc-status-details-bin"
 _CREATE_ATTEMPTS = 4
 _MAX_BACKOFF_SECONDS = 5.0
+# How gRPC shows a stream that something on the way has cut: RST_STREAM, GOAWAY, a time limit.
+_CUT = frozenset(
+    (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+    )
+)
 
 
 class ApiError(CdcError):
@@ -81,6 +92,12 @@ def api_error(err: grpc.aio.AioRpcError) -> ApiError:
         }.get(code, code.name)
     field = field or metadata.get("field", "")
     return ApiError(code, reason, message, field=field, metadata=metadata)
+
+
+def _was_cut(err: grpc.aio.AioRpcError) -> bool:
+    """The connection is to blame, not the request: all that a controller refuses has details."""
+    refused = any(key == _STATUS_DETAILS for key, _ in err.trailing_metadata() or ())
+    return err.code() is grpc.StatusCode.UNAVAILABLE or (err.code() in _CUT and not refused)
 
 
 def task_name(name: str) -> str:
@@ -227,7 +244,8 @@ class ControlClient:
     async def watch_tasks(
         self, *, name: str = "", revision: int = 0
     ) -> AsyncIterator[task_service_pb2.WatchTasksResponse]:
-        """A snapshot, then every change, for ever; goes on by itself when the connection breaks.
+        """A snapshot, then every change, for ever; goes on by itself when the connection breaks or
+        a proxy cuts the stream, however that one shows it.
 
         Raises ApiError when it never could begin, when the server refuses, and with OUT_OF_RANGE
         when the changes after the last revision are no longer there: begin anew without a
@@ -247,7 +265,7 @@ class ControlClient:
                     revision = max(revision, event.revision)
                     yield event
             except grpc.aio.AioRpcError as err:
-                if err.code() != grpc.StatusCode.UNAVAILABLE or not began:
+                if not (began and _was_cut(err)):
                     raise api_error(err) from err
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)

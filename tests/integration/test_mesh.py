@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import filecmp
 import importlib.util
@@ -19,11 +20,13 @@ from typing import Any
 
 import grpc
 import pytest
+from milvus_cdc.control import ControlClient
 from milvuscdc.v1 import fleet_service_pb2, task_service_pb2, task_service_pb2_grpc, verify_pb2
 from pymilvus import MilvusClient
 
 from tests.e2e.load import SHAPES, create_collection, make_row
 from tests.e2e.pair import TASK, Pair
+from tests.integration.controller_harness import HandFedSource, controller, task_message
 from tests.servers import Stack
 from tests.servers.envoy import EnvoyServer
 from tests.servers.services import ControllerProcess, ReplicatorProcess
@@ -249,6 +252,55 @@ def test_replication_through_envoy_outlasts_its_time_limits_and_its_restart(
         finally:
             again.close()
         pair.quiet("stream to the controller lost", "controller not reachable")
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"timeout": "2s"},
+        {"timeout": "0s", "max_stream_duration": {"max_stream_duration": "2s"}},
+        {"timeout": "0s", "idle_timeout": "2s"},
+    ],
+    ids=["route timeout", "longest stream", "idle stream"],
+)
+async def test_a_watch_goes_on_however_a_proxy_cuts_it(tmp_path: Path, cut: dict[str, Any]) -> None:
+    source = HandFedSource()
+    names = [f"tasks/t{n}" for n in range(4)]
+    seen: list[str] = []
+    async with controller(tmp_path / "store.db", source) as api:
+        envoy = EnvoyServer(tmp_path, f"127.0.0.1:{api.running.port}", cut=cut)
+        await asyncio.to_thread(envoy.start)
+        try:
+            # What the cut looks like to somebody who does not go on by themselves.
+            async with grpc.aio.insecure_channel(envoy.address) as channel:
+                watch = task_service_pb2_grpc.TaskServiceStub(channel).WatchTasks(
+                    task_service_pb2.WatchTasksRequest()
+                )
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    async for _ in watch:
+                        pass
+                # The second is what Envoy answers when nothing has come back yet.
+                cut_codes = (grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED)
+                assert caught.value.code() in cut_codes
+            async with ControlClient(envoy.address) as client, asyncio.timeout(60):
+
+                async def watch_all() -> None:
+                    async for event in client.watch_tasks():
+                        if event.type == task_service_pb2.WatchTasksResponse.TYPE_ADDED:
+                            seen.append(event.task.name)
+                        if event.task.name == names[-1]:
+                            return
+
+                watching = asyncio.create_task(watch_all())
+                for name in names:
+                    await asyncio.sleep(2.2)
+                    short = name.removeprefix("tasks/")
+                    task = task_message(short, (f"{short}.*",))
+                    await api.tasks.CreateTask(task_service_pb2.CreateTaskRequest(task=task))
+                await watching
+        finally:
+            await asyncio.to_thread(envoy.stop)
+    assert seen == names, "each once: the snapshot does not come again"
 
 
 # ---- a client nobody here wrote: generated Go

@@ -43,6 +43,8 @@ class FakeTasks(task_service_pb2_grpc.TaskServiceServicer):
         self.fail_creates = 0
         self.equal = True
         self.watch_breaks = 0
+        self.watch_break: grpc.StatusCode | None = grpc.StatusCode.UNAVAILABLE
+        """How it breaks; None = as if it had come to its end."""
 
     async def CreateTask(self, request: Any, context: Any) -> Any:
         self.requests.append(request)
@@ -131,7 +133,9 @@ class FakeTasks(task_service_pb2_grpc.TaskServiceServicer):
             yield event(type=event.TYPE_BOOKMARK, revision=5)
         if self.watch_breaks:
             self.watch_breaks -= 1
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "leader gone")
+            if self.watch_break is None:
+                return
+            await context.abort(self.watch_break, "cut")
         task = task_pb2.Task(name="tasks/late", state=task_pb2.TASK_STATE_PAUSED)
         yield event(type=event.TYPE_MODIFIED, task=task, revision=6)
         await refuse(context, grpc.StatusCode.OUT_OF_RANGE, "REVISION_COMPACTED", "too old")

@@ -241,9 +241,19 @@ async def test_verify_ends_with_the_verdict(api: Api) -> None:
     assert (await api.run("verify", "nobody")).code == 3
 
 
-async def test_watch_goes_on_after_the_last_revision(api: Api) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        None,
+    ],
+)
+async def test_watch_goes_on_after_the_last_revision(api: Api, how: grpc.StatusCode | None) -> None:
     await api.create()
-    api.tasks.watch_breaks = 1
+    api.tasks.watch_breaks, api.tasks.watch_break = 1, how
     ended = await api.run("task", "watch")
     assert ended.code == 3
     assert "REVISION_COMPACTED" in ended.err
