@@ -31,7 +31,7 @@ class MilvusLiteServer(ManagedProcess):
         argv: list[str | Path]
         if version == "2.5.1":
             programs = unpacked_wheels(MILVUS_LITE_2) / "milvus_lite" / "lib"
-            # As milvus_lite.server starts it: database, address, log level. Its libraries are for it
+            # As milvus_lite.server starts it: database, address, level. Its libraries are for it
             # alone: the Python that starts it would take them for its own.
             argv = ["env", f"LD_LIBRARY_PATH={programs}", programs / "milvus"]
             argv += [folder / "lite.db", self.address, "ERROR"]

@@ -1,5 +1,5 @@
-"""A source with very many collections, as its etcd shows it: the keys of a real collection of Milvus
-2.3.5, again and again under other ids and names.
+"""A source with very many collections, as its etcd shows it: the keys of a real collection of
+Milvus 2.3.5, again and again under other ids and names.
 """
 
 from __future__ import annotations

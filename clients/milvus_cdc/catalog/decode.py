@@ -75,7 +75,7 @@ class Assembly:
         match place.kind:
             case Kind.DATABASE:
                 _put(self._databases, place.database_id, entry)
-                self._changed.update(self._parts)
+                self._changed.update(self._of_database(place.database_id))
             case Kind.DATABASE_SNAPSHOT:
                 self._note_database_name(place, entry)
             case Kind.ALIAS:
@@ -90,15 +90,21 @@ class Assembly:
             case _:
                 self._apply_to_collection(place, entry, present=value is not None)
 
-    def catalogue(self, cluster_id: int, revision: int) -> Catalogue:
-        """What the keys say now. Raises BugError SOURCE_METADATA_UNDECODABLE naming a key."""
-        databases = self._decode_databases()
-        names = self._gone_names | {each.database_id: each.name for each in databases}
-        names.setdefault(DEFAULT_DATABASE_ID, DEFAULT_DATABASE)
-        for collection_id in sorted(self._changed):
+    def decode_some(self, most: int) -> bool:
+        """Decodes so many of the collections whose keys changed; whether any are left. For callers
+        that have other things to do in between. Raises as `catalogue` does.
+        """
+        names = self._names(self._decode_databases())
+        for collection_id in sorted(self._changed)[:most]:
             self._decode(collection_id, names)
             # Only now: an error leaves it to be decoded again.
             self._changed.discard(collection_id)
+        return bool(self._changed)
+
+    def catalogue(self, cluster_id: int, revision: int) -> Catalogue:
+        """What the keys say now. Raises BugError SOURCE_METADATA_UNDECODABLE naming a key."""
+        self.decode_some(len(self._changed))
+        databases = self._decode_databases()
         default = self._databases.get(DEFAULT_DATABASE_ID)
         keyed = bool(self._databases) or not self._without_databases()
         return Catalogue(
@@ -111,7 +117,7 @@ class Assembly:
             ),
             databases_keyed=keyed,
             incarnation=0 if default is None else decode_incarnation(default),
-            aliases=self._decode_aliases(names),
+            aliases=self._decode_aliases(self._names(databases)),
             rbac=self._access.rbac(),
         )
 
@@ -128,13 +134,23 @@ class Assembly:
                 found[own, name] = alias
         return tuple(found[key] for key in sorted(found))
 
+    def _names(self, databases: tuple[Database, ...]) -> dict[int, str]:
+        names = self._gone_names | {each.database_id: each.name for each in databases}
+        names.setdefault(DEFAULT_DATABASE_ID, DEFAULT_DATABASE)
+        return names
+
+    def _of_database(self, database_id: int) -> list[int]:
+        """Collections with a key below this database; those without any are in the default one."""
+        ids = {database_id, 0} if database_id == DEFAULT_DATABASE_ID else {database_id}
+        return [each for each, parts in self._parts.items() if ids & parts.infos.keys()]
+
     def _note_database_name(self, place: Place, entry: Entry | None) -> None:
         # A collection that is still being dropped may outlive the key of its database.
         if entry is not None:
             database = decode_database(entry, place.database_id)
             if database is not None and self._gone_names.get(place.database_id) != database.name:
                 self._gone_names[place.database_id] = database.name
-                self._changed.update(self._parts)
+                self._changed.update(self._of_database(place.database_id))
 
     def _apply_to_collection(self, place: Place, entry: Entry | None, *, present: bool) -> None:
         parts = self._parts.get(place.collection_id)

@@ -60,48 +60,27 @@ class Place:
     """Of what has names instead of ids, in the order of the key."""
 
 
-_PLACES = (
-    (Kind.FIELD, re.compile(r"root-coord/fields/(?P<collection_id>\d+)/(?P<object_id>\d+)")),
-    (
-        Kind.PARTITION,
-        re.compile(r"root-coord/partitions/(?P<collection_id>\d+)/(?P<object_id>\d+)"),
-    ),
-    (
-        Kind.COLLECTION,
-        re.compile(
-            r"root-coord/database/collection-info/(?P<database_id>\d+)/(?P<collection_id>\d+)"
-        ),
-    ),
-    (Kind.DATABASE, re.compile(r"root-coord/database/db-info/(?P<database_id>\d+)")),
-    (Kind.COLLECTION, re.compile(r"root-coord/collection/(?P<collection_id>\d+)")),
-    (Kind.FUNCTION, re.compile(r"root-coord/functions/(?P<collection_id>\d+)/(?P<object_id>\d+)")),
-    (Kind.INDEX, re.compile(r"field-index/(?P<collection_id>\d+)/(?P<object_id>\d+)")),
-    (Kind.COLLECTION_LOAD, re.compile(r"querycoord-collection-loadinfo/(?P<collection_id>\d+)")),
-    (
-        Kind.PARTITION_LOAD,
-        re.compile(r"querycoord-partition-loadinfo/(?P<collection_id>\d+)/(?P<object_id>\d+)"),
-    ),
-    (Kind.ALIAS, re.compile(r"root-coord/database/aliases/(?P<database_id>\d+)/(?P<name>[^/]+)")),
-    (Kind.ALIAS, re.compile(r"root-coord/aliases/(?P<name>[^/]+)")),
-    (Kind.USER, re.compile(r"root-coord/credential/users/(?P<name>[^/]+)")),
-    (Kind.ROLE, re.compile(r"root-coord/credential/roles/(?P<name>[^/]+)")),
-    (
-        Kind.MEMBER,
-        re.compile(r"root-coord/credential/user-role-mapping/(?P<name>[^/]+)/(?P<name2>[^/]+)"),
-    ),
-    (
-        Kind.GRANTEE,
-        re.compile(
-            r"root-coord/credential/grantee-privileges"
-            r"/(?P<name>[^/]+)/(?P<name2>[^/]+)/(?P<name3>[^/]+)"
-        ),
-    ),
-    (
-        Kind.GRANTEE_ID,
-        re.compile(r"root-coord/credential/grantee-id/(?P<name>[^/]+)/(?P<name2>[^/]+)"),
-    ),
-    (Kind.PRIVILEGE_GROUP, re.compile(r"root-coord/privilege-group/(?P<name>[^/]+)")),
-)
+_PLACES: dict[str, tuple[Kind, tuple[str, ...]]] = {
+    "root-coord/fields": (Kind.FIELD, ("collection_id", "object_id")),
+    "root-coord/partitions": (Kind.PARTITION, ("collection_id", "object_id")),
+    "root-coord/database/collection-info": (Kind.COLLECTION, ("database_id", "collection_id")),
+    "root-coord/database/db-info": (Kind.DATABASE, ("database_id",)),
+    "root-coord/collection": (Kind.COLLECTION, ("collection_id",)),
+    "root-coord/functions": (Kind.FUNCTION, ("collection_id", "object_id")),
+    "field-index": (Kind.INDEX, ("collection_id", "object_id")),
+    "querycoord-collection-loadinfo": (Kind.COLLECTION_LOAD, ("collection_id",)),
+    "querycoord-partition-loadinfo": (Kind.PARTITION_LOAD, ("collection_id", "object_id")),
+    "root-coord/database/aliases": (Kind.ALIAS, ("database_id", "name")),
+    "root-coord/aliases": (Kind.ALIAS, ("name",)),
+    "root-coord/credential/users": (Kind.USER, ("name",)),
+    "root-coord/credential/roles": (Kind.ROLE, ("name",)),
+    "root-coord/credential/user-role-mapping": (Kind.MEMBER, ("name",) * 2),
+    "root-coord/credential/grantee-privileges": (Kind.GRANTEE, ("name",) * 3),
+    "root-coord/credential/grantee-id": (Kind.GRANTEE_ID, ("name",) * 2),
+    "root-coord/privilege-group": (Kind.PRIVILEGE_GROUP, ("name",)),
+}
+"""By all that comes before the first id or name: what those are."""
+_LONGEST = max(prefix.count("/") for prefix in _PLACES) + 1
 _SNAPSHOT = re.compile(r"snapshots/(?P<key>.+)_ts(?P<ts>\d+)", re.DOTALL)
 _SNAPSHOT_KINDS = {
     Kind.DATABASE: Kind.DATABASE_SNAPSHOT,
@@ -126,16 +105,28 @@ def locate(key: str) -> Place | None:
             int(snapshot["ts"]),
             place.names,
         )
-    for kind, pattern in _PLACES:
-        match = pattern.fullmatch(key)
-        if match is not None:
-            groups = match.groupdict().items()
-            return Place(
-                kind,
-                names=tuple(text for group, text in groups if group.startswith("name")),
-                **{group: int(number) for group, number in groups if not group.startswith("name")},
-            )
+    segments = key.split("/")
+    prefix = ""
+    for count, segment in enumerate(segments[:_LONGEST], 1):
+        prefix = f"{prefix}/{segment}" if prefix else segment
+        if prefix in _PLACES:
+            return _place(*_PLACES[prefix], segments[count:])
     return None
+
+
+def _place(kind: Kind, wanted: tuple[str, ...], found: list[str]) -> Place | None:
+    if len(found) != len(wanted) or not all(found):
+        return None
+    ids: dict[str, int] = {}
+    names: tuple[str, ...] = ()
+    for what, text in zip(wanted, found, strict=True):
+        if what == "name":
+            names += (text,)
+        elif text.isdecimal():
+            ids[what] = int(text)
+        else:
+            return None
+    return Place(kind, names=names, **ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from milvus_cdc.model import Catalogue
 _FIRST_DELAY_SECONDS = 0.2
 _MAX_DELAY_SECONDS = 10.0
 _BURST_SECONDS_MAX = 0.5
+_KEYS_AT_ONCE = 2_000
+_COLLECTIONS_AT_ONCE = 200
 
 
 class CatalogueWatcher:
@@ -105,8 +107,15 @@ class CatalogueWatcher:
     async def _list(self) -> tuple[Assembly, Catalogue]:
         listing: Listing = await self._client.list(*self._layout.to_list())
         assembly = Assembly(self._layout)
-        for kv in listing.kvs:
+        # Whoever shares the loop must not wait for the ten thousandth collection.
+        for count, kv in enumerate(listing.kvs):
             assembly.apply(kv.key, kv.value)
+            if count % _KEYS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        more = True
+        while more:
+            more = assembly.decode_some(_COLLECTIONS_AT_ONCE)
+            await asyncio.sleep(0)
         return assembly, assembly.catalogue(listing.cluster_id, listing.revision)
 
     async def _follow(
