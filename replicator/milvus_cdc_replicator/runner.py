@@ -18,9 +18,8 @@ from functools import partial
 from typing import Any
 
 import structlog
-from milvus_cdc.errors import BugError, CdcError, UserError
-from milvus_cdc.model import Collection, ObjectState, ms_to_tso, tso_to_ms
-from milvus_cdc.sink import Opened, Sink, reconcile
+from milvus_cdc.errors import BugError, CdcError
+from milvus_cdc.model import ObjectState, tso_to_ms
 
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.connections import Connections
@@ -31,10 +30,12 @@ from milvus_cdc_replicator.core.lane import Lane
 from milvus_cdc_replicator.core.ops import Write
 from milvus_cdc_replicator.gate import WriteGate
 from milvus_cdc_replicator.intake import Intake
-from milvus_cdc_replicator.report import LaneReport, Report
+from milvus_cdc_replicator.report import LaneReport, Report, lag_ms
 from milvus_cdc_replicator.schema import key_field
 from milvus_cdc_replicator.settings import Limits
-from milvus_cdc_replicator.sink_work import SinkWork, Troubles
+from milvus_cdc_replicator.sink_object import SinkObject
+from milvus_cdc_replicator.sink_work import Troubles
+from milvus_cdc_replicator.source_properties import SourceProperties
 from milvus_cdc_replicator.spec import CollectionAssignment
 
 log = structlog.get_logger()
@@ -42,22 +43,6 @@ log = structlog.get_logger()
 HOUSEKEEPING_SECONDS = 1.0
 REST_SECONDS = 0.5
 PARTITION_UNKNOWN_SECONDS = 30.0
-ADOPTION_MARGIN_MS = 60_000
-"""Rows of an adopted collection are no newer than now by the source's clock, which may be ahead."""
-
-
-RENAME_AGAIN_SECONDS = 2.0
-_NOT_THERE = frozenset(
-    {"SINK_COLLECTION_MISSING", "SINK_COLLECTION_REPLACED", "SINK_NAME_IS_ALIAS"}
-)
-
-
-def _name(want: Collection) -> tuple[str, str]:
-    return want.database, want.name
-
-
-def _named(want: Collection, name: tuple[str, str]) -> Collection:
-    return want if _name(want) == name else replace(want, database=name[0], name=name[1])
 
 
 class CollectionRunner:
@@ -79,7 +64,6 @@ class CollectionRunner:
     ) -> None:
         self.assignment = assignment
         self._connections = connections
-        self._gate = gate
         self._notify = notify
         self._query_partition = query_partition
         want = assignment.want
@@ -107,26 +91,13 @@ class CollectionRunner:
         self._resting: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._owner: asyncio.Task[None] | None = None
-        self._sink: Sink | None = None
-        self._work: SinkWork | None = None
         self._stopping = False
         self._halt = asyncio.Event()
         self._ended = False
         self._failure: CdcError | None = None
-        self._opened: tuple[int, bool, int] | None = None
-        self._conditions: dict[str, str] = {}
-        self._dropped = False
         self._asked_horizons: tuple[int, ...] = ()
         self._said: object = None
         self._waiting_since: float | None = None
-        self._placed = want
-        """`assignment.want` with the name that it has at the sink."""
-        self._renamed_to: tuple[str, str] | None = None
-        self._renaming = False
-        self._rename_after = 0.0
-        self._reconciled: object = None
-        self._reconciling = False
-        self._dropping = False
         self._log = log.bind(
             task=assignment.task, collection=want.full_name, epoch=assignment.epoch
         )
@@ -144,6 +115,21 @@ class CollectionRunner:
             fail=self._fail,
             on_room=on_room,
         )
+        self._object = SinkObject(
+            assignment,
+            self._core,
+            converter=self._converter,
+            gate=gate,
+            halt=self._halt,
+            troubles=self._troubles,
+            check_log=self._intake.check,
+            post=self._post,
+            spawn=self._spawn,
+            changed=lambda: notify(assignment.assignment_id),
+            properties=self._source_properties(),
+            reconcile_seconds=limits.reconcile_seconds,
+        )
+        self._core.carries_rows = assignment.carry.rows
 
     # ---- from outside, all on the loop
 
@@ -155,10 +141,21 @@ class CollectionRunner:
     def update(self, assignment: CollectionAssignment) -> None:
         def apply() -> None:
             self.assignment = assignment
-            self._placed = _named(assignment.want, _name(self._placed))
+            self._object.update(assignment)
             self._core.update(assignment.want)
+            self._core.carries_rows = assignment.carry.rows
 
         self._post(apply)
+
+    def compare_soon(self, seconds: float) -> None:
+        """The sink is compared again, rows aside, at the latest in so many seconds."""
+        self._object.compare_soon(seconds)
+
+    def _source_properties(self) -> SourceProperties | None:
+        source = self.assignment.source
+        if not source.HasField("milvus"):
+            return None
+        return SourceProperties(partial(self._connections.source_client, source.milvus))
 
     def grant(self, horizons: list[tuple[str, int]]) -> None:
         def apply() -> None:
@@ -207,11 +204,11 @@ class CollectionRunner:
             )
             for lane in self._core.lanes.values()
         )
-        labels = (self.assignment.task, self._placed.full_name)
+        labels = (self.assignment.task, self._object.placed.full_name)
         resolved = min((lane.resolved_ts for lane in lanes if not lane.closed), default=0)
-        lag_ms = self._lag_ms()
-        if lag_ms >= 0:
-            metrics.LAG_SECONDS.labels(*labels).set(lag_ms / 1000)
+        lag = lag_ms(self._core.lanes.values())
+        if lag >= 0:
+            metrics.LAG_SECONDS.labels(*labels).set(lag / 1000)
         if resolved:
             metrics.CHECKPOINT_AGE.labels(*labels).set(tso_to_ms(resolved) / 1000)
         return Report(
@@ -222,22 +219,13 @@ class CollectionRunner:
             message=message,
             lanes=lanes,
             counters=replace(self._core.counters),
-            lag_ms=lag_ms,
-            conditions=tuple(sorted(self._conditions.items())),
-            opened=self._opened,
-            dropped=self._dropped,
-            renamed_to=self._renamed_to,
+            lag_ms=lag,
+            conditions=tuple(sorted(self._object.conditions.items())),
+            opened=self._object.opened,
+            dropped=self._object.dropped,
+            renamed_to=self._object.renamed_to,
+            applied_version=self._object.applied_version,
         )
-
-    def _lag_ms(self) -> int:
-        lags = []
-        for lane in self._core.lanes.values():
-            if lane.closed:
-                continue
-            if lane.resolved_ts == 0 or lane.released_ts == 0:
-                return -1
-            lags.append(tso_to_ms(lane.released_ts) - tso_to_ms(lane.resolved_ts))
-        return max(lags, default=0)
 
     def _state(self) -> tuple[str, str, str]:
         if self._failure is not None:
@@ -262,8 +250,9 @@ class CollectionRunner:
 
     async def _run(self) -> None:
         try:
-            await self._open()
+            await self._object.open(await self._connections.sink(self.assignment.sink))
             if not self._stopping and self._failure is None:
+                self._act()
                 await self._intake.open()
             self._tick_over()
             while not self._stopping and self._failure is None:
@@ -292,80 +281,6 @@ class CollectionRunner:
             if self._failure is not None:
                 self._notify(self.assignment.assignment_id)
 
-    async def _open(self) -> None:
-        self._sink = sink = await self._connections.sink(self.assignment.sink)
-        want = self.assignment.want
-        self._work = SinkWork(
-            sink,
-            sink.target(want),
-            self.assignment.sink,
-            self.assignment.task,
-            converter=self._converter,
-            gate=self._gate,
-            halt=self._halt,
-            troubles=self._troubles,
-        )
-        if self.assignment.drop_granted or self._core.closed:
-            # Only the drop is left; the collection may be gone from the sink already.
-            self._core.mark_opened(0)
-            self._act()
-            return
-        renamed_from = self.assignment.renamed_from
-        places = [want]
-        if renamed_from is not None and not self.assignment.recreate:
-            # An owner before may have renamed it without living to say so.
-            places.append(_named(want, renamed_from))
-        answers: list[Opened] = []
-
-        async def open_collection() -> None:
-            if self.assignment.recreate:
-                await self._intake.check()
-                if renamed_from is not None:
-                    old = _named(want, renamed_from)
-                    await sink.drop_collection(old, sink_collection_id=0)
-            await sink.ensure_database(want.database)
-            for place in places:
-                try:
-                    opened = await self._open_at(sink, place)
-                except UserError as error:
-                    if error.reason not in _NOT_THERE or place is places[-1]:
-                        raise
-                else:
-                    self._placed = place
-                    answers.append(opened)
-                    return
-
-        if not await self._work.ddl("open", open_collection):
-            return
-        opened = answers[-1]
-        if renamed_from is not None and self._placed is want:
-            self._renamed_to = _name(want)
-        self._work.retarget(sink.target(self._placed))
-        self._bind()
-        existing_until = 0
-        if opened.adopted:
-            existing_until = ms_to_tso(int(time.time() * 1000) + ADOPTION_MARGIN_MS)
-        self._opened = (opened.sink_collection_id, opened.adopted, existing_until)
-        self._conditions.update(opened.conditions)
-        if opened.writes_in_flight:
-            self._core.sequencer.limit_in_flight(opened.writes_in_flight)
-        self._core.mark_opened(existing_until)
-        self._log.info("collection opened", adopted=opened.adopted)
-        self._notify(self.assignment.assignment_id)
-
-    async def _open_at(self, sink: Sink, place: Collection) -> Opened:
-        return await sink.open_collection(
-            place,
-            opened=self.assignment.opened,
-            adopt=self.assignment.adopt_existing,
-            recreate=self.assignment.recreate,
-            sink_collection_id=self.assignment.sink_collection_id,
-        )
-
-    def _bind(self) -> None:
-        self._log = self._log.bind(collection=self._placed.full_name)
-        self._troubles.bind(self._log)
-
     def _post(self, event: Callable[[], None]) -> None:
         self._inbox.append(event)
         self._wake.set()
@@ -390,9 +305,9 @@ class CollectionRunner:
                 case core.StartWrite(write):
                     self._spawn(self._write(write))
                 case core.CreatePartition(partition_id, name):
-                    self._spawn(self._create_partition(partition_id, name))
+                    self._spawn(self._object.create_partition(partition_id, name))
                 case core.DropPartition(partition_id, name):
-                    self._spawn(self._drop_partition(partition_id, name))
+                    self._spawn(self._object.drop_partition(partition_id, name))
                 case core.QueryPartition(partition_id):
                     self._waiting_since = self._waiting_since or time.monotonic()
                     self._query_partition(
@@ -402,9 +317,7 @@ class CollectionRunner:
             self._waiting_since = None
         self._intake.relieve()
         self._intake.account()
-        self._maybe_rename()
-        self._maybe_reconcile()
-        self._maybe_drop()
+        self._object.act()
         if self._core.horizon_blocks():
             wanted = tuple(map(self._core.wanted_horizon, self._core.lanes.values()))
             if wanted != self._asked_horizons:
@@ -443,143 +356,11 @@ class CollectionRunner:
             self._fail(BugError("REPLICATOR_BUG", f"{type(error).__name__}: {error}"))
 
     async def _write(self, write: Write) -> None:
-        assert self._work is not None
-        if await self._work.write(write):
+        if await self._object.write(write):
             self._post(lambda: self._settle(write.write_id))
 
     def _settle(self, write_id: int) -> None:
         self._core.write_done(write_id)
-
-    async def _create_partition(self, partition_id: int, name: str) -> None:
-        assert self._sink is not None
-        assert self._work is not None
-        create = partial(self._sink.create_partition, self._placed, name)
-        if await self._work.ddl(f"create partition {name}", create):
-            self._post(lambda: self._core.partition_created(partition_id))
-
-    async def _drop_partition(self, partition_id: int, name: str) -> None:
-        assert self._sink is not None
-        assert self._work is not None
-        drop = partial(self._sink.drop_partition, self._placed, name)
-        if await self._work.ddl(f"drop partition {name}", drop):
-            self._log.info("partition dropped", partition=name)
-            self._post(lambda: self._core.partition_dropped(partition_id))
-
-    def _maybe_reconcile(self) -> None:
-        """Indexes and load state follow once everything older than they is in the sink."""
-        if self._reconciling or self._stopping or not self._core.opened or self._dropping:
-            return
-        if self._core.held_back:
-            return
-        want = self._placed
-        if want is self._reconciled or want.state is ObjectState.DROPPED:
-            return
-        resolved = min(lane.resolved_ts for lane in self._core.lanes.values())
-        if resolved == 0 or want == self._reconciled:
-            return
-        if any(index.create_ts > resolved for index in want.indexes):
-            return  # as a whole, once everything older than the newest of them is in the sink
-        self._reconciling = True
-        self._spawn(self._reconcile(want))
-
-    async def _reconcile(self, want: Collection) -> None:
-        assert self._sink is not None
-        assert self._work is not None
-        try:
-            if await self._work.ddl("reconcile indexes and load state", partial(self._mend, want)):
-                self._reconciled = want
-        finally:
-            self._reconciling = False
-            self._wake.set()
-
-    async def _mend(self, want: Collection) -> None:
-        assert self._sink is not None
-        await reconcile(self._sink, want)
-
-    def _maybe_rename(self) -> None:
-        """Once everything older than the rename is in the sink, and nothing is under way there."""
-        want = self.assignment.want
-        if _name(want) == _name(self._placed) or self._renaming or self._stopping:
-            return
-        if not self._core.opened or self._core.closed or want.state is ObjectState.DROPPED:
-            self._core.held_back = False
-            return
-        lanes = self._core.lanes.values()
-        late = any(
-            not lane.closed and lane.resolved_ts < self.assignment.rename_ts for lane in lanes
-        )
-        if late or time.monotonic() < self._rename_after:
-            return
-        self._core.held_back = True
-        if self._core.at_rest and not self._reconciling:
-            self._renaming = True
-            self._spawn(self._rename(want))
-
-    async def _rename(self, want: Collection) -> None:
-        assert self._sink is not None
-        assert self._work is not None
-        done = False
-        try:
-            done = await self._work.attempt("rename", partial(self._rename_at, self._sink, want))
-        finally:
-            self._post(partial(self._rename_tried, want, done))
-
-    async def _rename_at(self, sink: Sink, want: Collection) -> None:
-        await sink.ensure_database(want.database)
-        await sink.rename_collection(
-            want,
-            renamed_from=_name(self._placed),
-            sink_collection_id=self.assignment.sink_collection_id,
-        )
-
-    def _rename_tried(self, want: Collection, done: bool) -> None:
-        """Rows go on, under whichever name it has now."""
-        self._renaming = self._core.held_back = False
-        if not done:
-            self._rename_after = time.monotonic() + RENAME_AGAIN_SECONDS
-            return
-        assert self._sink is not None
-        assert self._work is not None
-        before = self._placed.full_name
-        self._placed = _named(self.assignment.want, _name(want))
-        self._renamed_to = _name(want)
-        self._work.retarget(self._sink.target(self._placed))
-        metrics.forget(self.assignment.task, before)
-        self._bind()
-        self._log.info("renamed at the sink", before=before)
-        self._notify(self.assignment.assignment_id)
-        self._wake.set()
-
-    def _maybe_drop(self) -> None:
-        if (
-            self._dropping
-            or self._renaming
-            or self._reconciling
-            or self._stopping
-            or not self.assignment.drop_granted
-            or not self._core.sequencer.idle
-        ):
-            return
-        self._dropping = True
-        self._spawn(self._drop())
-
-    async def _drop(self) -> None:
-        assert self._sink is not None
-        assert self._work is not None
-        assignment = self.assignment
-        names = {_name(self._placed), _name(assignment.want), assignment.renamed_from}
-        for name in sorted(filter(None, names)):
-            drop = partial(
-                self._sink.drop_collection,
-                _named(assignment.want, name),
-                sink_collection_id=assignment.sink_collection_id,
-            )
-            if not await self._work.ddl("drop collection", drop):
-                break
-        else:
-            self._dropped = True
-            self._log.info("collection dropped")
-            self._notify(self.assignment.assignment_id)
 
     def _fail(self, error: CdcError) -> None:
         if self._failure is None:

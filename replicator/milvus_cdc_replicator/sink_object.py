@@ -1,0 +1,388 @@
+"""What one collection assignment does with its object at the sink: open, partitions, rename,
+indexes and load state, drop.
+
+Laws: it lives under the name it has at the sink (`placed`), which follows the wanted one by a
+rename. What is not in the log happens once everything older is in the sink. One change at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import structlog
+from milvus_cdc.errors import UserError
+from milvus_cdc.model import Collection, Drift, ObjectState, ms_to_tso
+from milvus_cdc.sink import Opened, Sink
+
+from milvus_cdc_replicator import metrics
+from milvus_cdc_replicator.convert import Converter
+from milvus_cdc_replicator.core.assignment import AssignmentCore
+from milvus_cdc_replicator.core.ops import Write
+from milvus_cdc_replicator.drift import Reconciler, note_emptied, without_dropped
+from milvus_cdc_replicator.gate import WriteGate
+from milvus_cdc_replicator.sink_work import SinkWork, Troubles
+from milvus_cdc_replicator.source_properties import SourceProperties
+from milvus_cdc_replicator.spec import CollectionAssignment
+
+log = structlog.get_logger()
+
+ADOPTION_MARGIN_MS = 60_000
+"""Rows of an adopted collection are no newer than now by the source's clock, which may be ahead."""
+RENAME_AGAIN_SECONDS = 2.0
+ROWS_LEFT_OUT = (
+    "rows of the source were read and not written, because the task does not carry `rows`; with it "
+    "on again, `milvus-cdc task resync` brings them"
+)
+_NOT_THERE = frozenset(
+    {"SINK_COLLECTION_MISSING", "SINK_COLLECTION_REPLACED", "SINK_NAME_IS_ALIAS"}
+)
+
+
+def _name(want: Collection) -> tuple[str, str]:
+    return want.database, want.name
+
+
+def _named(want: Collection, name: tuple[str, str]) -> Collection:
+    return want if _name(want) == name else replace(want, database=name[0], name=name[1])
+
+
+def _nothing() -> None:
+    """An event that makes the owner look again."""
+
+
+class SinkObject:
+    """`post` hands an event to the owner of the core, `spawn` runs work beside it, `changed` makes
+    the assignment report; `check_log` raises when the log is not there to fill it anew from.
+    """
+
+    def __init__(
+        self,
+        assignment: CollectionAssignment,
+        core: AssignmentCore,
+        *,
+        converter: Converter,
+        gate: WriteGate,
+        halt: asyncio.Event,
+        troubles: Troubles,
+        check_log: Callable[[], Awaitable[None]],
+        post: Callable[[Callable[[], None]], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        changed: Callable[[], None],
+        properties: SourceProperties | None = None,
+        reconcile_seconds: float = 300,
+    ) -> None:
+        """Without `properties` those of the metadata count."""
+        self._assignment = assignment
+        self._core = core
+        self._converter = converter
+        self._gate = gate
+        self._halt = halt
+        self._troubles = troubles
+        self._check_log = check_log
+        self._post = post
+        self._spawn = spawn
+        self._changed = changed
+        self.placed = assignment.want
+        """`assignment.want` with the name that it has at the sink."""
+        self.opened: tuple[int, bool, int] | None = None
+        """(sink collection id, adopted, horizon TSO)."""
+        self.conditions: dict[str, str] = {}
+        self.renamed_to: tuple[str, str] | None = None
+        self.dropped = False
+        self._sink: Sink | None = None
+        self._work: SinkWork | None = None
+        self._renaming = False
+        self._rename_after = 0.0
+        self._properties = properties
+        self._reconcile_seconds = reconcile_seconds
+        self._reconciler: Reconciler | None = None
+        self._reconciling = False
+        self._partitions = asyncio.Lock()
+        """Held by whoever makes or drops one at the sink."""
+        self._dropping = False
+        self._log = log.bind(
+            task=assignment.task, collection=self.placed.full_name, epoch=assignment.epoch
+        )
+
+    def update(self, assignment: CollectionAssignment) -> None:
+        self._assignment = assignment
+        self.placed = _named(assignment.want, _name(self.placed))
+
+    @property
+    def applied_version(self) -> int:
+        return self._reconciler.applied_version if self._reconciler is not None else 0
+
+    def compare_soon(self, seconds: float) -> None:
+        """The sink is looked at again at the latest in so many seconds."""
+        if self._reconciler is not None:
+            self._reconciler.soon(seconds)
+
+    def act(self) -> None:
+        """Begins what is due."""
+        if self._core.left_out:
+            self.conditions["ROWS_LEFT_OUT"] = ROWS_LEFT_OUT
+        self._maybe_rename()
+        self._maybe_reconcile()
+        self._maybe_drop()
+
+    async def write(self, write: Write) -> bool:
+        """As SinkWork.write."""
+        assert self._work is not None
+        return await self._work.write(write)
+
+    async def open(self, sink: Sink) -> None:
+        """Only with `core.opened` afterwards it is there; else it was told to stop."""
+        self._sink = sink
+        want = self._assignment.want
+        self._work = SinkWork(
+            sink,
+            sink.target(want),
+            self._assignment.sink,
+            self._assignment.task,
+            converter=self._converter,
+            gate=self._gate,
+            halt=self._halt,
+            troubles=self._troubles,
+            restore=self._restore,
+        )
+        self._reconciler = Reconciler(
+            sink,
+            gate=self._gate,
+            halt=self._halt,
+            troubles=self._troubles,
+            conditions=self.conditions,
+            properties=self._properties,
+            partitions=self._partitions,
+            current=lambda: self.placed,
+            every_seconds=self._reconcile_seconds,
+            log=self._log,
+        )
+        if self._assignment.drop_granted or self._core.closed:
+            # Only the drop is left; the collection may be gone from the sink already.
+            self._core.mark_opened(0)
+            return
+        renamed_from = self._assignment.renamed_from
+        places = [want]
+        if renamed_from is not None and not self._assignment.recreate:
+            # An owner before may have renamed it without living to say so.
+            places.append(_named(want, renamed_from))
+        answers: list[Opened] = []
+
+        async def open_collection() -> None:
+            if self._assignment.recreate:
+                await self._check_log()
+                if renamed_from is not None:
+                    old = _named(want, renamed_from)
+                    await sink.drop_collection(old, sink_collection_id=0)
+            if self._assignment.carry.schema:
+                await sink.ensure_database(want.database)
+            for place in places:
+                try:
+                    opened = await self._open_at(sink, place)
+                except UserError as error:
+                    if error.reason not in _NOT_THERE or place is places[-1]:
+                        raise
+                else:
+                    self.placed = place
+                    answers.append(opened)
+                    return
+
+        if not await self._work.ddl("open", open_collection):
+            return
+        opened = answers[-1]
+        if renamed_from is not None and self.placed is want:
+            self.renamed_to = _name(want)
+        self._work.retarget(sink.target(self.placed))
+        self._bind()
+        existing_until = 0
+        if opened.adopted:
+            existing_until = ms_to_tso(int(time.time() * 1000) + ADOPTION_MARGIN_MS)
+        self.opened = (opened.sink_collection_id, opened.adopted, existing_until)
+        self.conditions.update(opened.conditions)
+        applied = self._assignment.applied
+        if applied is not None:
+            known = {p.name for p in want.partitions if p.partition_id in applied.partition_ids}
+            note_emptied(self.conditions, sorted(known.intersection(opened.created_partitions)))
+        if opened.writes_in_flight:
+            self._core.sequencer.limit_in_flight(opened.writes_in_flight)
+        self._core.mark_opened(existing_until)
+        self._log.info("collection opened", adopted=opened.adopted)
+        self._changed()
+
+    async def _open_at(self, sink: Sink, place: Collection) -> Opened:
+        applied = self._assignment.applied
+        if applied is not None and self._assignment.drift is Drift.REPORT:
+            # What was there and is missing now is drift: told, not mended.
+            kept = (p for p in place.partitions if p.partition_id not in applied.partition_ids)
+            place = replace(place, partitions=tuple(kept))
+        return await sink.open_collection(
+            place,
+            opened=self._assignment.opened,
+            adopt=self._assignment.adopt_existing,
+            recreate=self._assignment.recreate,
+            sink_collection_id=self._assignment.sink_collection_id,
+            create=self._assignment.carry.schema,
+        )
+
+    def _bind(self) -> None:
+        self._log = self._log.bind(collection=self.placed.full_name)
+        self._troubles.bind(self._log)
+        if self._reconciler is not None:
+            self._reconciler.log = self._log
+
+    async def create_partition(self, partition_id: int, name: str) -> None:
+        assert self._sink is not None
+        assert self._work is not None
+        sink = self._sink
+
+        async def create() -> None:
+            async with self._partitions:
+                await sink.create_partition(self.placed, name)
+
+        carried = self._assignment.carry.schema
+        if not carried or await self._work.ddl(f"create partition {name}", create):
+            self._post(lambda: self._core.partition_created(partition_id))
+
+    async def drop_partition(self, partition_id: int, name: str) -> None:
+        assert self._sink is not None
+        assert self._work is not None
+        sink = self._sink
+
+        async def drop() -> None:
+            async with self._partitions:
+                await sink.drop_partition(self.placed, name)
+
+        if not self._assignment.carry.schema:
+            self._post(lambda: self._core.partition_dropped(partition_id))
+        elif await self._work.ddl(f"drop partition {name}", drop):
+            self._log.info("partition dropped", partition=name)
+            self._post(lambda: self._core.partition_dropped(partition_id))
+
+    def _maybe_reconcile(self) -> None:
+        """What is no row follows once everything older than it is in the sink."""
+        if self._reconciling or self._halt.is_set() or not self._core.opened or self._dropping:
+            return
+        reconciler, want = self._reconciler, self.placed
+        if reconciler is None or self._core.held_back or want.state is ObjectState.DROPPED:
+            return
+        if not reconciler.due(self._assignment.version):
+            return
+        resolved = min(lane.resolved_ts for lane in self._core.lanes.values())
+        newest = max((index.create_ts for index in want.indexes), default=0)
+        if resolved == 0 or max(newest, want.alter_ts) > resolved:
+            return  # as a whole, once everything older than the newest of them is in the sink
+        self._reconciling = True
+        self._spawn(self._reconcile(reconciler))
+
+    async def _reconcile(self, reconciler: Reconciler) -> None:
+        said = reconciler.applied_version, dict(self.conditions)
+        try:
+            await reconciler.run(self._assignment, self._wanted())
+        finally:
+            self._reconciling = False
+            self._post(_nothing)
+            if said != (reconciler.applied_version, self.conditions):
+                self._changed()
+
+    async def _restore(self) -> bool:
+        assert self._reconciler is not None
+        return await self._reconciler.restore(self._assignment, self._wanted())
+
+    def _wanted(self) -> Collection:
+        """What the sink should have now, under the name that it has there."""
+        resolved = min((lane.resolved_ts for lane in self._core.lanes.values()), default=0)
+        return without_dropped(self.placed, resolved, self._core.dropped_partitions)
+
+    def _maybe_rename(self) -> None:
+        """Once everything older than the rename is in the sink, and nothing is under way there."""
+        want = self._assignment.want
+        if _name(want) == _name(self.placed) or self._renaming or self._halt.is_set():
+            return
+        if not self._core.opened or self._core.closed or want.state is ObjectState.DROPPED:
+            self._core.held_back = False
+            return
+        if not self._assignment.carry.schema:
+            return
+        lanes = self._core.lanes.values()
+        late = any(
+            not lane.closed and lane.resolved_ts < self._assignment.rename_ts for lane in lanes
+        )
+        if late or time.monotonic() < self._rename_after:
+            return
+        self._core.held_back = True
+        if self._core.at_rest and not self._reconciling:
+            self._renaming = True
+            self._spawn(self._rename(want))
+
+    async def _rename(self, want: Collection) -> None:
+        assert self._sink is not None
+        assert self._work is not None
+        done = False
+        try:
+            done = await self._work.attempt("rename", partial(self._rename_at, self._sink, want))
+        finally:
+            self._post(partial(self._rename_tried, want, done))
+
+    async def _rename_at(self, sink: Sink, want: Collection) -> None:
+        await sink.ensure_database(want.database)
+        await sink.rename_collection(
+            want,
+            renamed_from=_name(self.placed),
+            sink_collection_id=self._assignment.sink_collection_id,
+        )
+
+    def _rename_tried(self, want: Collection, done: bool) -> None:
+        """Rows go on, under whichever name it has now."""
+        self._renaming = self._core.held_back = False
+        if not done:
+            self._rename_after = time.monotonic() + RENAME_AGAIN_SECONDS
+            return
+        assert self._sink is not None
+        assert self._work is not None
+        before = self.placed.full_name
+        self.placed = _named(self._assignment.want, _name(want))
+        self.renamed_to = _name(want)
+        self._work.retarget(self._sink.target(self.placed))
+        metrics.forget(self._assignment.task, before)
+        self._bind()
+        self._log.info("renamed at the sink", before=before)
+        self._changed()
+        self._post(_nothing)
+
+    def _maybe_drop(self) -> None:
+        if (
+            self._dropping
+            or self._renaming
+            or self._reconciling
+            or self._halt.is_set()
+            or not self._assignment.drop_granted
+            or not self._core.sequencer.idle
+        ):
+            return
+        self._dropping = True
+        self._spawn(self._drop())
+
+    async def _drop(self) -> None:
+        assert self._sink is not None
+        assert self._work is not None
+        assignment = self._assignment
+        names = {_name(self.placed), _name(assignment.want), assignment.renamed_from}
+        if not assignment.carry.schema:
+            names.clear()  # it stays, and nobody's
+        for name in sorted(filter(None, names)):
+            drop = partial(
+                self._sink.drop_collection,
+                _named(assignment.want, name),
+                sink_collection_id=assignment.sink_collection_id,
+            )
+            if not await self._work.ddl("drop collection", drop):
+                break
+        else:
+            self.dropped = True
+            self._log.info("collection dropped")
+            self._changed()
