@@ -183,10 +183,12 @@ def _databases(
         if database.database_id in alive and home:
             there.setdefault(home, DatabaseWish(database.database_id, home))
     busy: set[str] = set()
+    known = {wish.name: replace(wish, dropped=False) for wish in metadata.databases}
     for record in records:
-        busy |= {record.want.database, split(record.now_at_sink)[0]}
+        name = record.want.database
+        busy |= {name, split(record.now_at_sink)[0]}
         if not (record.dropping or record.deselected or record.failure is not None):
-            there.setdefault(record.want.database, DatabaseWish(0, record.want.database))
+            there.setdefault(name, known.get(name) or DatabaseWish(0, name))
     kept: list[DatabaseWish] = []
     for wish in metadata.databases:
         if wish.name in there or wish.database_id in alive:

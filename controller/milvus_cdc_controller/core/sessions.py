@@ -258,6 +258,8 @@ def _collection_progress(
         world.touch(uid)
     if new is not record:
         world.put_collection(new)
+    if record.renaming and not new.renaming:
+        adopt_catalogue(world, uid)  # the database that it has left may go
     flushed(world, uid, collection_id, event.flushed_ts)
     if event.dropped and new.drop_granted:
         session = world.session_of(event.stream)
