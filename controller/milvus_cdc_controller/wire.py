@@ -360,6 +360,7 @@ def metadata_spec(metadata: MetadataRecord, carry: Carry) -> pb.MetadataSpec:
                 properties=dict(properties.get(d.name, ())),
             )
             for d in metadata.databases
+            if carry.schema
         ],
         aliases=[
             pb.AliasSpec(database=a.database, alias=a.alias, collection=a.collection)

@@ -42,6 +42,11 @@ CHECKPOINT_AGE = Gauge(
     "Source time up to which every row is durable, Unix seconds",
     ["task", "collection"],
 )
+OPERATIONS_LEFT = Counter(
+    "milvus_cdc_replicator_operations_left",
+    "Entries of the operations channel that are carried by other means, or are not known",
+    ["kind"],
+)
 QUEUE_BYTES = Gauge("milvus_cdc_replicator_queue_bytes", "Bytes read and not yet durable")
 LEASE_SECONDS = Gauge("milvus_cdc_replicator_lease_seconds", "Time the process may still write")
 ASSIGNMENTS = Gauge("milvus_cdc_replicator_assignments", "Assignments held")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from milvus_cdc.codec.operations import FlushOperation
 from milvus_cdc.model import tso_to_ms
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import task_pb2
@@ -43,6 +44,10 @@ class Report:
     applied_version: int = 0
     renamed_to: tuple[str, str] | None = None
     """(database, name) that the sink's collection has since a rename."""
+    flushed_ts: int = 0
+    aliases_version: int = 0
+    flushes: tuple[FlushOperation, ...] = ()
+    operations_read_from: bytes = b""
 
 
 def lag_ms(lanes: Iterable[Lane]) -> int:
@@ -91,6 +96,13 @@ def to_progress(report: Report, seq: int) -> pb.Progress:
         conditions=[task_pb2.Condition(type=t, message=m) for t, m in report.conditions],
         dropped=report.dropped,
         applied_version=report.applied_version,
+        flushed_ts=report.flushed_ts,
+        aliases_version=report.aliases_version,
+        flushes=[
+            pb.FlushOperation(ts=f.ts, database=f.database, collections=f.collections)
+            for f in report.flushes
+        ],
+        operations_read_from=report.operations_read_from,
     )
     if report.renamed_to is not None:
         message.renamed_to.database, message.renamed_to.collection = report.renamed_to

@@ -45,6 +45,8 @@ log = structlog.get_logger()
 
 PROTOCOL = 1
 HOUSEKEEPING_SECONDS = 0.2
+AFTER_BREAK_SECONDS = 10.0
+"""Sinks are compared again within it: who was away may have missed something."""
 RESTING_SECONDS = 3.0
 """Who has no news reports this often: a checkpoint that skips no row may be older."""
 RECONNECT_SECONDS = (0.1, 0.3, 1.0, 2.0)
@@ -202,6 +204,8 @@ class Replicator:
         self._progress_seq += 1
         self._reported_at[runner.assignment.assignment_id] = time.monotonic()
         progress = to_progress(runner.report(), self._progress_seq)
+        if isinstance(runner, MetadataRunner):
+            runner.reported(self._progress_seq)
         self._retention.add(progress, runner.assignment)
         return progress
 
@@ -228,7 +232,11 @@ class Replicator:
             case "progress_ack":
                 ack = response.progress_ack
                 runner = self._runners.get(ack.assignment_id)
-                if runner is not None and runner.assignment.epoch == ack.epoch and ack.horizons:
+                if runner is None or runner.assignment.epoch != ack.epoch:
+                    return
+                if isinstance(runner, MetadataRunner):
+                    runner.acked(ack.seq)
+                elif ack.horizons:
                     runner.grant([(h.vchannel, h.horizon_ts) for h in ack.horizons])
             case "job_request":
                 self._jobs.start(response.job_request)
@@ -247,6 +255,9 @@ class Replicator:
         self._heartbeat()
         self._due.update(self._runners)
         self._outbox_ready.set()
+        for runner in self._runners.values():
+            if isinstance(runner, CollectionRunner):
+                runner.compare_soon(random.uniform(0, AFTER_BREAK_SECONDS))
 
     def _heartbeat(self) -> None:
         self._heartbeat_seq += 1
@@ -381,6 +392,7 @@ class Replicator:
                 connections=self._connections,
                 gate=self._gate,
                 notify=self._notify,
+                reconcile_seconds=self._settings.reconcile_seconds,
             )
         self._runners[assignment_id] = runner
         runner.start()

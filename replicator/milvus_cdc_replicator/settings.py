@@ -23,6 +23,8 @@ class Limits:
 
     writes: WriteLimits = field(default_factory=WriteLimits)
     assignment_bytes: int = 48 * MIB
+    reconcile_seconds: float = 300
+    """Between two comparisons of a collection with its sink, rows aside."""
 
 
 class _Strict(BaseModel):
@@ -70,6 +72,8 @@ class Settings(_Strict):
     memory_mib: Annotated[int, Field(ge=8, le=65_536, alias="memoryMiB")] = 64
     """Rows in transit; the process itself needs about 100 MiB more."""
     shutdown_seconds: Annotated[float, Field(gt=0, le=600)] = 20
+    reconcile_seconds: Annotated[float, Field(ge=1, le=86_400)] = 300
+    """Between two comparisons of a collection with its sink, rows aside; varied by a fifth."""
     writes: WriteSettings = WriteSettings()
     secrets: SecretSettings = SecretSettings()
     log: LogSettings = LogSettings()
@@ -82,6 +86,7 @@ class Settings(_Strict):
                 in_flight=self.writes.in_flight_per_collection,
             ),
             assignment_bytes=self.memory_mib * MIB * 3 // 4,
+            reconcile_seconds=self.reconcile_seconds,
         )
 
 

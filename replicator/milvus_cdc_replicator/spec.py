@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from milvus_cdc.model import (
     Carry,
@@ -13,8 +13,10 @@ from milvus_cdc.model import (
     LoadKind,
     ObjectState,
     Partition,
+    RoleGrant,
     Vchannel,
 )
+from milvus_cdc.sink.metadata import AliasWish, MetadataWish, RbacWish
 from milvus_cdc.source import KafkaConfig, NatsConfig, QueueConfig
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import task_pb2
@@ -57,10 +59,12 @@ class CollectionAssignment:
     """Rows at or below it come before the rename."""
     source_database: str = ""
     """Its database at the source."""
-    carry: Carry = Carry()
+    carry: Carry = field(default_factory=Carry)
     drift: Drift = Drift.REPAIR
     applied: Applied | None = None
     """What an owner before has carried out."""
+    flush_ts: int = 0
+    """A user's flush: done once rows at or below it are in the sink; 0 = none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +83,30 @@ class Applied:
 
 
 @dataclass(frozen=True, slots=True)
+class Operations:
+    """What is wanted from the source's operations channel."""
+
+    channel: str
+    read_from: bytes
+    flush: bool
+    credentials: bool
+
+
+@dataclass(frozen=True, slots=True)
 class MetadataAssignment:
-    """A task's databases, as wanted."""
+    """What belongs to a task and not to a collection, as wanted."""
 
     assignment_id: str
     epoch: int
     version: int
     task: str
     sink: task_pb2.Sink
-    databases: tuple[tuple[str, bool], ...]
-    """(name, dropped)."""
+    source: task_pb2.Source
+    wish: MetadataWish
+    drift: Drift = Drift.REPAIR
+    applied_version: int = 0
+    """The newest that was reported as applied, by whichever owner."""
+    operations: Operations | None = None
 
 
 Assignment = CollectionAssignment | MetadataAssignment
@@ -115,7 +133,11 @@ def from_assign(message: pb.Assign) -> Assignment:
                 version=message.version,
                 task=message.task,
                 sink=message.sink,
-                databases=tuple((d.name, d.dropped) for d in message.metadata.databases),
+                source=message.source,
+                wish=_metadata_wish(message.metadata),
+                drift=_drift(message.drift),
+                applied_version=message.metadata.applied_version,
+                operations=_operations(message.metadata),
             )
         case "collection":
             pass
@@ -158,14 +180,56 @@ def from_assign(message: pb.Assign) -> Assignment:
         rename_ts=spec.rename_ts,
         source_database=spec.source_database,
         carry=carry_of(message.carry),
-        drift=Drift.REPORT if message.drift == task_pb2.DRIFT_REPORT else Drift.REPAIR,
+        drift=_drift(message.drift),
         applied=_applied(spec.applied) if spec.HasField("applied") else None,
+        flush_ts=spec.flush_ts,
     )
 
 
 def carry_of(message: task_pb2.Carry) -> Carry:
     """What is unset has its default."""
-    return Carry(**{field.name: value for field, value in message.ListFields()})
+    return Carry(**{each.name: value for each, value in message.ListFields()})
+
+
+def _drift(value: task_pb2.Drift.ValueType) -> Drift:
+    return Drift.REPORT if value == task_pb2.DRIFT_REPORT else Drift.REPAIR
+
+
+def _operations(spec: pb.MetadataSpec) -> Operations | None:
+    if not spec.HasField("operations"):
+        return None
+    wanted = spec.operations
+    return Operations(wanted.channel, wanted.read_from, wanted.flush, wanted.credentials)
+
+
+def _metadata_wish(spec: pb.MetadataSpec) -> MetadataWish:
+    return MetadataWish(
+        databases=tuple((d.name, d.dropped) for d in spec.databases),
+        database_properties=tuple(
+            (d.name, tuple(sorted(d.properties.items()))) for d in spec.databases if d.properties
+        ),
+        aliases=tuple(AliasWish(a.database, a.alias, a.collection) for a in spec.aliases),
+        dropped_aliases=tuple((a.database, a.collection) for a in spec.dropped_aliases),
+        rbac=_rbac_wish(spec.rbac) if spec.HasField("rbac") else None,
+    )
+
+
+def _rbac_wish(spec: pb.RbacSpec) -> RbacWish:
+    return RbacWish(
+        users=tuple(spec.users),
+        roles=tuple(spec.roles),
+        members=tuple((m.user, m.role) for m in spec.members),
+        grants=tuple(map(_grant, spec.grants)),
+        privilege_groups=tuple((g.name, tuple(g.privileges)) for g in spec.privilege_groups),
+        dropped_roles=tuple(spec.dropped_roles),
+        dropped_members=tuple((m.user, m.role) for m in spec.dropped_members),
+        dropped_grants=tuple(map(_grant, spec.dropped_grants)),
+        dropped_privilege_groups=tuple(spec.dropped_privilege_groups),
+    )
+
+
+def _grant(spec: pb.GrantSpec) -> RoleGrant:
+    return RoleGrant(spec.role, spec.object_type, spec.object_name, spec.database, spec.privilege)
 
 
 _LOAD_KINDS = {

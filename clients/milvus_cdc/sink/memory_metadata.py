@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from milvus_cdc.sink.metadata import (
     missing_users,
     of_alias,
     rbac_differences,
+    rbac_item,
 )
 
 
@@ -45,43 +46,44 @@ class MemoryMetadata:
     def look(self, wish: MetadataWish) -> MetadataDiff:
         diff = MetadataDiff()
 
-        def add(difference: ObjectDifference, do: Callable[[], Any]) -> None:
-            diff.repairs.append(Repair(difference, partial(self._mend, difference, do)))
+        def add(difference: ObjectDifference, item: Hashable, do: Callable[[], Any]) -> None:
+            diff.repairs.append(Repair(difference, partial(self._mend, difference, do), item))
 
         for name, dropped in sorted(wish.databases, key=lambda each: each[1]):
             there = self._collections(name) is not None
             if there is dropped and not dropped:
                 made = database_difference(Action.CREATE, name, "is missing")
-                add(made, partial(self._ensure_database, name))
+                add(made, (name, False), partial(self._ensure_database, name))
         for name, properties in wish.database_properties:
             held = self.properties.setdefault(name, {})
             for key, value in properties:
                 if held.get(key) != value:
                     changed = ObjectDifference(Action.ALTER, "property", name, "", key, value)
-                    add(changed, partial(held.__setitem__, key, value))
+                    add(changed, (name, key, value), partial(held.__setitem__, key, value))
         for alias in wish.aliases:
             place = alias.database, alias.alias
             found = self.aliases.get(place)
             if found != alias.collection:
                 put = partial(self._put_alias, place, alias.collection)
-                add(of_alias(alias, found), put)
+                add(of_alias(alias, found), alias, put)
         for place in wish.dropped_aliases:
             if place in self.aliases:
                 gone = ObjectDifference(
                     Action.DROP, "alias", place[0], self.aliases[place], place[1], "dropped"
                 )
-                add(gone, partial(self.aliases.pop, place, None))
+                add(gone, ("alias", *place), partial(self.aliases.pop, place, None))
         if wish.rbac is not None:
             for difference, payload in rbac_differences(wish.rbac, self.rbac):
-                add(difference, partial(self._change_rbac, difference, payload))
+                item = rbac_item(difference.action, payload)
+                add(difference, item, partial(self._change_rbac, difference, payload))
             for user in missing_users(wish.rbac, self.rbac):
                 needed = ObjectDifference(Action.CREATE, "user", "", "", user, "is missing")
-                diff.repairs.append(Repair(needed, None))
+                diff.repairs.append(Repair(needed, None, rbac_item(Action.CREATE, user)))
                 diff.conditions.append(("CREDENTIAL_NEEDED", f"User {user!r} is not at the sink."))
         for name, dropped in wish.databases:
             if dropped and self._collections(name) is not None:
                 gone = database_difference(Action.DROP, name, "the source dropped it")
-                add(gone, partial(self._drop_database, name))
+                add(gone, (name, True), partial(self._drop_database, name))
         return diff
 
     async def _mend(self, difference: ObjectDifference, do: Callable[[], Any]) -> None:

@@ -7,7 +7,7 @@ never made: nobody here knows a password.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -20,10 +20,23 @@ BUILT_IN_ROLES = frozenset({"admin", "public"})
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """`mend` is idempotent and raises milvus_cdc.errors; None where only a person can."""
+    """`mend` is idempotent and raises milvus_cdc.errors; None where only a person can. `item` is
+    the part of the wish that it fulfils, one of `wish_items`.
+    """
 
     difference: ObjectDifference
     mend: Callable[[], Awaitable[None]] | None
+    item: Hashable
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """One object that could not be looked at or mended."""
+
+    kind: str
+    """As in ObjectDifference."""
+    name: str
+    error: CdcError
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +84,7 @@ class MetadataDiff:
     """In the order in which it has to be mended."""
 
     repairs: list[Repair] = field(default_factory=list)
-    troubles: list[CdcError] = field(default_factory=list)
+    troubles: list[Trouble] = field(default_factory=list)
     """What could not be looked at."""
     conditions: list[tuple[str, str]] = field(default_factory=list)
     """(TYPE, message) of what this sink cannot hold, or what waits for a person."""
@@ -100,8 +113,8 @@ class CredentialChange:
 
     action: CredentialAction
     user: str
-    password: str = ""
-    old_password: str = ""
+    password: str = field(default="", repr=False)
+    old_password: str = field(default="", repr=False)
 
 
 Payload = str | RoleGrant | tuple[str, str] | tuple[str, tuple[str, ...]]
@@ -138,6 +151,29 @@ def rbac_differences(
     for name in want.dropped_privilege_groups:
         if name in there.privilege_groups:
             yield _difference(Action.DROP, "privilege group", name), name
+
+
+def wish_items(wish: MetadataWish) -> frozenset[Hashable]:
+    """Every single wish: what is in one version's and not in another's was changed in between."""
+    items: set[Hashable] = set(wish.databases)
+    items.update(
+        (name, key, value) for name, pairs in wish.database_properties for key, value in pairs
+    )
+    items.update(wish.aliases)
+    items.update(("alias", *place) for place in wish.dropped_aliases)
+    rbac = wish.rbac or RbacWish()
+    for action, payloads in (
+        (Action.CREATE, (*rbac.users, *rbac.roles, *rbac.members, *rbac.grants)),
+        (Action.CREATE, rbac.privilege_groups),
+        (Action.DROP, (*rbac.dropped_roles, *rbac.dropped_members, *rbac.dropped_grants)),
+        (Action.DROP, rbac.dropped_privilege_groups),
+    ):
+        items.update(rbac_item(action, payload) for payload in payloads)
+    return frozenset(items)
+
+
+def rbac_item(action: Action, payload: Hashable) -> Hashable:
+    return (action is Action.DROP, payload)
 
 
 def missing_users(want: RbacWish, there: RbacState) -> list[str]:

@@ -200,7 +200,7 @@ class MilvusSink:
     async def diff_metadata(self, wish: MetadataWish) -> tuple[ObjectDifference, ...]:
         diff = await self._metadata.look(wish)
         for trouble in diff.troubles:
-            raise trouble
+            raise trouble.error
         return tuple(repair.difference for repair in diff.repairs)
 
     async def change_credential(self, change: CredentialChange) -> None:

@@ -16,15 +16,16 @@ from milvus_cdc.milvus_protos import common_pb2, milvus_pb2
 from milvus_cdc.model import RoleGrant
 from milvus_cdc.sink.differences import Action, ObjectDifference, database_difference
 from milvus_cdc.sink.metadata import (
-    AliasWish,
     MetadataDiff,
     MetadataWish,
     Payload,
     RbacWish,
     Repair,
+    Trouble,
     missing_users,
     of_alias,
     rbac_differences,
+    rbac_item,
 )
 from milvus_cdc.sink.milvus.aliases import Aliases
 from milvus_cdc.sink.milvus.rbac import AccessControl, unsupported
@@ -69,14 +70,18 @@ class Metadata:
             try:
                 there = await self._has_database(name)
             except CdcError as error:
-                diff.troubles.append(error)
+                diff.troubles.append(Trouble("database", name, error))
                 continue
             if there is dropped:
                 action = Action.DROP if dropped else Action.CREATE
                 detail = "the source dropped it" if dropped else "is missing"
                 mend = self._drop_database if dropped else self._ensure_database
                 diff.repairs.append(
-                    Repair(database_difference(action, name, detail), partial(mend, name))
+                    Repair(
+                        database_difference(action, name, detail),
+                        partial(mend, name),
+                        (name, dropped),
+                    )
                 )
 
     async def _properties(self, wish: MetadataWish, diff: MetadataDiff) -> None:
@@ -93,7 +98,7 @@ class Metadata:
                     there = {pair.key: pair.value for pair in answer.properties}
             except CdcError as error:
                 if not unsupported(error):
-                    diff.troubles.append(error)
+                    diff.troubles.append(Trouble("property", name, error))
                     continue
                 diff.conditions.append(
                     (
@@ -111,7 +116,8 @@ class Metadata:
                 difference = ObjectDifference(
                     action, "property", name, "", key, f"{detail}, wanted is {value!r}"
                 )
-                diff.repairs.append(Repair(difference, partial(self._alter, name, key, value)))
+                alter = partial(self._alter, name, key, value)
+                diff.repairs.append(Repair(difference, alter, (name, key, value)))
 
     async def _alter(self, database: str, key: str, value: str) -> None:
         request = milvus_pb2.AlterDatabaseRequest(
@@ -127,28 +133,25 @@ class Metadata:
                 if unsupported(error):
                     diff.conditions.append(_no_aliases(wish))
                     return
-                diff.troubles.append(error)
+                diff.troubles.append(Trouble("alias", alias.alias, error))
                 continue
             if found != alias.collection:
-                mend = partial(self._put_alias, alias, moves=found is not None)
-                diff.repairs.append(Repair(of_alias(alias, found), mend))
+                mend = partial(self._aliases.put, alias, moves=found is not None)
+                diff.repairs.append(Repair(of_alias(alias, found), mend, alias))
         for database, name in wish.dropped_aliases:
             try:
                 found = await self._aliases.find(database, name)
             except CdcError as error:
                 if unsupported(error):
                     return
-                diff.troubles.append(error)
+                diff.troubles.append(Trouble("alias", name, error))
                 continue
             if found is not None:
                 difference = ObjectDifference(
                     Action.DROP, "alias", database, found, name, "the source has it no more"
                 )
                 drop = partial(self._aliases.drop, database, name)
-                diff.repairs.append(Repair(difference, drop))
-
-    async def _put_alias(self, wish: AliasWish, *, moves: bool) -> None:
-        await self._aliases.put(wish, moves=moves)
+                diff.repairs.append(Repair(difference, drop, ("alias", database, name)))
 
     async def _rbac(self, wish: RbacWish, diff: MetadataDiff) -> None:
         try:
@@ -157,15 +160,16 @@ class Metadata:
             if unsupported(error):
                 diff.conditions.append(("RBAC_NOT_CARRIED", f"The sink: {error.message}"))
             else:
-                diff.troubles.append(error)
+                diff.troubles.append(Trouble("role", "", error))
             return
         for difference, payload in rbac_differences(wish, there):
-            diff.repairs.append(Repair(difference, self._mend(difference, payload)))
+            item = rbac_item(difference.action, payload)
+            diff.repairs.append(Repair(difference, self._mend(difference, payload), item))
         for user in missing_users(wish, there):
             difference = ObjectDifference(
                 Action.CREATE, "user", "", "", user, "is missing; its password is not known"
             )
-            diff.repairs.append(Repair(difference, None))
+            diff.repairs.append(Repair(difference, None, rbac_item(Action.CREATE, user)))
             diff.conditions.append(credential_needed(user, self._client.uri))
 
     def _mend(
