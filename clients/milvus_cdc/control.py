@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
 
@@ -211,6 +212,28 @@ class ControlClient:
         )
         task: task_pb2.Task = (await self._call(self._tasks.ResyncCollection, request)).task
         return task
+
+    async def set_positions(
+        self,
+        name: str,
+        *,
+        positions: Sequence[task_service_pb2.VchannelPosition] = (),
+        at: datetime | None = None,
+        collections: Sequence[str] = (),
+        validate_only: bool = False,
+        etag: str = "",
+    ) -> list[task_service_pb2.VchannelPosition]:
+        """Puts a paused task elsewhere in the log: at `positions`, else (the vchannels of
+        `collections`, or all) at the time `at`. All or none; what was set comes back.
+        """
+        request = task_service_pb2.SetTaskPositionsRequest(
+            name=task_name(name), etag=etag, collections=collections, validate_only=validate_only
+        )
+        if at is None:
+            request.positions.positions.extend(positions)
+        else:
+            request.at.FromDatetime(at)
+        return list((await self._call(self._tasks.SetTaskPositions, request)).positions)
 
     async def list_collections(self, name: str) -> list[task_pb2.TaskCollection]:
         """Every page."""

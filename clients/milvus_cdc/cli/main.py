@@ -14,6 +14,7 @@ import grpc
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc.cli import commands
+from milvus_cdc.cli.positions import positions, set_positions
 from milvus_cdc.cli.task_file import InputError
 from milvus_cdc.cli.verify import verify
 from milvus_cdc.control import DEFAULT_ADDRESS, ApiError, ControlClient
@@ -44,6 +45,7 @@ _ADVICE = {
     grpc.StatusCode.UNIMPLEMENTED: "this address serves another version, or is no controller",
 }
 _ADVICE_BY_REASON = {
+    "TASK_NOT_PAUSED": "milvus-cdc task pause NAME; set the positions; milvus-cdc task resume NAME",
     "NO_REPLICATOR": "start a replicator: milvus-cdc-replicator --config replicator.yaml",
 }
 
@@ -153,6 +155,20 @@ def _task_commands(
     resync = add("resync", commands.resync, "drop a collection at the sink and fill it again")
     resync.add_argument("--collection", required=True, metavar="DB.NAME")
     resync.add_argument("--yes", action="store_true", help="do not ask")
+    add("positions", positions, "where each vchannel stands in the log, and how long it is kept")
+    setting = add("set-positions", set_positions, "put a paused task elsewhere in the log")
+    where = setting.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--from-file",
+        metavar="FILE",
+        default="",
+        help="of `positions -o json`, milvus-backup or milvus-cdc; - for stdin",
+    )
+    where.add_argument("--at", metavar="TIME", default="", help="like 2026-11-21T09:30:00Z")
+    setting.add_argument(
+        "--collection", action="append", default=[], metavar="DB.NAME", help="only this; with --at"
+    )
+    setting.add_argument("--dry-run", action="store_true", help="check all, set nothing")
     shown = add("collections", commands.collections, "state, lag and rows per collection")
     shown.add_argument("--watch", action="store_true", help="again every two seconds")
 

@@ -43,6 +43,7 @@ class FakeTasks(task_service_pb2_grpc.TaskServiceServicer):
         self.fail_creates = 0
         self.equal = True
         self.watch_breaks = 0
+        self.collections: list[task_pb2.TaskCollection] | None = None
         self.watch_break: grpc.StatusCode | None = grpc.StatusCode.UNAVAILABLE
         """How it breaks; None = as if it had come to its end."""
 
@@ -112,8 +113,17 @@ class FakeTasks(task_service_pb2_grpc.TaskServiceServicer):
         task = await self._find(request.name, context)
         return task_service_pb2.ResyncCollectionResponse(task=task)
 
+    async def SetTaskPositions(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        task = await self._find(request.name, context)
+        return task_service_pb2.SetTaskPositionsResponse(
+            task=task, positions=request.positions.positions
+        )
+
     async def ListTaskCollections(self, request: Any, context: Any) -> Any:
         await self._find(request.parent, context)
+        if self.collections is not None:
+            return task_service_pb2.ListTaskCollectionsResponse(collections=self.collections)
         one = task_pb2.TaskCollection(
             database="default",
             collection="c",
