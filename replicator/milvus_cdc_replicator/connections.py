@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 
 from milvus_cdc.errors import CdcError
+from milvus_cdc.milvus_client import MilvusClient
 from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.sink import Sink
 from milvus_cdc.sink.milvus import MilvusSink
@@ -26,6 +27,7 @@ class Connections:
         self._secrets = secrets
         self._sinks: dict[bytes, Sink] = {}
         self._sources: dict[object, LogSource] = {}
+        self._source_clients: dict[bytes, MilvusClient] = {}
         self._hubs: dict[tuple[object, str], PchannelHub] = {}
         self._lock = asyncio.Lock()
 
@@ -48,6 +50,15 @@ class Connections:
                 return self._secrets.file(endpoint.token.file, field=field)
             case _:
                 return None
+
+    async def source_client(self, spec: task_pb2.MilvusEndpoint) -> MilvusClient:
+        """The source's public API. Raises UserError for a secret that cannot be resolved."""
+        key = spec.SerializeToString(deterministic=True)
+        client = self._source_clients.get(key)
+        if client is None:
+            token = self.token(spec, "source.milvus.token")
+            client = self._source_clients[key] = MilvusClient(spec.uri, token, who="source")
+        return client
 
     async def source(self, spec: task_pb2.Source) -> LogSource:
         config = queue_config(spec)
@@ -87,6 +98,8 @@ class Connections:
         for sink in self._sinks.values():
             with contextlib.suppress(CdcError):
                 await sink.close()
+        for client in self._source_clients.values():
+            await client.close()
         for source in self._sources.values():
             with contextlib.suppress(CdcError):
                 await source.close()

@@ -24,6 +24,8 @@ LEAST_TIMEOUT_SECONDS = 1.0
 """A write that has less than this before the lease ends is not worth starting."""
 DDL_SECONDS = 30.0
 DDL_LEAST_SECONDS = 3.0
+COMPARISONS = 8
+"""Collections of the process that are compared with their sinks at once."""
 
 
 class Halted(Exception):
@@ -101,6 +103,8 @@ class WriteGate:
         self._per_sink = per_sink
         self._slots: dict[bytes, Slots] = {}
         self._renewed = asyncio.Event()
+        self.comparisons = asyncio.Semaphore(COMPARISONS)
+        """Taken by whoever only looks at a sink."""
 
     def renewed(self) -> None:
         """The lease may have grown."""

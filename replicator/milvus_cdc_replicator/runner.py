@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -34,6 +35,7 @@ from milvus_cdc_replicator.schema import key_field
 from milvus_cdc_replicator.settings import Limits
 from milvus_cdc_replicator.sink_object import SinkObject
 from milvus_cdc_replicator.sink_work import Troubles
+from milvus_cdc_replicator.source_properties import SourceProperties
 from milvus_cdc_replicator.spec import CollectionAssignment
 
 log = structlog.get_logger()
@@ -124,7 +126,10 @@ class CollectionRunner:
             post=self._post,
             spawn=self._spawn,
             changed=lambda: notify(assignment.assignment_id),
+            properties=self._source_properties(),
+            reconcile_seconds=limits.reconcile_seconds,
         )
+        self._core.carries_rows = assignment.carry.rows
 
     # ---- from outside, all on the loop
 
@@ -138,8 +143,19 @@ class CollectionRunner:
             self.assignment = assignment
             self._object.update(assignment)
             self._core.update(assignment.want)
+            self._core.carries_rows = assignment.carry.rows
 
         self._post(apply)
+
+    def compare_soon(self, seconds: float) -> None:
+        """The sink is compared again, rows aside, at the latest in so many seconds."""
+        self._object.compare_soon(seconds)
+
+    def _source_properties(self) -> SourceProperties | None:
+        source = self.assignment.source
+        if not source.HasField("milvus"):
+            return None
+        return SourceProperties(partial(self._connections.source_client, source.milvus))
 
     def grant(self, horizons: list[tuple[str, int]]) -> None:
         def apply() -> None:
@@ -208,6 +224,8 @@ class CollectionRunner:
             opened=self._object.opened,
             dropped=self._object.dropped,
             renamed_to=self._object.renamed_to,
+            flushed_ts=self._object.flushed_ts,
+            applied_version=self._object.applied_version,
         )
 
     def _state(self) -> tuple[str, str, str]:

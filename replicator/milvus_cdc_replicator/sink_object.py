@@ -8,6 +8,7 @@ rename. What is not in the log happens once everything older is in the sink. One
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
@@ -16,15 +17,17 @@ from typing import Any
 
 import structlog
 from milvus_cdc.errors import UserError
-from milvus_cdc.model import Collection, ObjectState, ms_to_tso
-from milvus_cdc.sink import Opened, Sink, reconcile
+from milvus_cdc.model import Collection, Drift, ObjectState, ms_to_tso
+from milvus_cdc.sink import Opened, Sink
 
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.convert import Converter
 from milvus_cdc_replicator.core.assignment import AssignmentCore
 from milvus_cdc_replicator.core.ops import Write
+from milvus_cdc_replicator.drift import Reconciler, note_emptied, without_dropped
 from milvus_cdc_replicator.gate import WriteGate
 from milvus_cdc_replicator.sink_work import SinkWork, Troubles
+from milvus_cdc_replicator.source_properties import SourceProperties
 from milvus_cdc_replicator.spec import CollectionAssignment
 
 log = structlog.get_logger()
@@ -32,6 +35,13 @@ log = structlog.get_logger()
 ADOPTION_MARGIN_MS = 60_000
 """Rows of an adopted collection are no newer than now by the source's clock, which may be ahead."""
 RENAME_AGAIN_SECONDS = 2.0
+AFTER_BREAK_SECONDS = 5.0
+FLUSH_AGAIN_SECONDS = 10.0
+"""Milvus takes one flush of a collection in ten seconds."""
+ROWS_LEFT_OUT = (
+    "rows of the source were read and not written, because the task does not carry `rows`; with it "
+    "on again, `milvus-cdc task resync` brings them"
+)
 _NOT_THERE = frozenset(
     {"SINK_COLLECTION_MISSING", "SINK_COLLECTION_REPLACED", "SINK_NAME_IS_ALIAS"}
 )
@@ -67,7 +77,10 @@ class SinkObject:
         post: Callable[[Callable[[], None]], None],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
         changed: Callable[[], None],
+        properties: SourceProperties | None = None,
+        reconcile_seconds: float = 300,
     ) -> None:
+        """Without `properties` those of the metadata count."""
         self._assignment = assignment
         self._core = core
         self._converter = converter
@@ -85,12 +98,20 @@ class SinkObject:
         self.conditions: dict[str, str] = {}
         self.renamed_to: tuple[str, str] | None = None
         self.dropped = False
+        self.flushed_ts = 0
+        """Of the newest flush carried out."""
+        self._flushing = False
+        self._flush_after = 0.0
         self._sink: Sink | None = None
         self._work: SinkWork | None = None
         self._renaming = False
         self._rename_after = 0.0
-        self._reconciled: object = None
+        self._properties = properties
+        self._reconcile_seconds = reconcile_seconds
+        self._reconciler: Reconciler | None = None
         self._reconciling = False
+        self._partitions = asyncio.Lock()
+        """Held by whoever makes or drops one at the sink."""
         self._dropping = False
         self._log = log.bind(
             task=assignment.task, collection=self.placed.full_name, epoch=assignment.epoch
@@ -100,10 +121,22 @@ class SinkObject:
         self._assignment = assignment
         self.placed = _named(assignment.want, _name(self.placed))
 
+    @property
+    def applied_version(self) -> int:
+        return self._reconciler.applied_version if self._reconciler is not None else 0
+
+    def compare_soon(self, seconds: float) -> None:
+        """The sink is looked at again at the latest in so many seconds."""
+        if self._reconciler is not None:
+            self._reconciler.soon(seconds)
+
     def act(self) -> None:
         """Begins what is due."""
+        if self._core.left_out:
+            self.conditions["ROWS_LEFT_OUT"] = ROWS_LEFT_OUT
         self._maybe_rename()
         self._maybe_reconcile()
+        self._maybe_flush()
         self._maybe_drop()
 
     async def write(self, write: Write) -> bool:
@@ -124,6 +157,20 @@ class SinkObject:
             gate=self._gate,
             halt=self._halt,
             troubles=self._troubles,
+            restore=self._restore,
+            reconnected=lambda: self.compare_soon(random.uniform(0, AFTER_BREAK_SECONDS)),
+        )
+        self._reconciler = Reconciler(
+            sink,
+            gate=self._gate,
+            halt=self._halt,
+            troubles=self._troubles,
+            conditions=self.conditions,
+            properties=self._properties,
+            partitions=self._partitions,
+            current=lambda: self.placed,
+            every_seconds=self._reconcile_seconds,
+            log=self._log,
         )
         if self._assignment.drop_granted or self._core.closed:
             # Only the drop is left; the collection may be gone from the sink already.
@@ -142,7 +189,8 @@ class SinkObject:
                 if renamed_from is not None:
                     old = _named(want, renamed_from)
                     await sink.drop_collection(old, sink_collection_id=0)
-            await sink.ensure_database(want.database)
+            if self._assignment.carry.schema:
+                await sink.ensure_database(want.database)
             for place in places:
                 try:
                     opened = await self._open_at(sink, place)
@@ -166,6 +214,10 @@ class SinkObject:
             existing_until = ms_to_tso(int(time.time() * 1000) + ADOPTION_MARGIN_MS)
         self.opened = (opened.sink_collection_id, opened.adopted, existing_until)
         self.conditions.update(opened.conditions)
+        applied = self._assignment.applied
+        if applied is not None:
+            known = {p.name for p in want.partitions if p.partition_id in applied.partition_ids}
+            note_emptied(self.conditions, sorted(known.intersection(opened.created_partitions)))
         if opened.writes_in_flight:
             self._core.sequencer.limit_in_flight(opened.writes_in_flight)
         self._core.mark_opened(existing_until)
@@ -173,63 +225,124 @@ class SinkObject:
         self._changed()
 
     async def _open_at(self, sink: Sink, place: Collection) -> Opened:
+        applied = self._assignment.applied
+        if applied is not None and self._assignment.drift is Drift.REPORT:
+            # What was there and is missing now is drift: told, not mended.
+            kept = (p for p in place.partitions if p.partition_id not in applied.partition_ids)
+            place = replace(place, partitions=tuple(kept))
         return await sink.open_collection(
             place,
             opened=self._assignment.opened,
             adopt=self._assignment.adopt_existing,
             recreate=self._assignment.recreate,
             sink_collection_id=self._assignment.sink_collection_id,
+            create=self._assignment.carry.schema,
         )
 
     def _bind(self) -> None:
         self._log = self._log.bind(collection=self.placed.full_name)
         self._troubles.bind(self._log)
+        if self._reconciler is not None:
+            self._reconciler.log = self._log
 
     async def create_partition(self, partition_id: int, name: str) -> None:
         assert self._sink is not None
         assert self._work is not None
-        create = partial(self._sink.create_partition, self.placed, name)
-        if await self._work.ddl(f"create partition {name}", create):
+        sink = self._sink
+
+        async def create() -> None:
+            async with self._partitions:
+                await sink.create_partition(self.placed, name)
+
+        carried = self._assignment.carry.schema
+        if not carried or await self._work.ddl(f"create partition {name}", create):
             self._post(lambda: self._core.partition_created(partition_id))
 
     async def drop_partition(self, partition_id: int, name: str) -> None:
         assert self._sink is not None
         assert self._work is not None
-        drop = partial(self._sink.drop_partition, self.placed, name)
-        if await self._work.ddl(f"drop partition {name}", drop):
+        sink = self._sink
+
+        async def drop() -> None:
+            async with self._partitions:
+                await sink.drop_partition(self.placed, name)
+
+        if not self._assignment.carry.schema:
+            self._post(lambda: self._core.partition_dropped(partition_id))
+        elif await self._work.ddl(f"drop partition {name}", drop):
             self._log.info("partition dropped", partition=name)
             self._post(lambda: self._core.partition_dropped(partition_id))
 
     def _maybe_reconcile(self) -> None:
-        """Indexes and load state follow once everything older than they is in the sink."""
+        """What is no row follows once everything older than it is in the sink."""
         if self._reconciling or self._halt.is_set() or not self._core.opened or self._dropping:
             return
-        if self._core.held_back:
+        reconciler, want = self._reconciler, self.placed
+        if reconciler is None or self._core.held_back or want.state is ObjectState.DROPPED:
             return
-        want = self.placed
-        if want is self._reconciled or want.state is ObjectState.DROPPED:
+        if not reconciler.due(self._assignment.version):
             return
         resolved = min(lane.resolved_ts for lane in self._core.lanes.values())
-        if resolved == 0 or want == self._reconciled:
-            return
-        if any(index.create_ts > resolved for index in want.indexes):
+        newest = max((index.create_ts for index in want.indexes), default=0)
+        if resolved == 0 or max(newest, want.alter_ts) > resolved:
             return  # as a whole, once everything older than the newest of them is in the sink
         self._reconciling = True
-        self._spawn(self._reconcile(want))
+        self._spawn(self._reconcile(reconciler))
 
-    async def _reconcile(self, want: Collection) -> None:
-        assert self._sink is not None
-        assert self._work is not None
+    async def _reconcile(self, reconciler: Reconciler) -> None:
+        said = reconciler.applied_version, dict(self.conditions)
         try:
-            if await self._work.ddl("reconcile indexes and load state", partial(self._mend, want)):
-                self._reconciled = want
+            await reconciler.run(self._assignment, self._wanted())
         finally:
             self._reconciling = False
             self._post(_nothing)
+            if said != (reconciler.applied_version, self.conditions):
+                self._changed()
 
-    async def _mend(self, want: Collection) -> None:
+    async def _restore(self) -> bool:
+        assert self._reconciler is not None
+        return await self._reconciler.restore(self._assignment, self._wanted())
+
+    def _wanted(self) -> Collection:
+        """What the sink should have now, under the name that it has there."""
+        resolved = min((lane.resolved_ts for lane in self._core.lanes.values()), default=0)
+        return without_dropped(self.placed, resolved, self._core.dropped_partitions)
+
+    def _maybe_flush(self) -> None:
+        """What a user flushed at the source, once every row before that is in the sink."""
+        flush_ts = self._assignment.flush_ts
+        if flush_ts <= self.flushed_ts or self._flushing or self._halt.is_set():
+            return
+        if not self._core.opened or self._core.held_back or self._dropping:
+            return
+        lanes = self._core.lanes.values()
+        if any(not lane.closed and lane.resolved_ts < flush_ts for lane in lanes):
+            return
+        if time.monotonic() >= self._flush_after:
+            self._flushing = True
+            self._spawn(self._flush(flush_ts))
+
+    async def _flush(self, flush_ts: int) -> None:
         assert self._sink is not None
-        await reconcile(self._sink, want)
+        assert self._work is not None
+        done = False
+        try:
+            done = await self._work.attempt("flush", partial(self._sink.flush, self.placed))
+        except UserError as error:
+            # It asks for files, not for rows: refused, it must not stop them.
+            self.conditions["FLUSH_REFUSED"] = error.message
+            self._log.warning("flush refused", reason=error.reason, error=error.message)
+            done = True
+        finally:
+            self._post(partial(self._flush_tried, flush_ts, done))
+
+    def _flush_tried(self, flush_ts: int, done: bool) -> None:
+        self._flushing = False
+        if not done:
+            self._flush_after = time.monotonic() + FLUSH_AGAIN_SECONDS
+            return
+        self.flushed_ts = flush_ts
+        self._changed()
 
     def _maybe_rename(self) -> None:
         """Once everything older than the rename is in the sink, and nothing is under way there."""
@@ -238,6 +351,8 @@ class SinkObject:
             return
         if not self._core.opened or self._core.closed or want.state is ObjectState.DROPPED:
             self._core.held_back = False
+            return
+        if not self._assignment.carry.schema:
             return
         lanes = self._core.lanes.values()
         late = any(
@@ -303,6 +418,8 @@ class SinkObject:
         assert self._work is not None
         assignment = self._assignment
         names = {_name(self.placed), _name(assignment.want), assignment.renamed_from}
+        if not assignment.carry.schema:
+            names.clear()  # it stays, and nobody's
         for name in sorted(filter(None, names)):
             drop = partial(
                 self._sink.drop_collection,

@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from milvus_cdc.errors import CdcError, RetryableError, UnknownOutcomeError
+from milvus_cdc.errors import CdcError, RetryableError, UnknownOutcomeError, UserError
 from milvus_cdc.sink import CollectionTarget, Sink
 from milvuscdc.v1 import task_pb2
 
@@ -23,6 +23,9 @@ from milvus_cdc_replicator.convert import Converter
 from milvus_cdc_replicator.core.ops import Write, WriteKind
 from milvus_cdc_replicator.gate import Halted, WriteGate
 
+RESTORES_MAX = 3
+_AWAY = frozenset({"SINK_UNAVAILABLE"})
+_RESTORABLE = frozenset({"SINK_COLLECTION_MISSING", "SINK_PARTITION_MISSING"})
 RETRY_BACKOFF_SECONDS = (0.1, 0.3, 1.0, 2.0, 5.0)
 
 
@@ -71,7 +74,12 @@ class SinkWork:
         gate: WriteGate,
         halt: asyncio.Event,
         troubles: Troubles,
+        restore: Callable[[], Awaitable[bool]],
+        reconnected: Callable[[], None],
     ) -> None:
+        """`restore` brings a missing collection or partition back and says if it could;
+        `reconnected` hears that a sink that was away answers again.
+        """
         self._sink = sink
         self._target = target
         self._spec = spec
@@ -81,13 +89,16 @@ class SinkWork:
         self._gate = gate
         self._halt = halt
         self._troubles = troubles
+        self._restore = restore
+        self._reconnected = reconnected
+        self._away = False
 
     async def write(self, write: Write) -> bool:
         """True when it is durable, False when told to stop before. Raises UserError, BugError."""
         batch = self._converter.batch(write, as_upsert=False)
         kind = write.kind
         where = f"write {write.write_id}"
-        attempt = 0
+        attempt = restored = 0
         while True:
             try:
                 async with self._gate.slot(self._spec, self._halt) as timeout:
@@ -102,13 +113,21 @@ class SinkWork:
                 if isinstance(error, UnknownOutcomeError) and write.kind is WriteKind.INSERT:
                     batch = self._converter.batch(write, as_upsert=True)
                     kind = WriteKind.UPSERT
+                self._away |= error.reason in _AWAY
                 self._troubles.add(where, error)
                 await self.backoff(attempt)
                 attempt += 1
             except CdcError as error:
                 metrics.WRITE_ERRORS.labels(self._task, "user", error.reason).inc()
-                raise
+                restored += 1
+                if restored > RESTORES_MAX or not await self._restored(error):
+                    raise
+                if write.kind is WriteKind.INSERT:
+                    # An earlier part of the same write may be there.
+                    batch = self._converter.batch(write, as_upsert=True)
+                    kind = WriteKind.UPSERT
         self._troubles.clear(where)
+        self._answered()
         metrics.ROWS_WRITTEN.labels(self._task, self._collection, kind).inc(write.rows)
         metrics.BYTES_WRITTEN.labels(self._task, self._collection).inc(write.size)
         return True
@@ -135,7 +154,7 @@ class SinkWork:
 
     async def ddl(self, what: str, call: Callable[[], Awaitable[None]]) -> bool:
         """Repeats an idempotent call until it succeeds; False when told to stop before."""
-        attempt = 0
+        attempt = restored = 0
         while True:
             try:
                 async with self._gate.ddl(self._halt):
@@ -143,12 +162,26 @@ class SinkWork:
             except Halted:
                 return False
             except RetryableError as error:
+                self._away |= error.reason in _AWAY
                 self._troubles.add(what, error)
                 await self.backoff(attempt)
                 attempt += 1
+            except UserError as error:
+                restored += 1
+                if restored > RESTORES_MAX or not await self._restored(error):
+                    raise
             else:
                 self._troubles.clear(what)
+                self._answered()
                 return True
+
+    async def _restored(self, error: CdcError) -> bool:
+        return error.reason in _RESTORABLE and await self._restore()
+
+    def _answered(self) -> None:
+        if self._away:
+            self._away = False
+            self._reconnected()
 
     async def backoff(self, attempt: int) -> None:
         """Grows, with jitter; cut short by the order to halt."""

@@ -91,7 +91,7 @@ class TaskSpec:
     sink_id: str
     start: StartAt
     adopt_existing: bool = False
-    carry: Carry = Carry()
+    carry: Carry = field(default_factory=Carry)
     drift: Drift = Drift.REPAIR
     rename: Rules = ()
     source_endpoint: str = ""

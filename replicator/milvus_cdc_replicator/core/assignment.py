@@ -85,6 +85,10 @@ class AssignmentCore:
         self.lanes = {lane.vchannel: lane for lane in lanes}
         self.counters = Counters()
         self.opened = False
+        self.carries_rows = True
+        """Without: rows are read and counted as done, drops stay exact."""
+        self.left_out = False
+        """Rows were, for that reason."""
         self.held_back = False
         """Nothing new is begun: what is under way comes to its end."""
         self.sequencer = Sequencer(limits)
@@ -198,6 +202,11 @@ class AssignmentCore:
         return all(lane.closed for lane in self.lanes.values())
 
     @property
+    def dropped_partitions(self) -> frozenset[int]:
+        """Partitions that this owner has dropped, or found to be."""
+        return frozenset(self._partitions.dropped)
+
+    @property
     def waiting_partitions(self) -> frozenset[int]:
         """Partitions whose rows wait for the metadata."""
         return frozenset(self._partitions.queried)
@@ -243,6 +252,11 @@ class AssignmentCore:
                     lane.durable(op)
                     continue
                 return []
+            if not self.carries_rows:
+                lane.take()
+                self.left_out = True
+                lane.durable(op)
+                continue
             if op.ts > lane.horizon_ts:
                 return []
             if not self._partition_key and op.partition_id != -1:
