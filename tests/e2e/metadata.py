@@ -42,8 +42,8 @@ def snapshot(uri: str, databases: Iterable[str]) -> Snapshot:
     return said
 
 
-def rbac(uri: str, prefix: str) -> Snapshot:
-    """Roles whose names begin with `prefix`: their members and what they may do."""
+def rbac(uri: str, prefix: str, databases: Iterable[str]) -> Snapshot:
+    """Roles whose names begin with `prefix`: their members and what they may do in these."""
     said: Snapshot = {}
     with _stub(uri) as stub:
         roles = _ok(stub.SelectRole(milvus_pb2.SelectRoleRequest(include_user_info=True)))
@@ -52,17 +52,15 @@ def rbac(uri: str, prefix: str) -> Snapshot:
             if not role.startswith(prefix):
                 continue
             said[f"role {role}: members"] = sorted(user.name for user in result.users)
-            entity = milvus_pb2.GrantEntity(role=milvus_pb2.RoleEntity(name=role))
-            grants = _ok(stub.SelectGrant(milvus_pb2.SelectGrantRequest(entity=entity)))
-            said[f"role {role}: grants"] = sorted(
-                (
-                    grant.db_name,
-                    grant.object.name,
-                    grant.object_name,
-                    grant.grantor.privilege.name,
+            for database in databases:
+                entity = milvus_pb2.GrantEntity(
+                    role=milvus_pb2.RoleEntity(name=role), db_name=database
                 )
-                for grant in grants.entities
-            )
+                grants = _ok(stub.SelectGrant(milvus_pb2.SelectGrantRequest(entity=entity)))
+                said[f"role {role}: grants in {database}"] = sorted(
+                    (grant.object.name, grant.object_name, grant.grantor.privilege.name)
+                    for grant in grants.entities
+                )
     return said
 
 

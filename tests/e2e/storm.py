@@ -81,7 +81,8 @@ class Storm:
         self.done: list[str] = []
         self._extra_there = False
         self._aliases: dict[tuple[str, str], Living] = {}
-        self._roles: dict[str, set[tuple[str, str]]] = {}
+        self._roles: dict[str, set[tuple[str, str, str]]] = {}
+        """Role -> (database, object, privilege)."""
         self._clients: dict[str, MilvusClient] = {}
         self._count = 0
         weights: list[tuple[int, Callable[[], str | None]]] = [
@@ -146,8 +147,10 @@ class Storm:
         for database in [*self.databases, *([self.extra] if self._extra_there else [])]:
             self._root().drop_database(database)
         for role, grants in self._roles.items():
-            for object_name, privilege in sorted(grants):
-                self._root().revoke_privilege(role, "Collection", privilege, object_name)
+            for database, object_name, privilege in sorted(grants):
+                self._root().revoke_privilege(
+                    role, "Collection", privilege, object_name, db_name=database
+                )
             self._root().drop_role(role)
         self.close()
 
@@ -441,18 +444,19 @@ class Storm:
             self._roles[role] = set()
             return f"create role {role}"
         if grants and rng.random() < 0.3:
-            object_name, privilege = rng.choice(sorted(grants))
-            root.revoke_privilege(role, "Collection", privilege, object_name)
-            grants.discard((object_name, privilege))
-            return f"revoke {privilege} on {object_name} from {role}"
+            database, object_name, privilege = grant = rng.choice(sorted(grants))
+            root.revoke_privilege(role, "Collection", privilege, object_name, db_name=database)
+            grants.discard(grant)
+            return f"revoke {privilege} on {database}.{object_name} from {role}"
         if not grants and rng.random() < 0.3:
             root.drop_role(role)
             del self._roles[role]
             return f"drop role {role}"
-        object_name, privilege = rng.choice(["*", "c1", "c2"]), rng.choice(_PRIVILEGES)
-        root.grant_privilege(role, "Collection", privilege, object_name)
-        grants.add((object_name, privilege))
-        return f"grant {privilege} on {object_name} to {role}"
+        database, object_name = rng.choice(self.databases), rng.choice(["*", "c1", "c2"])
+        privilege = rng.choice(_PRIVILEGES)
+        root.grant_privilege(role, "Collection", privilege, object_name, db_name=database)
+        grants.add((database, object_name, privilege))
+        return f"grant {privilege} on {database}.{object_name} to {role}"
 
     # ---- choosing
 

@@ -86,15 +86,17 @@ def _crash(pair: Pair, chaos: random.Random) -> str:
 def _settle(stack: Stack, storm: Storm) -> None:
     """Both sides say the same of themselves, and go on doing so."""
     databases = [*storm.databases, storm.extra]
-    source = stack.source.uri
-    wanted = metadata.snapshot(source, databases) | metadata.rbac(source, storm.role_prefix)
+
+    def ask(uri: str) -> metadata.Snapshot:
+        roles = metadata.rbac(uri, storm.role_prefix, storm.databases)
+        return metadata.snapshot(uri, databases) | roles
+
+    wanted = ask(stack.source.uri)
     deadline = time.monotonic() + SETTLE_SECONDS
     same_since: float | None = None
     while True:
-        sink = stack.sink.uri
         try:
-            found = metadata.snapshot(sink, databases) | metadata.rbac(sink, storm.role_prefix)
-            lines = metadata.differences(wanted, found)
+            lines = metadata.differences(wanted, ask(stack.sink.uri))
         except RuntimeError as moved:  # something went away between two questions
             lines = [str(moved)]
         now = time.monotonic()
@@ -125,10 +127,15 @@ def _sweep(stack: Stack, storm: Storm) -> None:
         root = MilvusClient(uri=uri, token=ROOT_TOKEN)
         for role in root.list_roles():
             if role.startswith(storm.role_prefix):
-                for grant in root.describe_role(role)["privileges"]:
-                    root.revoke_privilege(
-                        role, grant["object_type"], grant["privilege"], grant["object_name"]
-                    )
+                for database in storm.databases:
+                    for grant in root.describe_role(role, db_name=database)["privileges"]:
+                        root.revoke_privilege(
+                            role,
+                            grant["object_type"],
+                            grant["privilege"],
+                            grant["object_name"],
+                            db_name=database,
+                        )
                 root.drop_role(role)
         for database in root.list_databases():
             if database.startswith(f"{storm.prefix}_"):
