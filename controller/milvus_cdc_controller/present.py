@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from google.protobuf import timestamp_pb2
-from milvus_cdc.model import Carry, Drift, split_assignment_id, tso_to_ms
+from milvus_cdc.model import Carry, Drift, Import, split_assignment_id, tso_to_ms
 from milvus_cdc.source.registry import position_text
 from milvuscdc.v1 import fleet_service_pb2, task_pb2
 
@@ -191,6 +193,23 @@ def _left_condition(left: LeftCollection) -> task_pb2.Condition:
     )
 
 
+def import_text(imports: Sequence[Import]) -> str:
+    """What bulk imports brought to the source and not to the sink."""
+    last = max(imports, key=lambda each: each.time_ms)
+    rows = sum(each.rows for each in imports)
+    many = f"{len(imports)} bulk imports" if len(imports) > 1 else "A bulk import"
+    counted = f"{rows:,} rows" if rows else "rows (how many the metadata does not say)"
+    when = (
+        datetime.fromtimestamp(last.time_ms / 1000, UTC).isoformat(timespec="seconds")
+        if last.time_ms
+        else "an unknown time"
+    )
+    return (
+        f"{many} brought {counted} to the source, the last one at {when}: such rows are in no log "
+        "and are not at the sink. Import the same files there, or insert the rows at the source."
+    )
+
+
 def collection_message(world: World, record: CollectionRecord) -> task_pb2.TaskCollection:
     view = collection_view(world, record)
     state, reason, message = view.status
@@ -200,6 +219,8 @@ def collection_message(world: World, record: CollectionRecord) -> task_pb2.TaskC
     left = retention_of(world, view.progress, record.assignment_id)
     if left.low(world.warn_fraction):
         conditions.append((RETENTION_LOW, retention_text(left)))
+    if record.want.imports:
+        conditions.append(("UNREPLICATED_IMPORT", import_text(record.want.imports)))
     pending = rename_pending(world, record)
     if pending:
         conditions.append(("RENAME_PENDING", pending))

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from milvus_cdc.catalog.access import ACCESS_KINDS, Access
+from milvus_cdc.catalog.imports import Imports
 from milvus_cdc.catalog.layout import (
     DEFAULT_DATABASE,
     DEFAULT_DATABASE_ID,
@@ -54,6 +55,7 @@ class Assembly:
         self._databases: dict[int, Entry] = {}
         self._gone_names: dict[int, str] = {}
         self._access = Access()
+        self._imports = Imports()
         self._aliases: dict[tuple[int, str], Entry] = {}
         self._alias_snapshots: dict[tuple[int, str], set[int]] = {}
         self._parts: dict[int, Parts] = {}
@@ -85,6 +87,8 @@ class Assembly:
                 _note_ts(
                     self._alias_snapshots.setdefault(alias, set()), place.ts, value is not None
                 )
+            case Kind.IMPORT_TASK | Kind.IMPORT_JOB | Kind.IMPORT_FILES:
+                self._changed.update(self._imports.apply(place, entry) & self._parts.keys())
             case kind if kind in ACCESS_KINDS:
                 self._access.apply(place, entry)
             case _:
@@ -189,6 +193,8 @@ class Assembly:
             del self._parts[collection_id]
         known = self._collections.get(collection_id)
         collection = decode_collection(collection_id, parts, names)
+        if collection is not None and (imports := self._imports.of(collection_id)):
+            collection = replace(collection, imports=imports)
         if collection is None:
             self._collections.pop(collection_id, None)
             return

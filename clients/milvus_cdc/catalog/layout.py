@@ -32,6 +32,11 @@ class Kind(StrEnum):
     COLLECTION_LOAD = "COLLECTION_LOAD"
     PARTITION_LOAD = "PARTITION_LOAD"
     ALIAS = "ALIAS"
+    IMPORT_TASK = "IMPORT_TASK"
+    """A bulk import of 2.2 and 2.3; its collection is in the value."""
+    IMPORT_JOB = "IMPORT_JOB"
+    """The same of 2.4 and later, in parts that are IMPORT_FILES."""
+    IMPORT_FILES = "IMPORT_FILES"
     USER = "USER"
     ROLE = "ROLE"
     MEMBER = "MEMBER"
@@ -70,6 +75,9 @@ _PLACES: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "field-index": (Kind.INDEX, ("collection_id", "object_id")),
     "querycoord-collection-loadinfo": (Kind.COLLECTION_LOAD, ("collection_id",)),
     "querycoord-partition-loadinfo": (Kind.PARTITION_LOAD, ("collection_id", "object_id")),
+    "importtask": (Kind.IMPORT_TASK, ("object_id",)),
+    "datacoord-meta/import-job": (Kind.IMPORT_JOB, ("object_id",)),
+    "datacoord-meta/import-task": (Kind.IMPORT_FILES, ("object_id",)),
     "root-coord/database/aliases": (Kind.ALIAS, ("database_id", "name")),
     "root-coord/aliases": (Kind.ALIAS, ("name",)),
     "root-coord/credential/users": (Kind.USER, ("name",)),
@@ -80,6 +88,7 @@ _PLACES: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "root-coord/privilege-group": (Kind.PRIVILEGE_GROUP, ("name",)),
 }
 """By all that comes before the first id or name: what those are."""
+_IMPORTS = ("importtask", "datacoord-meta/import-job", "datacoord-meta/import-task")
 _LONGEST = max(prefix.count("/") for prefix in _PLACES) + 1
 _SNAPSHOT = re.compile(r"snapshots/(?P<key>.+)_ts(?P<ts>\d+)", re.DOTALL)
 _SNAPSHOT_KINDS = {
@@ -155,6 +164,7 @@ class Layout:
             KeyRange.prefix(f"{self.meta}field-index/"),
             KeyRange.prefix(f"{self.meta}querycoord-collection-loadinfo/"),
             KeyRange.prefix(f"{self.meta}querycoord-partition-loadinfo/"),
+            *(KeyRange.prefix(f"{self.meta}{place}/") for place in _IMPORTS),
             KeyRange.prefix(f"{snapshots}database/db-info/"),
             KeyRange.prefix(f"{snapshots}database/collection-info/", keys_only=True),
             KeyRange.prefix(f"{snapshots}collection/", keys_only=True),
@@ -177,5 +187,6 @@ class Layout:
             KeyRange.prefix(f"{self.meta}field-index/"),
             KeyRange.prefix(f"{self.meta}querycoord-collection-loadinfo/"),
             KeyRange.prefix(f"{self.meta}querycoord-partition-loadinfo/"),
+            *(KeyRange.prefix(f"{self.meta}{place}/") for place in _IMPORTS),
             *map(KeyRange.key, self.tso_keys),
         )

@@ -74,7 +74,8 @@ def undecodable(key: str, why: str) -> BugError:
     )
 
 
-def _parse(message: type[M], entry: Entry) -> M:
+def parse(message: type[M], entry: Entry) -> M:
+    """Raises BugError SOURCE_METADATA_UNDECODABLE naming the key."""
     try:
         return message.FromString(entry.value)
     except DecodeError as error:
@@ -112,7 +113,7 @@ def decode_tso(entry: Entry) -> int:
 
 def decode_database(entry: Entry, database_id: int) -> Database | None:
     """None while it is being created."""
-    info = _parse(meta_pb.DatabaseInfo, entry)
+    info = parse(meta_pb.DatabaseInfo, entry)
     _check_id(entry, database_id, info.id)
     if info.state >= _DATABASE_STATES or not info.name:
         raise undecodable(entry.key, f"unknown state {info.state}, or no name")
@@ -132,7 +133,7 @@ def decode_alias(entry: Entry, name: str, database: str, database_id: int, ts: i
 
     Its created_time is that of its newest change (seen on 2.3.5), which is also the snapshot's.
     """
-    info = _parse(meta_pb.AliasInfo, entry)
+    info = parse(meta_pb.AliasInfo, entry)
     if info.alias_name != name or not info.collection_id:
         raise undecodable(entry.key, f"its value is that of alias {info.alias_name!r}")
     if _state(entry, info.state) is not ObjectState.CREATED:
@@ -143,7 +144,7 @@ def decode_alias(entry: Entry, name: str, database: str, database_id: int, ts: i
 
 def decode_incarnation(entry: Entry) -> int:
     """Creation time of a database, Unix nanoseconds."""
-    return _parse(meta_pb.DatabaseInfo, entry).created_time
+    return parse(meta_pb.DatabaseInfo, entry).created_time
 
 
 def decode_collection(
@@ -153,7 +154,7 @@ def decode_collection(
     if not parts.infos:
         return None
     database_id, entry = max(parts.infos.items())
-    info = _parse(meta_pb.CollectionInfo, entry)
+    info = parse(meta_pb.CollectionInfo, entry)
     _check_id(entry, collection_id, info.id)
     state = _state(entry, info.state)
     if state is None:
@@ -195,19 +196,19 @@ def _pairs(pairs: Iterable[meta_pb.KeyValue]) -> tuple[tuple[str, str], ...]:
 def _schema(
     entry: Entry, info: meta_pb.CollectionInfo, parts: Parts
 ) -> schema_pb2.CollectionSchema:
-    schema = _parse(schema_pb2.CollectionSchema, Entry(entry.key, info.schema))
+    schema = parse(schema_pb2.CollectionSchema, Entry(entry.key, info.schema))
     if not schema.name:
         raise undecodable(entry.key, "its schema has no name")
     if parts.fields:
         del schema.fields[:]
     for field_id, field_entry in sorted(parts.fields.items()):
-        one = _parse(schema_pb2.FieldSchema, field_entry)
+        one = parse(schema_pb2.FieldSchema, field_entry)
         _check_id(field_entry, field_id, one.fieldID)
         schema.fields.append(one)
     if parts.functions:
         del schema.functions[:]
     for function_id, function_entry in sorted(parts.functions.items()):
-        function = _parse(schema_pb2.FunctionSchema, function_entry)
+        function = parse(schema_pb2.FunctionSchema, function_entry)
         _check_id(function_entry, function_id, function.id)
         schema.functions.append(function)
     return schema
@@ -216,7 +217,7 @@ def _schema(
 def _partitions(parts: Parts, all_dropped: bool, drop_ts: int) -> tuple[Partition, ...]:
     partitions = []
     for partition_id, entry in sorted(parts.partitions.items()):
-        info = _parse(meta_pb.PartitionInfo, entry)
+        info = parse(meta_pb.PartitionInfo, entry)
         _check_id(entry, partition_id, info.partition_id)
         state = _state(entry, info.state)
         if state is None:
@@ -240,7 +241,7 @@ def _indexes(parts: Parts, schema: schema_pb2.CollectionSchema) -> tuple[Index, 
     fields = {each.fieldID: each for each in schema.fields}
     indexes = []
     for index_id, entry in sorted(parts.indexes.items()):
-        value = _parse(meta_pb.FieldIndex, entry)
+        value = parse(meta_pb.FieldIndex, entry)
         info = value.index_info
         _check_id(entry, index_id, info.index_id)
         if value.deleted:
@@ -295,12 +296,12 @@ def _load(parts: Parts, partitions: Iterable[Partition]) -> Load:
     """2.2 writes no load type, and for loaded partitions no key of the collection (seen)."""
     loads = {}
     for partition_id, entry in sorted(parts.partition_loads.items()):
-        loads[partition_id] = _parse(meta_pb.PartitionLoadInfo, entry)
+        loads[partition_id] = parse(meta_pb.PartitionLoadInfo, entry)
         _check_id(entry, partition_id, loads[partition_id].partition_id)
     if parts.load is None:
         replicas = max((each.replica_number for each in loads.values()), default=0)
         return Load(LoadKind.PARTITIONS, tuple(loads), replicas) if loads else Load()
-    info = _parse(meta_pb.CollectionLoadInfo, parts.load)
+    info = parse(meta_pb.CollectionLoadInfo, parts.load)
     if info.load_type not in _LOAD_KINDS:
         raise undecodable(parts.load.key, f"unknown load type {info.load_type}")
     if info.released_partitions:

@@ -376,3 +376,135 @@ class PartitionLoadInfo(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PartitionLoadInfo: _TypeAlias = PartitionLoadInfo  # noqa: Y015
+
+@_typing.final
+class ImportTask(_message.Message):
+    """data.ImportTaskInfo of 2.2 and 2.3."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    COLLECTION_ID_FIELD_NUMBER: _builtins.int
+    CREATE_TS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    collection_id: _builtins.int
+    create_ts: _builtins.int
+    """Unix seconds."""
+    @_builtins.property
+    def state(self) -> Global___ImportTaskState: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        collection_id: _builtins.int = ...,
+        create_ts: _builtins.int = ...,
+        state: Global___ImportTaskState | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_id", b"collection_id", "create_ts", b"create_ts", "id", b"id", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportTask: _TypeAlias = ImportTask  # noqa: Y015
+
+@_typing.final
+class ImportTaskState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_CODE_FIELD_NUMBER: _builtins.int
+    ROW_COUNT_FIELD_NUMBER: _builtins.int
+    state_code: _builtins.int
+    row_count: _builtins.int
+    def __init__(
+        self,
+        *,
+        state_code: _builtins.int = ...,
+        row_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["row_count", b"row_count", "state_code", b"state_code"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportTaskState: _TypeAlias = ImportTaskState  # noqa: Y015
+
+@_typing.final
+class ImportJob(_message.Message):
+    """data.ImportJob of 2.4 and later."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    COLLECTION_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    COMPLETE_TIME_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.int
+    collection_id: _builtins.int
+    state: _builtins.int
+    complete_time: _builtins.str
+    """RFC 3339."""
+    start_time: _builtins.str
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.int = ...,
+        collection_id: _builtins.int = ...,
+        state: _builtins.int = ...,
+        complete_time: _builtins.str = ...,
+        start_time: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_id", b"collection_id", "complete_time", b"complete_time", "job_id", b"job_id", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportJob: _TypeAlias = ImportJob  # noqa: Y015
+
+@_typing.final
+class ImportJobTask(_message.Message):
+    """data.ImportTaskV2: a part of a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    FILE_STATS_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.int
+    @_builtins.property
+    def file_stats(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImportFileStats]: ...
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.int = ...,
+        file_stats: _abc.Iterable[Global___ImportFileStats] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_stats", b"file_stats", "job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportJobTask: _TypeAlias = ImportJobTask  # noqa: Y015
+
+@_typing.final
+class ImportFileStats(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_ROWS_FIELD_NUMBER: _builtins.int
+    total_rows: _builtins.int
+    def __init__(
+        self,
+        *,
+        total_rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["total_rows", b"total_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportFileStats: _TypeAlias = ImportFileStats  # noqa: Y015

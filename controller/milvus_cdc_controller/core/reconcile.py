@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from milvus_cdc.model import Catalogue, Collection, ObjectState, Partition
+from milvus_cdc.model import Catalogue, Collection, Import, ObjectState, Partition
 
 from milvus_cdc_controller.core.collection import CollectionRecord, changed, named
 from milvus_cdc_controller.core.mapping import (
@@ -72,6 +72,17 @@ def merge_partitions(
     return tuple(merged)
 
 
+def merge_imports(known: tuple[Import, ...], read: tuple[Import, ...]) -> tuple[Import, ...]:
+    """Everything ever read: Milvus forgets an import after hours, its rows stay where they are."""
+    merged = {each.import_id: each for each in known}
+    for each in read:
+        before = merged.get(each.import_id, each)
+        merged[each.import_id] = Import(
+            each.import_id, max(each.rows, before.rows), each.time_ms or before.time_ms
+        )
+    return tuple(merged[number] for number in sorted(merged))
+
+
 def merge_collection(record: CollectionRecord, read: Collection | None) -> CollectionRecord:
     """The record after a trusted reading; `read` is None when the collection is not there any
     more.
@@ -90,6 +101,7 @@ def merge_collection(record: CollectionRecord, read: Collection | None) -> Colle
         partitions=merge_partitions(record.want.partitions, read.partitions),
         # Where it is read from goes away after a while.
         alter_ts=max(read.alter_ts, record.want.alter_ts),
+        imports=merge_imports(record.want.imports, read.imports),
     )
     if want != record.want:
         return changed(record, want=want, source_name=read.full_name)
