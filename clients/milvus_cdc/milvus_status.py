@@ -12,6 +12,7 @@ and a text, which is then looked at (seen on 2.3.5); 2.2 knows only `error_code`
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import grpc
@@ -35,6 +36,7 @@ _STANDBY = frozenset({108, 1303, 1900})
 _MALFORMED = frozenset({105, 107, 109, 701, 702, 802, 1100, 1101, 1102, 1700, 1701, 1804})
 _NOT_AUTHENTICATED = frozenset({1400, 1800})
 _NOT_PERMITTED = 1401
+_NO_DATABASE = re.compile(r"\bdatabase(?:[:\s]\s*\S+)? (?:not found|does not exist)", re.IGNORECASE)
 _CODE_MASK = 0xFFFF
 """Early 2.3 set flags above it."""
 
@@ -78,14 +80,10 @@ class Refusal(Exception):
 
     @property
     def no_database(self) -> bool:
-        """2.3 says 65535 "database:NAME not found", later versions 800, milvus-lite 3.2 1 or 6
-        "database 'NAME' does not exist".
+        """2.2 and early 2.3 say 65535 "database:NAME not found" (2.2 in the words of the call it
+        failed in), later versions 800, milvus-lite 3.2 1 or 6 "database 'NAME' does not exist".
         """
-        return self.code == DATABASE_NOT_FOUND or (
-            self.says("database")
-            and self.says("not found", "does not exist")
-            and not self.says("collection")
-        )
+        return self.code == DATABASE_NOT_FOUND or bool(_NO_DATABASE.search(self.text))
 
 
 class MilvusStatusError(UserError):
