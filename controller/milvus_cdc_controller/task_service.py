@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from milvus_cdc.errors import CdcError
-from milvus_cdc.model import Carry
+from milvus_cdc.model import Carry, Catalogue, Collection, ObjectState
 from milvuscdc.v1 import task_pb2
 from milvuscdc.v1 import task_service_pb2 as pb
 from milvuscdc.v1 import task_service_pb2_grpc as rpc
@@ -18,8 +18,10 @@ from milvus_cdc_controller.api_errors import ApiError, streaming, unary
 from milvus_cdc_controller.catalogues import Catalogues
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core import jobs
+from milvus_cdc_controller.core.collection import named
 from milvus_cdc_controller.core.commands import check_create, find_repeated
-from milvus_cdc_controller.core.task import TaskRecord
+from milvus_cdc_controller.core.mapping import sink_name
+from milvus_cdc_controller.core.task import TaskRecord, TaskSpec
 from milvus_cdc_controller.pages import page
 from milvus_cdc_controller.setting_positions import set_positions
 from milvus_cdc_controller.validation import (
@@ -32,11 +34,14 @@ from milvus_cdc_controller.validation import (
 )
 from milvus_cdc_controller.verification import verify
 from milvus_cdc_controller.watch import WatchHub
+from milvus_cdc_controller.wire import planned_spec
 
 if TYPE_CHECKING:
     from milvus_cdc_controller.loop import ControlLoop
 
 PROBE_SECONDS = 10.0
+PLANNED_AT_ONCE = 500
+"""Collections told to a replicator in one probe: a message stays far below gRPC's limits."""
 
 
 class TaskService(rpc.TaskServiceServicer):
@@ -71,15 +76,27 @@ class TaskService(rpc.TaskServiceServicer):
         there.
         """
         try:
-            await self._catalogues.probe(request.task.source)
+            catalogue = await self._catalogues.probe(request.task.source)
         except CdcError as error:
             raise ApiError(
                 "FAILED_PRECONDITION", error.reason, error.message, field=error.field
             ) from error
-        probe = jobs.ProbeJob(
-            request.task.source.SerializeToString(deterministic=True),
-            request.task.sink.SerializeToString(deterministic=True),
-        )
+        planned = _planned(present.task_spec(request.task), catalogue)
+        # A task that is really wanted begins with what the sink can hold; the rest FAILS by itself.
+        asked = planned if request.validate_only else []
+        for first in range(0, max(1, len(asked)), PLANNED_AT_ONCE):
+            probe = jobs.ProbeJob(
+                request.task.source.SerializeToString(deterministic=True),
+                request.task.sink.SerializeToString(deterministic=True),
+                tuple(map(planned_spec, asked[first : first + PLANNED_AT_ONCE])),
+                present.carry(request.task.carry).index,
+            )
+            if not await self._probe(probe, required=request.validate_only):
+                return False
+        return True
+
+    async def _probe(self, probe: jobs.ProbeJob, *, required: bool) -> bool:
+        """False when no replicator is there and none is `required`."""
         job_id = await self._loop.begin_job(probe)
         result: jobs.JobResult
         try:
@@ -95,7 +112,7 @@ class TaskService(rpc.TaskServiceServicer):
             await asyncio.shield(self._loop.end_job(job_id))
         if not isinstance(result, jobs.JobFailed):
             return True
-        if result.reason in ("NO_REPLICATOR", "REPLICATOR_LOST") and not request.validate_only:
+        if result.reason in ("NO_REPLICATOR", "REPLICATOR_LOST") and not required:
             return False
         field = f"task.{result.field}" if result.field else ""
         raise ApiError("FAILED_PRECONDITION", result.reason, result.message, field=field)
@@ -286,3 +303,12 @@ class TaskService(rpc.TaskServiceServicer):
         # The state may have moved since the command was decided; its own wish stands in both.
         newest = world.tasks.get(task.uid, task)
         return present.task_message(world, newest, self._loop.store_error)
+
+
+def _planned(spec: TaskSpec, catalogue: Catalogue) -> list[Collection]:
+    """What the task would bring to the sink now, under the names there."""
+    return [
+        named(collection, sink_name(spec.rename, collection.full_name))
+        for collection in catalogue.collections
+        if collection.state is ObjectState.CREATED and spec.selection.selects(collection.full_name)
+    ]

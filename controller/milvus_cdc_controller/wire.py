@@ -6,7 +6,17 @@ from collections.abc import Callable
 from dataclasses import fields
 
 from google.protobuf import duration_pb2
-from milvus_cdc.model import Carry, Drift, Index, Load, LoadKind, ObjectState, Rbac, RoleGrant
+from milvus_cdc.model import (
+    Carry,
+    Collection,
+    Drift,
+    Index,
+    Load,
+    LoadKind,
+    ObjectState,
+    Rbac,
+    RoleGrant,
+)
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import task_pb2
 
@@ -327,6 +337,21 @@ def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> p
     )
 
 
+def planned_spec(planned: Collection) -> bytes:
+    """What decides if a sink can hold a collection, serialized; names are those at the sink."""
+    return pb.CollectionSpec(
+        collection_id=planned.collection_id,
+        database=planned.database,
+        collection=planned.name,
+        schema=planned.schema,
+        partitions=[
+            pb.PartitionSpec(partition_id=p.partition_id, name=p.name, state=_PARTITIONS[p.state])
+            for p in planned.partitions
+        ],
+        indexes=map(_index_spec, planned.indexes),
+    ).SerializeToString()
+
+
 def _index_spec(index: Index) -> pb.IndexSpec:
     return pb.IndexSpec(
         index_id=index.index_id,
@@ -418,7 +443,13 @@ def _job_request(job_id: str, payload: jobs.JobPayload) -> pb.JobRequest:
     match payload:
         case jobs.ProbeJob():
             sink = task_pb2.Sink.FromString(payload.sink)
-            return pb.JobRequest(job_id=job_id, probe=pb.ProbeJob(source=source, sink=sink))
+            probe = pb.ProbeJob(
+                source=source,
+                sink=sink,
+                collections=map(pb.CollectionSpec.FromString, payload.collections),
+                indexes=payload.indexes,
+            )
+            return pb.JobRequest(job_id=job_id, probe=probe)
         case jobs.ResolveJob():
             return pb.JobRequest(
                 job_id=job_id, resolve=pb.ResolveJob(source=source, pchannels=payload.pchannels)

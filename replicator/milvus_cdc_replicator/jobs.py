@@ -6,17 +6,21 @@ import asyncio
 from collections.abc import Callable
 
 import structlog
-from milvus_cdc.errors import BugError, CdcError, RetryableError
+from milvus_cdc.errors import BugError, CdcError, RetryableError, UserError
 from milvus_cdc.milvus_client import MilvusClient
 from milvus_cdc.milvus_protos import milvus_pb2
+from milvus_cdc.sink import Sink
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.positions import locate_targets
+from milvus_cdc_replicator.spec import collection_of
 from milvus_cdc_replicator.verifying import reads, verify_targets
 
 log = structlog.get_logger()
+
+VIOLATIONS_NAMED = 10
 
 
 class JobRunner:
@@ -89,6 +93,7 @@ class JobRunner:
         sink = await self._connections.sink(job.sink)
         with _blame("sink.milvus"):
             sink_version = await sink.probe()
+        await _check_planned(sink, job)
         source = await self._connections.source(job.source)
         with _blame(f"source.{job.source.WhichOneof('queue')}"):
             await source.probe()
@@ -131,6 +136,30 @@ class JobRunner:
             source.milvus.uri,
             self._connections.token(source.milvus, "source.milvus.token"),
             who="source",
+        )
+
+
+async def _check_planned(sink: Sink, job: pb.ProbeJob) -> None:
+    """Raises UserError UNSUPPORTED_BY_SINK naming what the sink cannot hold."""
+    refused = []
+    for spec in job.collections:
+        want = collection_of(spec)
+        refused += [
+            f"{want.full_name}: {why}" for why in await sink.violations(want, indexes=job.indexes)
+        ]
+    if refused:
+        more = (
+            f"; and {len(refused) - VIOLATIONS_NAMED} more"
+            if (len(refused) > VIOLATIONS_NAMED)
+            else ""
+        )
+        raise UserError(
+            "UNSUPPORTED_BY_SINK",
+            "the sink cannot hold "
+            + "; ".join(refused[:VIOLATIONS_NAMED])
+            + more
+            + ". Exclude these collections, or set carry.index to false where it is about indexes",
+            field="selection.exclude",
         )
 
 

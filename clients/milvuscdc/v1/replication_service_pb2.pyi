@@ -1546,19 +1546,31 @@ class ProbeJob(_message.Message):
 
     SOURCE_FIELD_NUMBER: _builtins.int
     SINK_FIELD_NUMBER: _builtins.int
+    COLLECTIONS_FIELD_NUMBER: _builtins.int
+    INDEXES_FIELD_NUMBER: _builtins.int
+    indexes: _builtins.bool
+    """Whether their indexes count."""
     @_builtins.property
     def source(self) -> _task_pb2.Source: ...
     @_builtins.property
     def sink(self) -> _task_pb2.Sink: ...
+    @_builtins.property
+    def collections(self) -> _containers.RepeatedCompositeFieldContainer[Global___CollectionSpec]:
+        """What the task would bring to the sink. The job fails with UNSUPPORTED_BY_SINK when the sink cannot hold something of
+        it.
+        """
+
     def __init__(
         self,
         *,
         source: _task_pb2.Source | None = ...,
         sink: _task_pb2.Sink | None = ...,
+        collections: _abc.Iterable[Global___CollectionSpec] | None = ...,
+        indexes: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sink", b"sink", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sink", b"sink", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collections", b"collections", "indexes", b"indexes", "sink", b"sink", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,6 +15,9 @@ from milvus_cdc_controller.core.retention import Retention
 class ProbeJob:
     source: bytes
     sink: bytes
+    collections: tuple[bytes, ...] = ()
+    """Serialized, opaque here: what the sink must be able to hold."""
+    indexes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
