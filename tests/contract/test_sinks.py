@@ -428,6 +428,48 @@ async def test_a_drop_leaves_a_successor_alone(bench: Bench) -> None:
         await put(bench, sample, plain_rows([1]))
 
 
+async def test_a_renamed_collection_keeps_its_rows_and_is_renamed_once(bench: Bench) -> None:
+    sample, second = await plain(bench, "one"), await plain(bench, "two")
+    here = bench.database
+    await bench.sink.ensure_database(f"{here}_b")
+    mine = (await opened(bench, sample.want())).sink_collection_id
+    other = (await opened(bench, second.want())).sink_collection_id
+    await put(bench, sample, plain_rows([1, 2]))
+    await put(bench, second, plain_rows([3]))
+
+    async def rename(to: Sample, before: tuple[str, str], collection_id: int = mine) -> None:
+        await bench.sink.rename_collection(
+            to.want(), renamed_from=before, sink_collection_id=collection_id
+        )
+
+    with pytest.raises(RetryableError) as refused:
+        await rename(second, (here, "one"))
+    assert refused.value.reason == "SINK_NAME_TAKEN"
+    third, away = replace(sample, name="three"), replace(sample, database=f"{here}_b")
+    for _ in range(2):
+        await rename(third, (here, "one"))
+    await put(bench, third, plain_rows([4]))
+    assert set(await bench.rows(third)) == {1, 2, 4}
+    # Its place is free for another; what is renamed is known by its id, not by its name.
+    await rename(sample, (here, "two"), other)
+    await rename(third, (here, "one"))
+    assert set(await bench.rows(sample)) == {3}
+    # Into another database and back.
+    await rename(away, (here, "three"))
+    await rename(away, (here, "three"))
+    await opened(bench, away.want(), opened=True, sink_collection_id=mine)
+    with pytest.raises(UserError) as failed:
+        await opened(bench, third.want(), opened=True, sink_collection_id=mine)
+    assert failed.value.reason == "SINK_COLLECTION_MISSING"
+    await rename(third, (away.database, "one"))
+    assert set(await bench.rows(third)) == {1, 2, 4}
+    await bench.sink.drop_collection(third.want(), sink_collection_id=mine)
+    with pytest.raises(UserError) as failed:
+        await rename(away, (here, "three"))
+    assert failed.value.reason == "SINK_COLLECTION_MISSING"
+    await bench.sink.drop_database(away.database)
+
+
 async def test_keys_of_an_auto_id_collection_survive(bench: Bench) -> None:
     sample = Sample(bench.database, "auto", (replace(KEY, auto_id=True), VECTOR, NUMBER))
     answer = await opened(bench, sample.want())

@@ -121,8 +121,10 @@ def task_line(task: task_pb2.Task) -> Line:
 
 
 def collection_line(item: task_pb2.TaskCollection) -> Line:
+    source = f"{item.database}.{item.collection}"
+    sink = f"{item.sink_database}.{item.sink_collection}"
     return (
-        f"{item.database}.{item.collection}",
+        source if sink in (source, ".") else f"{source} -> {sink}",
         _enum(task_pb2.CollectionState.Name(item.state), "COLLECTION_STATE_"),
         _age(item, "checkpoint_time"),
         _lag(item),

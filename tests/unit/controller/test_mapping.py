@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from milvus_cdc_controller.core.mapping import (
-    Naming,
     NameRule,
+    Naming,
     check_rules,
     impossible_part,
     meeting,
@@ -39,6 +39,7 @@ SELECTION = st.builds(
     st.lists(GLOB, min_size=1, max_size=2).map(tuple),
     st.lists(GLOB, max_size=1).map(tuple),
 )
+LIGHT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 NAMES = st.lists(NAME, max_size=12)
 
 
@@ -50,7 +51,8 @@ def obvious(mapping: tuple[NameRule, ...], name: str) -> str:
     for rule in mapping:
         (d, c), (nd, nc) = rule.source.split("."), rule.sink.split(".")
         pattern = r"\.".join(
-            re.escape(half).replace(r"\*", f"(?P<{key}>[^.]*)") for key, half in (("d", d), ("c", c))
+            re.escape(half).replace(r"\*", f"(?P<{key}>[^.]*)")
+            for key, half in (("d", d), ("c", c))
         )
         match = re.fullmatch(pattern, name)
         if match:
@@ -59,6 +61,7 @@ def obvious(mapping: tuple[NameRule, ...], name: str) -> str:
     return name
 
 
+@LIGHT
 @given(RULES, NAME)
 def test_the_first_rule_that_matches_counts_and_a_star_takes_its_own_half(
     mapping: tuple[NameRule, ...], name: str
@@ -66,6 +69,7 @@ def test_the_first_rule_that_matches_counts_and_a_star_takes_its_own_half(
     assert sink_name(mapping, name) == obvious(mapping, name)
 
 
+@LIGHT
 @given(RULES, SELECTION, NAMES)
 def test_two_sources_never_get_one_name_by_rules_that_were_taken(
     mapping: tuple[NameRule, ...], selection: Selection, names: list[str]
@@ -76,6 +80,7 @@ def test_two_sources_never_get_one_name_by_rules_that_were_taken(
     assert len({sink_name(mapping, name) for name in selected}) == len(selected)
 
 
+@LIGHT
 @given(RULES, SELECTION, RULES, SELECTION, NAME, NAME)
 def test_a_shared_name_at_the_sink_is_never_missed(
     mine: tuple[NameRule, ...],
