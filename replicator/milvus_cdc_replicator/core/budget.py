@@ -30,7 +30,10 @@ class Budget:
 
     @property
     def may_read(self) -> bool:
-        if self.held >= self.hard_limit_bytes and self.writable > 0:
+        if not self.writable:
+            # All of it waits for ticks, which only reading brings: nothing else would end a pause.
+            self._paused = False
+        elif self.held >= self.hard_limit_bytes:
             self._paused = True
         elif self.held >= self.limit_bytes:
             # Pause only if writing will make room; else the tick is still to be read.

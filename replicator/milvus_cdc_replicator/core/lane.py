@@ -212,8 +212,8 @@ class Lane:
 
     @property
     def idle(self) -> bool:
-        """Everything released is durable."""
-        return not self._batches
+        """Everything that a tick covers is durable."""
+        return not self._batches and not self.rereading
 
     def _push(self, batch: TickBatch) -> None:
         self._batches.append(batch)

@@ -55,6 +55,15 @@ def test_rows_that_wait_for_their_tick_do_not_stop_the_reading_that_brings_it() 
     assert budget.may_read
 
 
+def test_a_pause_ends_when_only_rows_that_wait_for_their_tick_are_left() -> None:
+    budget = Budget(100)
+    budget.update(130, 45)
+    assert not budget.may_read
+    budget.update(-45, -45)
+    assert budget.held > 80
+    assert budget.may_read, "nothing that is written would ever make room"
+
+
 def test_epochs_decide_what_a_word_does() -> None:
     holdings = Holdings()
     assert holdings.assign("a", 3, 7) is Verdict.START
