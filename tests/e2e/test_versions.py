@@ -84,9 +84,7 @@ def test_a_sink_gets_everything_it_can_hold_and_refuses_the_rest_by_name(
     version = request.node.callspec.params["sink"]
     prefix = "to_" + "".join(c if c.isalnum() else "_" for c in version)
     shapes = _shapes(prefix)
-    load = Load(
-        nats_stack.source.uri, "default", shapes=tuple(shapes.values()), rows_per_call=(1, 40)
-    )
+    load = Load(nats_stack.source.uri, "default", shapes=tuple(shapes.values()), pause_seconds=0.1)
     load.create()
     other = Load(nats_stack.source.uri, prefix, shapes=(VERSION_SHAPES["Int64 keys"],))
     other.create()
