@@ -293,6 +293,17 @@ class ControlClient:
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
 
+    async def diff_task(
+        self, name: str, *, collections: Sequence[str] = ()
+    ) -> AsyncIterator[task_service_pb2.DiffTaskResponse]:
+        """Differences as they are found; the verdict is the last. No deadline."""
+        request = task_service_pb2.DiffTaskRequest(name=task_name(name), collections=collections)
+        try:
+            async for event in self._tasks.DiffTask(request):
+                yield event
+        except grpc.aio.AioRpcError as err:
+            raise api_error(err) from err
+
     async def verify_task(
         self, name: str, *, collections: Sequence[str] = (), max_differences: int = 0
     ) -> AsyncIterator[task_service_pb2.VerifyTaskResponse]:

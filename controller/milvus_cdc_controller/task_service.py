@@ -22,6 +22,7 @@ from milvus_cdc_controller.core.collection import named
 from milvus_cdc_controller.core.commands import check_create, find_repeated
 from milvus_cdc_controller.core.mapping import sink_name
 from milvus_cdc_controller.core.task import TaskRecord, TaskSpec
+from milvus_cdc_controller.diffing import diff
 from milvus_cdc_controller.pages import page
 from milvus_cdc_controller.setting_positions import set_positions
 from milvus_cdc_controller.validation import (
@@ -269,8 +270,8 @@ class TaskService(rpc.TaskServiceServicer):
     @streaming
     async def DiffTask(self, request: pb.DiffTaskRequest) -> AsyncIterator[pb.DiffTaskResponse]:
         check(request)
-        raise ApiError("UNIMPLEMENTED", "UNIMPLEMENTED", "Not there yet.")
-        yield
+        async for event in diff(self._loop, self._find(request.name), request):
+            yield event
 
     @unary
     async def SetTaskPositions(

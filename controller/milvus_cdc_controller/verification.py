@@ -66,6 +66,7 @@ async def verify(
 
 
 def chosen(loop: ControlLoop, task: TaskRecord, names: list[str]) -> list[CollectionRecord]:
+    """The collections of a task that are followed, or those named. Raises ApiError."""
     records = [
         record
         for record in loop.controller.world.collections[task.uid].values()

@@ -179,6 +179,9 @@ def _job_result(update: pb.JobUpdate) -> jobs.JobResult | None:
         case "verify":
             last = update.verify.WhichOneof("event") == "done"
             return jobs.VerifyEvent(update.verify.SerializeToString(), last)
+        case "diff":
+            last = update.diff.WhichOneof("event") == "done"
+            return jobs.DiffEvent(update.diff.SerializeToString(), last)
         case "locate":
             return jobs.LocateDone(tuple(map(_located, update.locate.located)))
     return None
@@ -454,6 +457,8 @@ def _job_request(job_id: str, payload: jobs.JobPayload) -> pb.JobRequest:
             return pb.JobRequest(
                 job_id=job_id, resolve=pb.ResolveJob(source=source, pchannels=payload.pchannels)
             )
+        case jobs.DiffJob():
+            return pb.JobRequest(job_id=job_id, diff=pb.DiffJob.FromString(payload.body))
         case jobs.VerifyJob():
             targets = [
                 pb.VerifyTarget(

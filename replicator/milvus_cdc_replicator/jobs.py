@@ -14,6 +14,7 @@ from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc_replicator.connections import Connections
+from milvus_cdc_replicator.diffing import diff_all
 from milvus_cdc_replicator.positions import locate_targets
 from milvus_cdc_replicator.spec import collection_of
 from milvus_cdc_replicator.verifying import reads, verify_targets
@@ -61,6 +62,12 @@ class JobRunner:
                     self._update(pb.JobUpdate(job_id=job_id, resolve=resolved))
                 case "verify":
                     await self._verify(job_id, request.verify)
+                case "diff":
+                    await diff_all(
+                        self._connections,
+                        request.diff,
+                        lambda update: self._update(pb.JobUpdate(job_id=job_id, diff=update)),
+                    )
                 case "locate":
                     source = await self._connections.source(request.locate.source)
                     located = await locate_targets(source, request.locate)

@@ -134,7 +134,7 @@ def from_assign(message: pb.Assign) -> Assignment:
                 task=message.task,
                 sink=message.sink,
                 source=message.source,
-                wish=_metadata_wish(message.metadata),
+                wish=metadata_wish(message.metadata),
                 drift=_drift(message.drift),
                 applied_version=message.metadata.applied_version,
                 operations=_operations(message.metadata),
@@ -202,7 +202,7 @@ def _operations(spec: pb.MetadataSpec) -> Operations | None:
     return Operations(wanted.channel, wanted.read_from, wanted.flush, wanted.credentials)
 
 
-def _metadata_wish(spec: pb.MetadataSpec) -> MetadataWish:
+def metadata_wish(spec: pb.MetadataSpec) -> MetadataWish:
     return MetadataWish(
         databases=tuple((d.name, d.dropped) for d in spec.databases),
         database_properties=tuple(

@@ -40,6 +40,22 @@ def labels_of(pairs: Sequence[str]) -> dict[str, str]:
     return labels
 
 
+def carry_of(pairs: Sequence[str]) -> dict[str, bool]:
+    """Raises InputError unless every one is `kind=true` or `kind=false`."""
+    kinds = [field.name for field in task_pb2.Carry.DESCRIPTOR.fields]
+    carried = {}
+    for pair in pairs:
+        kind, _, value = pair.partition("=")
+        if kind not in kinds or value.lower() not in ("true", "false"):
+            raise InputError(
+                "INVALID_CARRY",
+                f"{pair!r} says nothing about what to carry",
+                f"write --carry KIND=true or KIND=false; kinds are {', '.join(kinds)}",
+            )
+        carried[kind] = value.lower() == "true"
+    return carried
+
+
 def _show_task(task: task_pb2.Task, form: str) -> None:
     output.show_item(task, form, output.TASK_HEAD, output.task_line)
 
@@ -99,6 +115,12 @@ async def update(client: ControlClient, args: argparse.Namespace) -> int:
         task.selection.ClearField("exclude")
         task.selection.exclude.extend(args.exclude)
         mask.append("selection.exclude")
+    for kind, carried in carry_of(args.carry).items():
+        setattr(task.carry, kind, carried)
+        mask.append(f"carry.{kind}")
+    if args.drift:
+        task.drift = task_pb2.Drift.Value(f"DRIFT_{args.drift.upper()}")
+        mask.append("drift")
     if args.label or args.no_label:
         current = await client.get_task(task.name)
         labels = dict(task.labels if "labels" in mask else current.labels)
@@ -114,7 +136,8 @@ async def update(client: ControlClient, args: argparse.Namespace) -> int:
         raise InputError(
             "NOTHING_TO_CHANGE",
             "nothing to change was given",
-            "give -f PATCH, --include, --exclude, --no-exclude, --label or --no-label",
+            "give -f PATCH, --include, --exclude, --no-exclude, --carry, --drift, --label or "
+            "--no-label",
         )
     changed = await client.update_task(task, sorted(set(mask)), validate_only=args.validate_only)
     _show_task(changed, args.output)

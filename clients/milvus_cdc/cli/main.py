@@ -14,7 +14,9 @@ import grpc
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc.cli import commands
+from milvus_cdc.cli.diff import diff
 from milvus_cdc.cli.positions import positions, set_positions
+from milvus_cdc.cli.sink import create_user
 from milvus_cdc.cli.task_file import InputError
 from milvus_cdc.cli.verify import verify
 from milvus_cdc.control import DEFAULT_ADDRESS, ApiError, ControlClient
@@ -24,8 +26,8 @@ Command = Callable[[ControlClient, argparse.Namespace], Awaitable[int]]
 OK, USAGE, REFUSED, UNREACHABLE, INTERRUPTED = 0, 2, 3, 4, 130
 _EPILOG = """\
 exit codes:
-  0  done (verify: everything was compared and is equal)
-  1  verify: something differs or could not be compared
+  0  done (verify: everything was compared and is equal; task diff: no difference)
+  1  verify: something differs or could not be compared; task diff: differences
   2  wrong arguments or input; nothing was sent or stored
   3  the controller refused
   4  the controller could not be reached in time
@@ -103,6 +105,20 @@ def build_parser() -> _Parser:
     listing.add_argument("--replicator", default="", metavar="replicators/NAME")
     listing.set_defaults(run=commands.assignments)
 
+    sink = groups.add_parser("sink", help="what a person has to do at a sink")
+    user = sink.add_subparsers(metavar="COMMAND", required=True).add_parser(
+        "create-user", parents=[shared], help="create a user that CREDENTIAL_NEEDED names"
+    )
+    user.add_argument("--uri", required=True, help="of the sink, for example http://host:19530")
+    user.add_argument("--user", required=True, metavar="NAME")
+    user.add_argument(
+        "--token-env", default="", metavar="VAR", help="variable with user:password or an API key"
+    )
+    user.add_argument(
+        "--password-file", default="", metavar="FILE", help="instead of asking; - for stdin"
+    )
+    user.set_defaults(run=create_user)
+
     groups.add_parser("version", parents=[shared], help="print the version").set_defaults(run=None)
     return parser
 
@@ -134,18 +150,32 @@ def _task_commands(
     watch = add("watch", commands.watch, "follow changes until interrupted", named=False)
     watch.add_argument("name", nargs="?", metavar="NAME")
 
-    update = add("update", commands.update, "change selection or labels")
+    update = add("update", commands.update, "change selection, labels, carry or drift")
     update.add_argument("-f", "--file", default="", help="the fields to change; - for stdin")
     for option, text in (
         ("--include", "replaces the included globs; repeatable"),
         ("--exclude", "replaces the excluded globs; repeatable"),
     ):
         update.add_argument(option, action="append", default=[], metavar="GLOB", help=text)
+    update.add_argument(
+        "--carry",
+        action="append",
+        default=[],
+        metavar="KIND=true|false",
+        help="carry rows, schema, index, load, rbac, flush or not; repeatable",
+    )
+    update.add_argument(
+        "--drift", type=str.lower, choices=("repair", "report"), help="what others change there"
+    )
     update.add_argument("--no-exclude", action="store_true", help="exclude nothing any more")
     update.add_argument("--label", action="append", default=[], metavar="K=V", help="set a label")
     update.add_argument("--no-label", action="append", default=[], metavar="K", help="remove one")
     update.add_argument("--validate-only", action="store_true", help="check, store nothing")
 
+    differ = add("diff", diff, "what the sink lacks or has too much, rows aside")
+    differ.add_argument(
+        "--collection", action="append", default=[], metavar="DB.NAME", help="only this; repeatable"
+    )
     add("pause", commands.pause, "stop reading and writing, keep the place")
     add("resume", commands.resume, "go on after a pause")
     delete = add("delete", commands.delete, "forget a task; the sink keeps its rows")

@@ -61,8 +61,8 @@ def parse_patch(text: str) -> tuple[task_pb2.Task, list[str]]:
         name = fields[key].name
         if name in ("name", "etag"):
             continue
-        if name == "selection" and isinstance(value, dict) and value:
-            mask += [f"selection.{part}" for part in value]
+        if name in ("selection", "carry") and isinstance(value, dict) and value:
+            mask += [f"{name}.{part}" for part in value]
         else:
             mask.append(name)
     return task, sorted(mask)

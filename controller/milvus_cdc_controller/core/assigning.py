@@ -205,7 +205,7 @@ def _reset(world: World, record: CollectionRecord, progress: CollectionProgress)
         replace(point, incarnation=topics.get(point.vchannel, b""))
         for point in start_checkpoints(record.want)
     )
-    world.put_progress(replace(progress, checkpoints=points))
+    world.put_progress(replace(progress, checkpoints=points, conditions=()))
 
 
 def _settle_grant(world: World, grant: Grant, unwanted: str, version: int) -> None:

@@ -18,6 +18,7 @@ from milvus_cdc_controller.core.events import (
     SetPositions,
     UpdateTask,
 )
+from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.mapping import check_rules, meeting
 from milvus_cdc_controller.core.selection import overlap
 from milvus_cdc_controller.core.sources import adopt_catalogue
@@ -281,7 +282,14 @@ def retry_task(world: World, command: RetryTask) -> None:
             _refuse(world, command, _no_collection(task, command.collection))
             return
     failed = [record for record in records if record.failure is not None]
-    if command.collection and not failed and task.failure is None:
+    # Something other than rows may have been refused: its owner tries it again at the next version.
+    retrying = [
+        record
+        for record in records
+        if record.failure is None
+        and world.seen(record.assignment_id).state is ReportedState.RETRYING
+    ]
+    if command.collection and not failed and not retrying and task.failure is None:
         _refuse(
             world,
             command,
@@ -295,6 +303,8 @@ def retry_task(world: World, command: RetryTask) -> None:
         return
     for record in failed:
         world.put_collection(replace(record, failure=None))
+    for record in retrying:
+        world.put_collection(changed(record))
     metadata = world.metadata[task.uid]
     if metadata.failure is not None:
         world.put_metadata(replace(metadata, failure=None))

@@ -1,4 +1,5 @@
-"""Work beside assignments that any replicator can do: probe, resolve, verify, locate.
+"""Work beside assignments that any replicator can do: probe, resolve, verify,
+locate, diff.
 
 Law: a job is given to one connected replicator; when its stream is lost, the core's own jobs
 begin anew elsewhere and those of a caller fail, because the caller has seen part of the answer.
@@ -64,7 +65,14 @@ class LocateJob:
     targets: tuple[LocateTarget, ...]
 
 
-JobPayload = ProbeJob | ResolveJob | VerifyJob | LocateJob
+@dataclass(frozen=True, slots=True)
+class DiffJob:
+    source: bytes
+    body: bytes
+    """The whole job, opaque."""
+
+
+JobPayload = ProbeJob | ResolveJob | VerifyJob | LocateJob | DiffJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +123,15 @@ class LocateDone:
     """In the order asked."""
 
 
-JobResult = JobFailed | ProbeDone | ResolveDone | VerifyEvent | LocateDone
+@dataclass(frozen=True, slots=True)
+class DiffEvent:
+    """One event of a running diff, opaque; `last` ends the job."""
+
+    body: bytes
+    last: bool
+
+
+JobResult = JobFailed | ProbeDone | ResolveDone | VerifyEvent | LocateDone | DiffEvent
 
 
 @dataclass(slots=True)

@@ -18,6 +18,8 @@ from milvus_cdc_controller.core.collection import (
 )
 from milvus_cdc_controller.core.events import ProgressReported, VchannelReport
 
+_UNTIL_RESYNC = frozenset({"PARTITION_EMPTIED", "ROWS_LEFT_OUT"})
+
 
 def merge_checkpoint(point: Checkpoint, report: VchannelReport, *, grant: bool) -> Checkpoint:
     if report.resolved_ts >= point.resolved_ts:
@@ -59,8 +61,17 @@ def merge(
         epoch=report.epoch,
         past=past,
         current=report.counters,
-        conditions=report.conditions,
+        conditions=_standing(progress.conditions, report.conditions),
     )
+
+
+def _standing(
+    before: tuple[tuple[str, str], ...], now: tuple[tuple[str, str], ...]
+) -> tuple[tuple[str, str], ...]:
+    """What is wrong with the rows stays said until they are brought anew."""
+    said = {kind for kind, _ in now}
+    kept = tuple(pair for pair in before if pair[0] in _UNTIL_RESYNC and pair[0] not in said)
+    return tuple(sorted((*now, *kept))) if kept else now
 
 
 def apply_applied(record: CollectionRecord, report: ProgressReported) -> CollectionRecord:

@@ -34,7 +34,7 @@ from milvus_cdc_controller.core.events import (
     StreamLost,
 )
 from milvus_cdc_controller.core.grant import Grant, ReportedState
-from milvus_cdc_controller.core.jobs import Job, JobFailed, VerifyEvent
+from milvus_cdc_controller.core.jobs import DiffEvent, Job, JobFailed, VerifyEvent
 from milvus_cdc_controller.core.liveness import Session
 from milvus_cdc_controller.core.metadata_work import awaits, flushed, metadata_reported
 from milvus_cdc_controller.core.positions import note
@@ -294,7 +294,7 @@ def job_updated(world: World, event: JobUpdated) -> None:
     if job.task_uid:
         job_done(world, job, event.result)
         return
-    last = not isinstance(event.result, VerifyEvent) or event.result.last
+    last = not isinstance(event.result, VerifyEvent | DiffEvent) or event.result.last
     if last:
         del world.jobs[job.job_id]
     world.effects.append(JobOutput(job.job_id, event.result, last))
