@@ -12,17 +12,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import catchup, footprint, lag, steady
+from benchmarks import catchup, footprint, lag, metadata, steady
 from benchmarks.rig import Rig
 from benchmarks.rows import Table, drop
 from benchmarks.table import Results
 from benchmarks.writers import best_direct
 from tests.servers.kafka import kafka_unavailable_reason
 
-PARTS = ("direct", "catchup", "crash", "steady", "lag", "memory", "idle", "list")
+PARTS = ("direct", "catchup", "crash", "steady", "lag", "memory", "idle", "list", "metadata")
 LAG_ROWS_PER_SECOND = 1_000
 IDLE_COLLECTIONS = 64
 LISTED_TASKS = 1_000
+MANY_COLLECTIONS = 10_000
 PROBE_SECONDS = 40
 FAST_TICK_MS = 50
 
@@ -33,7 +34,11 @@ def main() -> int:
     options = _options()
     console = Console(width=None if sys.stdout.isatty() else 200)
     results = Results(command=f"python -m benchmarks {' '.join(sys.argv[1:])}".strip())
-    for queue in options.queues:
+    if "metadata" in options.only:
+        many = MANY_COLLECTIONS // 10 if options.quick else MANY_COLLECTIONS
+        _say(f"metadata of {many:,} collections")
+        results.metadata = metadata.measure(many)
+    for queue in options.queues if set(options.only) - {"metadata"} else ():
         if queue == "kafka" and (reason := kafka_unavailable_reason()):
             _say(f"kafka left out: {reason}")
             continue

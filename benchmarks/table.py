@@ -13,6 +13,7 @@ from rich.table import Table as RichTable
 from benchmarks.catchup import CatchUp, Crash
 from benchmarks.footprint import Idle, Listing, Stalled
 from benchmarks.lag import Lag
+from benchmarks.metadata import Metadata
 from benchmarks.steady import Steady
 from benchmarks.usage import machine
 from benchmarks.writers import Direct
@@ -25,6 +26,8 @@ GOAL_P50, GOAL_P99 = 0.3, 0.7
 GOAL_MIB = 256.0
 GOAL_IDLE = 5.0
 GOAL_LIST_MS = 100.0
+GOAL_LISTING_SECONDS = 10.0
+GOAL_CONTROLLER_MIB = 400.0
 
 
 @dataclass(slots=True)
@@ -41,6 +44,7 @@ class Results:
     stalled: dict[str, Stalled] = field(default_factory=dict)
     idle: dict[str, Idle] = field(default_factory=dict)
     listing: dict[str, Listing] = field(default_factory=dict)
+    metadata: list[Metadata] = field(default_factory=list)
 
     def ratio(self, run: CatchUp) -> float | None:
         """To plain pymilvus under the same conditions."""
@@ -151,6 +155,14 @@ class Results:
                 f"{queue}: List of {listed.tasks:,} tasks",
                 f"{_judged(listed.milliseconds, GOAL_LIST_MS, 0)} ms",
                 f"< {GOAL_LIST_MS:.0f} ms",
+            )
+        for seen in self.metadata:
+            table.add_row(
+                f"source with {seen.collections:,} collections, {seen.followed:,} followed",
+                f"first listing {_judged(seen.listing_seconds, GOAL_LISTING_SECONDS, 1)} s, "
+                f"controller {_judged(seen.peak_mib, GOAL_CONTROLLER_MIB, 0)} MiB, "
+                f"one changed key {seen.change_cpu_ms:.0f} ms of CPU",
+                f"< {GOAL_LISTING_SECONDS:.0f} s, < {GOAL_CONTROLLER_MIB:.0f} MiB",
             )
         console.print(table)
 

@@ -41,7 +41,8 @@ class Watcher(Protocol):
 
 Connect = Callable[[task_pb2.Source], tuple[Closable, Watcher]]
 
-PROBE_SECONDS = 10.0
+PROBE_SECONDS = 30.0
+"""A source with ten thousand collections takes seconds; one that is not there is found out sooner."""
 REREAD_SECONDS = 1.0
 
 
