@@ -42,7 +42,7 @@ class Watcher(Protocol):
 Connect = Callable[[task_pb2.Source], tuple[Closable, Watcher]]
 
 PROBE_SECONDS = 30.0
-"""A source with ten thousand collections takes seconds; one that is not there is found out sooner."""
+"""Ten thousand collections take seconds to read; an etcd that is not there is found out sooner."""
 REREAD_SECONDS = 1.0
 
 
