@@ -130,7 +130,8 @@ class Writer:
 
 @pytest.fixture
 def database(request: pytest.FixtureRequest) -> str:
-    return "names_" + request.node.originalname.removeprefix("test_")[:40].rstrip("_")
+    name = str(request.node.originalname)
+    return "names_" + name.removeprefix("test_")[:40].rstrip("_")
 
 
 def sink_names(stack: Stack, database: str) -> set[str]:
