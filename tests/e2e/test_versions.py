@@ -4,6 +4,7 @@ of the replicator; what it cannot hold is refused by name before anything is mad
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,13 +12,13 @@ from pathlib import Path
 
 import pytest
 from milvuscdc.v1 import task_pb2
-from pymilvus import DataType
+from pymilvus import DataType, MilvusClient
 
 from tests.e2e.carries import Carries
-from tests.e2e.load import SHAPES, Load, Shape
+from tests.e2e.load import SHAPES, Load, Shape, create_collection, make_row, new_key
 from tests.e2e.pair import Pair
 from tests.e2e.versions import Route
-from tests.servers import EtcdServer, MilvusLiteServer, MilvusServer, Stack
+from tests.servers import EtcdServer, KafkaServer, MilvusLiteServer, MilvusServer, Stack
 
 _BY_NAME = {shape.name: shape for shape in SHAPES}
 _SCALARS = _BY_NAME["all_scalars"]
@@ -109,19 +110,93 @@ def test_a_sink_gets_everything_it_can_hold_and_refuses_the_rest_by_name(
         other.stop()
         pair.wait("every collection carried or refused", decided)
         carried = []
+        verdicts: dict[str, str] = {}
         for name, collection in pair.collections().items():
             if collection.state == task_pb2.COLLECTION_STATE_FAILED:
                 assert collection.reason == "UNSUPPORTED_BY_SINK", collection
                 assert name.split(".")[1] in collection.message or name.split(".")[0] in (
                     collection.message
                 )
-                carries.note(version, names[name], "refused")
+                verdicts[names[name]] = "refused"
             else:
                 carried.append(name)
         assert pair.prove(*carried) > 500
-        for name in carried:
-            carries.note(version, names[name], "yes")
+        verdicts |= {names[name]: "yes" for name in carried}
+        for what in (*VERSION_SHAPES, "databases"):
+            carries.note(version, what, verdicts[what])
         results = pair.verify(*carried)
         unproved = any("DOUBLES_NOT_PROVED" in r.message for r in results)
         carries.note(version, "proof by `verify`", "but doubled keys" if unproved else "yes")
     carries.check(version)
+
+
+@pytest.fixture(scope="module")
+def old_source(
+    kafka_available: None, nats_stack: Stack, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Route]:
+    """Milvus 2.2.16, whose own queue nobody else can read, on Kafka; the sink is a 2.3.5."""
+    folder = tmp_path_factory.mktemp("old-source")
+    with (
+        KafkaServer(folder / "kafka") as kafka,
+        MilvusServer(
+            folder / "milvus",
+            etcd_endpoint=nats_stack.etcd.endpoint,
+            root_path="old-source",
+            cluster="old-source",
+            mq="kafka",
+            kafka_brokers=kafka.brokers,
+            version="2.2.16",
+            name="old-source",
+        ) as source,
+    ):
+        yield Route(nats_stack.etcd, source, nats_stack.sink, kafka)
+
+
+@pytest.mark.kafka
+def test_a_source_of_2_2_is_followed_through_ddl_and_a_kill(
+    old_source: Route, tmp_path: Path
+) -> None:
+    rng = random.Random(3)
+    shape = replace(_BY_NAME["int_keys"], name="from_2_2")
+    text = replace(_BY_NAME["text_keys"], name="from_2_2_text")
+    with Pair(old_source, tmp_path) as pair:
+        source = MilvusClient(uri=old_source.source.uri)
+        create_collection(source, shape)
+        rows = [make_row(shape, rng, n) for n in range(400)]
+        source.insert(shape.name, rows[:200])
+        source.insert(shape.name, rows[200:], partition_name="p1")
+        pair.create("default.from_2_2*")
+        pair.wait_running(f"default.{shape.name}", seconds=120)
+        source.delete(shape.name, filter=f"id in {list(range(0, 60))}")
+        create_collection(source, text)
+        keys = [new_key(text, rng, 1, n) for n in range(300)]
+        source.insert(text.name, [make_row(text, rng, key) for key in keys])
+        pair.wait_running(f"default.{text.name}", seconds=120)
+        pair.replicators[0].restart(hard=True)
+        source.insert(shape.name, [make_row(shape, rng, n) for n in range(1000, 1100)])
+        # A partition goes, with its rows.
+        source.release_partitions(shape.name, ["p1"])
+        source.drop_partition(shape.name, "p1")
+        sink = MilvusClient(uri=old_source.sink.uri)
+        pair.wait(
+            "the partition's drop",
+            lambda: "p1" not in sink.list_partitions(shape.name),
+            seconds=120,
+        )
+        assert pair.prove() == 540
+        results = pair.verify()
+        assert all("DOUBLES_NOT_PROVED" in result.message for result in results)
+        assert sink.list_indexes(shape.name) == source.list_indexes(shape.name)
+        # Dropped and made again under its name.
+        source.drop_collection(shape.name)
+        create_collection(source, shape)
+        source.insert(shape.name, [make_row(shape, rng, n) for n in range(50)])
+
+        def only_the_new_one() -> bool:
+            return any(
+                c.rows_inserted == 50 and name.endswith(shape.name)
+                for name, c in pair.collections().items()
+            )
+
+        pair.wait("the new collection alone", only_the_new_one, seconds=120)
+        assert pair.prove(f"default.{shape.name}") == 50
