@@ -160,7 +160,15 @@ class OperationsReader:
     async def _follow(self, source: LogSource) -> None:
         position = self._place[1:]
         seen = source.order(position) if self._place[:1] == _AFTER else -1
-        reader = await source.open(self.operations.channel, position)
+        try:
+            reader = await source.open(self.operations.channel, position)
+        except LogTruncatedError:
+            found = await source.log_range(self.operations.channel)
+            if source.order(found.first) > seen + 1 or self._place[:1] == _AT:
+                raise
+            # What the queue forgot had been seen to.
+            self._place = _AT + found.first
+            return
         try:
             sink = await self._connections.sink(self._assignment.sink)
             while not self._halt.is_set():
