@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -56,6 +57,9 @@ class Ends:
         # pymilvus asks in the default database, whatever the client's is.
         request = milvus_pb2.DescribeAliasRequest(db_name=self.database, alias=alias)
         return str(self._sink_stub.DescribeAlias(request, timeout=10).collection)
+
+    def stands_for(self, alias: str, name: str) -> bool:
+        return self.target(alias) == name
 
     def names(self) -> set[str]:
         return set(self.sink.list_collections())
@@ -160,7 +164,7 @@ def test_a_switch_survives_a_kill(
                 ends.source.alter_alias(name, "live")
                 process.kill()
                 process.start()
-                pair.wait(f"live is {name}", lambda name=name: ends.target("live") == name)
+                pair.wait(f"live is {name}", partial(ends.stands_for, "live", name))
         assert seen == ["blue", "green", "blue", "green"]
         ends.source.drop_alias("live")
         process.kill()

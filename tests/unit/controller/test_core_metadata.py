@@ -104,7 +104,7 @@ def test_a_switch_keeps_the_old_target_until_the_new_one_is_ready() -> None:
     assert bench.standing == {"live": "blue"}
     bench.reach(2, 95)
     assert bench.standing == {"live": "green"}
-    assert bench.metadata.dropped_aliases == ()
+    assert not bench.metadata.dropped_aliases
 
 
 def test_an_alias_that_is_gone_is_named_until_its_end_is_confirmed() -> None:
@@ -118,7 +118,7 @@ def test_an_alias_that_is_gone_is_named_until_its_end_is_confirmed() -> None:
     bench.show()
     assert bench.metadata.version == version
     bench.applied()
-    assert bench.metadata.dropped_aliases == ()
+    assert not bench.metadata.dropped_aliases
     assert bench.metadata.version == version
 
 
@@ -292,7 +292,7 @@ def test_remarks_of_the_metadata_assignment_are_kept() -> None:
     bench.applied(conditions=(("CREDENTIAL_NEEDED", "ann"),))
     assert bench.metadata.conditions == (("CREDENTIAL_NEEDED", "ann"),)
     bench.applied()
-    assert bench.metadata.conditions == ()
+    assert not bench.metadata.conditions
 
 
 # ---- the operations channel
