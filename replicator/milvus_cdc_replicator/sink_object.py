@@ -349,19 +349,18 @@ class SinkObject:
         want = self._assignment.want
         if _name(want) == _name(self.placed) or self._renaming or self._halt.is_set():
             return
-        if not self._core.opened or self._core.closed or want.state is ObjectState.DROPPED:
+        over = self._core.closed or want.state is ObjectState.DROPPED
+        if not self._core.opened or over or not self._assignment.carry.schema:
             self._core.held_back = False
-            return
-        if not self._assignment.carry.schema:
             return
         lanes = self._core.lanes.values()
         late = any(
             not lane.closed and lane.resolved_ts < self._assignment.rename_ts for lane in lanes
         )
-        if late or time.monotonic() < self._rename_after:
+        if late or self._reconciling or time.monotonic() < self._rename_after:
             return
         self._core.held_back = True
-        if self._core.at_rest and not self._reconciling:
+        if self._core.at_rest:
             self._renaming = True
             self._spawn(self._rename(want))
 

@@ -191,8 +191,12 @@ def claim_of(task: TaskRecord, record: CollectionRecord) -> Claim:
     if not record.holds_name:
         if not (record.deselected or record.failure is not None):
             waits, since_ts = record.sink_name, record.want.create_ts
-    elif record.opened and not (
-        record.renaming or record.resync or record.deselected or record.failure is not None
+    elif (
+        record.opened
+        and task.spec.carry.schema
+        and not (
+            record.renaming or record.resync or record.deselected or record.failure is not None
+        )
     ):
         target = target_name(task, record)
         if target not in holds and (target == record.source_name or not impossible_part(target)):

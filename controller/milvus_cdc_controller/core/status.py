@@ -101,6 +101,8 @@ def rename_pending(world: World, record: CollectionRecord) -> str:
     if target == record.now_at_sink:
         return ""
     text = f"It is to be called {target} at the sink and still is {record.now_at_sink}: "
+    if not world.tasks[record.task_uid].spec.carry.schema:
+        return f"{text}the task does not carry `schema`."
     if record.renaming:
         return f"{text}rows that are older than the rename come first."
     fault = name_fault(target, record.source_name)

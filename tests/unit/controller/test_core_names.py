@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from milvus_cdc.model import Collection, Database
+from milvus_cdc.model import Carry, Collection, Database
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core.collection import CollectionRecord, CollectionState
@@ -375,6 +375,16 @@ def test_what_would_come_back_to_its_source_is_refused() -> None:
     refusal = script.create(fourth).refusal
     assert refusal is not None
     assert refusal.reason == "SELF_FEEDING"
+
+
+def test_without_schema_names_at_the_sink_stay() -> None:
+    script = following(books(11, "a"), task=spec(carry=Carry(schema=False)))
+    script.see(books(11, "b"))
+    assert not record(script, 11).renaming
+    assert "does not carry `schema`" in rename_pending(script.core.world, record(script, 11))
+    carry = ev.UpdateTask(script.now, 9, "tasks/copy", "", None, None, carry=Carry())
+    script.take(carry)
+    assert moves(script) == {11: "default.b"}
 
 
 def test_a_record_of_the_format_before_is_where_its_wish_says() -> None:
