@@ -36,8 +36,8 @@ CROWDED_SHARE = 16
 
 
 class Intake:
-    """`post` hands an event to the owner of the core, `post_later` one for which no row waits;
-    everything else runs where it is called.
+    """`post` hands an event to the owner of the core, `tick_waits` says that one may call
+    `take_ticks`; everything else runs where it is called.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Intake:
         limit_bytes: int,
         troubles: Troubles,
         post: Callable[[Callable[[], None]], None],
-        post_later: Callable[[Callable[[], None]], None],
+        tick_waits: Callable[[], None],
         fail: Callable[[CdcError], None],
         on_room: Callable[[], None],
     ) -> None:
@@ -63,12 +63,16 @@ class Intake:
         self._limit_bytes = limit_bytes
         self._troubles = troubles
         self._post = post
-        self._post_later = post_later
+        self._tick_waits = tick_waits
         self._fail = fail
         self._on_room = on_room
         self._subscriptions: list[tuple[PchannelHub, Subscription]] = []
         self._incarnations = {lane.vchannel: lane.incarnation for lane in assignment.lanes}
         self._delivered_bytes = 0
+        self._deliveries = 0
+        """Handed to the owner and not yet taken."""
+        self._ticks: dict[Subscription, Item] = {}
+        """The newest of each, where no row waits for it: older than whatever is handed over."""
         self._accounted = (0, 0)
 
     async def open(self) -> None:
@@ -110,6 +114,7 @@ class Intake:
         return self._incarnations[vchannel]
 
     def close(self) -> None:
+        self.take_ticks()
         for hub, subscription in list(self._subscriptions):
             self._unsubscribe(hub, subscription)
 
@@ -117,6 +122,7 @@ class Intake:
         hub.unsubscribe(subscription)
         self._incarnations[subscription.vchannel] = subscription.incarnation
         self._subscriptions.remove((hub, subscription))
+        self._ticks.pop(subscription, None)
 
     def relieve(self) -> None:
         """At the hard limit, with nothing that writing alone would make room for: the largest
@@ -185,17 +191,28 @@ class Intake:
             self._post(lane.end_of_log)
 
     def _deliver(self, subscription: Subscription, items: list[Item]) -> None:
-        size = sum(getattr(item.message, "size", 0) for item in items)
+        if not self._deliveries and self._core.resting and _only_ticks(items):
+            if not self._core.lanes[subscription.vchannel].rereading:
+                self._ticks[subscription] = items[-1]
+                self._tick_waits()
+                return
+        size = sum([getattr(item.message, "size", 0) for item in items])
+        self._deliveries += 1
         if size:
             self._delivered_bytes += size
             self.account()
-        feed = partial(self._feed, subscription, items, size)
-        if self._accounted == (0, 0) and all(isinstance(item.message, Tick) for item in items):
-            self._post_later(feed)
-        else:
-            self._post(feed)
+        self._post(partial(self._feed, subscription, items, size))
+
+    def take_ticks(self) -> None:
+        """What has come while nothing waited for it. Law: before anything handed over since."""
+        if self._ticks:
+            for subscription, item in self._ticks.items():
+                assert isinstance(item.message, Tick)
+                self._core.lanes[subscription.vchannel].tick(item.message.ts, item.position)
+            self._ticks.clear()
 
     def _feed(self, subscription: Subscription, items: list[Item], size: int) -> None:
+        self._deliveries -= 1
         self._delivered_bytes -= size
         hub = next((h for h, current in self._subscriptions if current is subscription), None)
         if hub is None:
@@ -229,3 +246,7 @@ class Intake:
             self._troubles.add(f"read {vchannel}", error)
         else:
             self._fail(error)
+
+
+def _only_ticks(items: list[Item]) -> bool:
+    return all([isinstance(item.message, Tick) for item in items])

@@ -96,6 +96,7 @@ class PchannelHub:
     def __init__(self, source: LogSource, pchannel: str) -> None:
         self._source = source
         self._pchannel = pchannel
+        self._bytes_read = BYTES_READ.labels(pchannel)
         self._cursors: list[_Cursor] = []
         self._waiting: list[Subscription] = []
         self._room = asyncio.Event()
@@ -282,7 +283,7 @@ class PchannelHub:
                     )
                 case _:
                     pass
-        BYTES_READ.labels(self._pchannel).inc(size)
+        self._bytes_read.inc(size)
         cursor.next_order = last + 1
         self.end_order = max(self.end_order, last)
         for subscription in cursor.subscribers:

@@ -111,7 +111,7 @@ class CollectionRunner:
             limit_bytes=limits.assignment_bytes,
             troubles=self._troubles,
             post=self._post,
-            post_later=self._post_later,
+            tick_waits=self._tick_waits,
             fail=self._fail,
             on_room=on_room,
         )
@@ -191,6 +191,7 @@ class CollectionRunner:
         return self._core.resting, replace(self._core.counters), [lane.closed for lane in lanes]
 
     def report(self) -> Report:
+        self._intake.take_ticks()
         self._said = self._gist()
         state, reason, message = self._state()
         lanes = tuple(
@@ -286,10 +287,11 @@ class CollectionRunner:
         self._inbox.append(event)
         self._wake.set()
 
-    def _post_later(self, event: Callable[[], None]) -> None:
-        """In its turn, but soon is enough: many quiet collections otherwise wake for every tick."""
-        self._inbox.append(event)
-        if self._resting is None:
+    def _tick_waits(self) -> None:
+        """It is taken with the next report or row, or soon where something else waits for its
+        time: many quiet collections otherwise wake for every tick.
+        """
+        if self._resting is None and self._object.waits:
             self._resting = asyncio.get_running_loop().call_later(REST_SECONDS, self._rested)
 
     def _rested(self) -> None:
@@ -297,6 +299,7 @@ class CollectionRunner:
         self._wake.set()
 
     def _drain(self) -> None:
+        self._intake.take_ticks()
         while self._inbox:
             self._inbox.popleft()()
 
@@ -328,12 +331,16 @@ class CollectionRunner:
     def _tick_over(self) -> None:
         """A timer of its own: a timeout around every wait costs more than what is waited for."""
         if self._timer is not None:
-            self._post(self._housekeeping)
+            if self._chores() or self._object.waits or not self._core.resting:
+                self._post(self._housekeeping)
         self._timer = asyncio.get_running_loop().call_later(HOUSEKEEPING_SECONDS, self._tick_over)
 
-    def _housekeeping(self) -> None:
+    def _chores(self) -> bool:
         want = self.assignment.want
-        if want.state is ObjectState.DROPPED and not self._core.closed:
+        return want.state is ObjectState.DROPPED and not self._core.closed
+
+    def _housekeeping(self) -> None:
+        if self._chores():
             self._spawn(self._intake.look_for_log_ends())
         for partition_id in self._core.waiting_partitions:
             self._query_partition(

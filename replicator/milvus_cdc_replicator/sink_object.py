@@ -130,6 +130,17 @@ class SinkObject:
         if self._reconciler is not None:
             self._reconciler.soon(seconds)
 
+    @property
+    def waits(self) -> bool:
+        """Something is still to be done, when its time has come or the source's."""
+        assignment = self._assignment
+        return (
+            assignment.drop_granted
+            or assignment.flush_ts > self.flushed_ts
+            or _name(assignment.want) != _name(self.placed)
+            or (self._reconciler is not None and self._reconciler.due(assignment.version))
+        )
+
     def act(self) -> None:
         """Begins what is due."""
         if self._core.left_out:
