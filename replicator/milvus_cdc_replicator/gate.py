@@ -24,6 +24,8 @@ LEAST_TIMEOUT_SECONDS = 1.0
 """A write that has less than this before the lease ends is not worth starting."""
 DDL_SECONDS = 30.0
 DDL_LEAST_SECONDS = 3.0
+OPENED_AT_ONCE = 8
+"""Of one sink's collections: hundreds that begin together would all be late, again and again."""
 COMPARISONS = 8
 """Collections of the process that are compared with their sinks at once."""
 
@@ -102,6 +104,7 @@ class WriteGate:
         self.core = lease
         self._per_sink = per_sink
         self._slots: dict[bytes, Slots] = {}
+        self._opening: dict[bytes, Slots] = {}
         self._renewed = asyncio.Event()
         self.comparisons = asyncio.Semaphore(COMPARISONS)
         """Taken by whoever only looks at a sink."""
@@ -109,6 +112,11 @@ class WriteGate:
     def renewed(self) -> None:
         """The lease may have grown."""
         self._renewed.set()
+
+    def opening(self, sink: task_pb2.Sink) -> contextlib.AbstractAsyncContextManager[None]:
+        """A turn to open a collection at a sink, waited for before its time begins to run."""
+        key = sink.SerializeToString(deterministic=True)
+        return self._opening.setdefault(key, Slots(OPENED_AT_ONCE)).one()
 
     @contextlib.asynccontextmanager
     async def ddl(self, halt: asyncio.Event) -> AsyncIterator[None]:

@@ -213,7 +213,7 @@ class SinkObject:
                     answers.append(opened)
                     return
 
-        if not await self._work.ddl("open", open_collection):
+        if not await self._work.open(open_collection):
             return
         opened = answers[-1]
         if renamed_from is not None and self.placed is want:

@@ -152,12 +152,25 @@ class SinkWork:
         self._troubles.clear(what)
         return True
 
-    async def ddl(self, what: str, call: Callable[[], Awaitable[None]]) -> bool:
+    async def open(self, call: Callable[[], Awaitable[None]]) -> bool:
+        """As `ddl`, in turn with the others that begin at this sink."""
+
+        def turn() -> contextlib.AbstractAsyncContextManager[None]:
+            return self._gate.opening(self._spec)
+
+        return await self.ddl("open", call, turn)
+
+    async def ddl(
+        self,
+        what: str,
+        call: Callable[[], Awaitable[None]],
+        turn: Callable[[], contextlib.AbstractAsyncContextManager[None]] = contextlib.nullcontext,
+    ) -> bool:
         """Repeats an idempotent call until it succeeds; False when told to stop before."""
         attempt = restored = 0
         while True:
             try:
-                async with self._gate.ddl(self._halt):
+                async with turn(), self._gate.ddl(self._halt):
                     await call()
             except Halted:
                 return False

@@ -28,6 +28,7 @@ from milvus_cdc_replicator.gate import WriteGate, boottime
 from milvus_cdc_replicator.reader import PchannelHub, Subscription
 from milvus_cdc_replicator.report import Report
 from milvus_cdc_replicator.runner import CollectionRunner
+from milvus_cdc_replicator.session import RESTING_SECONDS
 from milvus_cdc_replicator.settings import Limits
 from milvus_cdc_replicator.spec import CollectionAssignment, LaneStart
 from milvuscdc.internal import milvus_log_pb2 as log_pb2
@@ -449,6 +450,30 @@ async def test_a_sink_that_is_down_is_retried_visibly_until_it_is_back() -> None
         down.clear()
         await until(lambda: bench.count() == 1)
         await until(lambda: bench.runner.report().state == "RUNNING")
+
+
+async def test_who_rests_says_little_and_stands_on_the_newest_tick_when_it_does() -> None:
+    async with running() as bench:
+        bench.append(insert(START + 5, [1]), tick(START + 9))
+        await until(lambda: bench.resolved_ts == START + 9)
+        bench.runner.report()
+        assert not bench.runner.has_news
+        later = START + ms_to_tso(60_000)
+        bench.append(tick(later - 1), tick(later))
+        await until(lambda: bench.resolved_ts == later)
+        assert not bench.runner.has_news, "source time alone is no news"
+        bench.append(insert(later + 5, [2]), tick(later + 9))
+        await until(lambda: bench.runner.has_news)
+        await until(lambda: bench.resolved_ts == later + 9)
+        assert bench.count() == 2
+
+
+async def test_a_row_after_a_rest_finds_its_horizon_granted() -> None:
+    async with running(horizon_ts=START + ms_to_tso(1_000)) as bench:
+        bench.append(tick(START + 9))
+        await until(lambda: bench.resolved_ts == START + 9)
+        wanted = bench.runner.report().lanes[0].wanted_horizon_ts
+        assert wanted > START + 9 + 2 * ms_to_tso(int(RESTING_SECONDS * 1000))
 
 
 pytestmark = pytest.mark.timeout(60)
