@@ -20,7 +20,7 @@ from milvus_cdc_controller.core.events import (
 )
 from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.mapping import check_rules, meeting
-from milvus_cdc_controller.core.selection import overlap
+from milvus_cdc_controller.core.selection import overlap, selects_nothing
 from milvus_cdc_controller.core.sources import adopt_catalogue
 from milvus_cdc_controller.core.task import TaskRecord, TaskSpec, echo
 from milvus_cdc_controller.core.world import World
@@ -88,9 +88,23 @@ def check_create(world: World, command: CreateTask) -> Refusal | None:
 
 def _check_names(world: World, spec: TaskSpec, own_uid: str) -> Refusal | None:
     return (
-        _collision(spec, updating=bool(own_uid))
+        _nothing(spec)
+        or _collision(spec, updating=bool(own_uid))
         or _overlap(world, spec, own_uid)
         or _echo(world, spec, own_uid)
+    )
+
+
+def _nothing(spec: TaskSpec) -> Refusal | None:
+    found = selects_nothing(spec.selection)
+    if found is None:
+        return None
+    index, why = found
+    return Refusal(
+        "INVALID_ARGUMENT",
+        "SELECTS_NOTHING",
+        f"{spec.selection.include[index]!r} can never select a collection: {why}.",
+        f"task.selection.include[{index}]",
     )
 
 

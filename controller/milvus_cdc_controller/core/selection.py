@@ -6,8 +6,11 @@ ever meets, it never misses one.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
+
+_NO_NAME = re.compile(r"[^A-Za-z0-9_$*?.]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,17 @@ class Selection:
             matches(head, database) and tail == "*"
             for head, _, tail in (glob.partition(".") for glob in self.exclude)
         )
+
+
+def selects_nothing(selection: Selection) -> tuple[int, str] | None:
+    """Index of an include glob by which no collection can ever be followed, and why."""
+    for index, glob in enumerate(selection.include):
+        strange = sorted(set(_NO_NAME.findall(glob)))
+        if strange:
+            return index, f"no name at a Milvus holds {strange[0]!r}"
+    if all(any(covers(out, glob) for out in selection.exclude) for glob in selection.include):
+        return 0, "`exclude` takes out everything that `include` selects"
+    return None
 
 
 @lru_cache(maxsize=65536)

@@ -6,7 +6,14 @@ import re
 
 from hypothesis import given
 from hypothesis import strategies as st
-from milvus_cdc_controller.core.selection import Selection, covers, intersect, matches, overlap
+from milvus_cdc_controller.core.selection import (
+    Selection,
+    covers,
+    intersect,
+    matches,
+    overlap,
+    selects_nothing,
+)
 
 GLOB = st.text("ab.*?", max_size=6)
 TEXT = st.text("ab.", max_size=6)
@@ -44,6 +51,15 @@ def test_a_shared_collection_is_never_missed(
     left, right = Selection(a, x), Selection(b, y)
     if left.selects(text) and right.selects(text):
         assert overlap(left, right) is not None
+
+
+def test_globs_that_can_never_select_anything_are_known() -> None:
+    assert selects_nothing(Selection(("shop.*", "sh-op.*"))) == (
+        1,
+        "no name at a Milvus holds '-'",
+    )
+    assert selects_nothing(Selection(("shop.*", "blog.a"), ("shop.*", "*.a"))) is not None
+    assert selects_nothing(Selection(("shop.*", "blog.a"), ("shop.*",))) is None
 
 
 def test_case_counts_and_excludes_win() -> None:
