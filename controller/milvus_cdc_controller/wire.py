@@ -331,6 +331,7 @@ def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> p
         recreate=record.recreate,
         drop_granted=record.drop_granted,
         flush_ts=record.flush_ts,
+        awaited_ts=record.awaited_ts,
         renamed_from=renamed_from,
         rename_ts=record.rename_ts,
         source_database=source_database,

@@ -96,6 +96,7 @@ class CollectionRunner:
         self._ended = False
         self._failure: CdcError | None = None
         self._asked_horizons: tuple[int, ...] = ()
+        self._told_ts = 0
         self._said: object = None
         self._waiting_since: float | None = None
         self._log = log.bind(
@@ -322,10 +323,20 @@ class CollectionRunner:
         self._intake.relieve()
         self._intake.account()
         self._object.act()
+        self._tell_awaited()
         if self._core.horizon_blocks():
             wanted = tuple(map(self._core.wanted_horizon, self._core.lanes.values()))
             if wanted != self._asked_horizons:
                 self._asked_horizons = wanted
+                self._notify(self.assignment.assignment_id)
+
+    def _tell_awaited(self) -> None:
+        """Who rests reports seldom; what an alias waits for is told at once."""
+        awaited_ts = self.assignment.awaited_ts
+        if awaited_ts > self._told_ts:
+            lanes = self._core.lanes.values()
+            if all(lane.closed or lane.resolved_ts >= awaited_ts for lane in lanes):
+                self._told_ts = awaited_ts
                 self._notify(self.assignment.assignment_id)
 
     def _tick_over(self) -> None:

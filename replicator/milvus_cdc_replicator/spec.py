@@ -65,6 +65,8 @@ class CollectionAssignment:
     """What an owner before has carried out."""
     flush_ts: int = 0
     """A user's flush: done once rows at or below it are in the sink; 0 = none."""
+    awaited_ts: int = 0
+    """To be told as soon as everything at or below it is in the sink; 0 = none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,7 @@ def from_assign(message: pb.Assign) -> Assignment:
         drift=_drift(message.drift),
         applied=_applied(spec.applied) if spec.HasField("applied") else None,
         flush_ts=spec.flush_ts,
+        awaited_ts=spec.awaited_ts,
     )
 
 

@@ -390,6 +390,7 @@ class CollectionSpec(_message.Message):
     ALTER_TS_FIELD_NUMBER: _builtins.int
     FLUSH_TS_FIELD_NUMBER: _builtins.int
     APPLIED_FIELD_NUMBER: _builtins.int
+    AWAITED_TS_FIELD_NUMBER: _builtins.int
     collection_id: _builtins.int
     database: _builtins.str
     collection: _builtins.str
@@ -418,6 +419,8 @@ class CollectionSpec(_message.Message):
     """TSO of the newest change of the collection's own key in the metadata (properties, name)."""
     flush_ts: _builtins.int
     """A flush that a user asked for: done once rows at or below it are in the sink; 0 = none."""
+    awaited_ts: _builtins.int
+    """An alias waits for this TSO: report as soon as everything at or below it is in the sink; 0 = none does."""
     @_builtins.property
     def properties(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -466,10 +469,11 @@ class CollectionSpec(_message.Message):
         alter_ts: _builtins.int = ...,
         flush_ts: _builtins.int = ...,
         applied: Global___AppliedObjects | None = ...,
+        awaited_ts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "load", b"load", "renamed_from", b"renamed_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "alter_ts", b"alter_ts", "applied", b"applied", "collection", b"collection", "collection_id", b"collection_id", "consistency_level", b"consistency_level", "create_ts", b"create_ts", "database", b"database", "drop_granted", b"drop_granted", "flush_ts", b"flush_ts", "indexes", b"indexes", "load", b"load", "opened", b"opened", "partitions", b"partitions", "properties", b"properties", "recreate", b"recreate", "rename_ts", b"rename_ts", "renamed_from", b"renamed_from", "schema", b"schema", "shards", b"shards", "sink_collection_id", b"sink_collection_id", "source_collection", b"source_collection", "source_database", b"source_database", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "alter_ts", b"alter_ts", "applied", b"applied", "awaited_ts", b"awaited_ts", "collection", b"collection", "collection_id", b"collection_id", "consistency_level", b"consistency_level", "create_ts", b"create_ts", "database", b"database", "drop_granted", b"drop_granted", "flush_ts", b"flush_ts", "indexes", b"indexes", "load", b"load", "opened", b"opened", "partitions", b"partitions", "properties", b"properties", "recreate", b"recreate", "rename_ts", b"rename_ts", "renamed_from", b"renamed_from", "schema", b"schema", "shards", b"shards", "sink_collection_id", b"sink_collection_id", "source_collection", b"source_collection", "source_database", b"source_database", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

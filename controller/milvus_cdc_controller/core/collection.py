@@ -140,6 +140,8 @@ class CollectionRecord:
     failure: Failure | None = None
     flush_ts: int = 0
     """TSO of the newest flush that the sink has not been asked for yet; 0 = none."""
+    awaited_ts: int = 0
+    """TSO that an alias waits, or has waited, for: its owner says at once when it is reached."""
     applied: Applied | None = None
 
     @property

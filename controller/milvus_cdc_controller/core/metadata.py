@@ -41,8 +41,8 @@ class Facts:
 @dataclass(frozen=True, slots=True)
 class Wanted:
     metadata: MetadataRecord
-    awaited: frozenset[int]
-    """Collections whose progress may let an alias come."""
+    awaited: dict[int, int]
+    """Collections whose progress may let an alias come, and the TSO it waits for."""
 
 
 def wanted_metadata(metadata: MetadataRecord, facts: Facts) -> Wanted:
@@ -112,12 +112,12 @@ def _properties(metadata: MetadataRecord, facts: Facts) -> tuple[Properties, ...
 
 def _aliases(
     metadata: MetadataRecord, facts: Facts
-) -> tuple[tuple[AliasWish, ...], frozenset[int]]:
+) -> tuple[tuple[AliasWish, ...], dict[int, int]]:
     if not facts.task.spec.carry.schema:
-        return (), frozenset()
+        return (), {}
     old = {wish.source: wish for wish in metadata.aliases}
     wanted: dict[str, AliasWish] = {}
-    awaited: set[int] = set()
+    awaited: dict[int, int] = {}
     for alias in facts.catalogue.aliases:
         record = facts.records.get(alias.collection_id)
         if record is None or record.deselected or record.dropping:
@@ -134,11 +134,12 @@ def _aliases(
         elif _ready(alias, fresh, record, facts):
             wanted[source] = fresh
         else:
-            awaited.add(alias.collection_id)
+            before_ts = awaited.get(alias.collection_id, 0)
+            awaited[alias.collection_id] = max(alias.alter_ts, before_ts)
             if before is not None:
                 # It goes on standing for what it stood for: never a moment without it.
                 wanted[source] = _as_named_now(before, facts)
-    return tuple(wanted[source] for source in sorted(wanted)), frozenset(awaited)
+    return tuple(wanted[source] for source in sorted(wanted)), awaited
 
 
 def _wish(rules: Rules, alias: Alias, record: CollectionRecord) -> AliasWish:

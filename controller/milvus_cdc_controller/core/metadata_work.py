@@ -42,7 +42,11 @@ def settle_metadata(world: World, task: TaskRecord) -> None:
             ),
         ),
     )
-    world.work[task.uid].awaited = wanted.awaited
+    world.work[task.uid].awaited = frozenset(wanted.awaited)
+    for collection_id, ts in wanted.awaited.items():
+        record = world.collections[task.uid][collection_id]
+        if record.awaited_ts < ts:
+            world.put_collection(changed(record, awaited_ts=ts))
     if wanted.metadata != metadata:
         world.put_metadata(wanted.metadata)
 
