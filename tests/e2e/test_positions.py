@@ -79,7 +79,7 @@ def change(source: MilvusClient, first: int) -> None:
     source.delete("one", ids=list(range(first - 10, first)))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mq", MQS)
 def test_going_back_applies_rows_again_and_ends_equal(
     stack: Stack, tmp_path: Path, mq: SourceQueue
@@ -161,7 +161,7 @@ def tso_after(at: Timestamp) -> int:
     return (at.ToMilliseconds() + 1) << 18
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mq", MQS)
 def test_what_is_no_place_of_the_task_is_refused_and_nothing_is_stored(
     stack: Stack, tmp_path: Path, mq: SourceQueue
@@ -219,7 +219,7 @@ def test_what_is_no_place_of_the_task_is_refused_and_nothing_is_stored(
         pair.quiet()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mq", MQS)
 async def test_a_place_that_the_queue_forgets_while_paused_is_said_while_paused(
     stack: Stack, tmp_path: Path, mq: SourceQueue
