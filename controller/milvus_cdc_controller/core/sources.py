@@ -45,6 +45,7 @@ def catalogue_seen(world: World, event: CatalogueSeen) -> None:
         return
     view.reason, view.message = "", ""
     view.doubted = not event.trusted
+    before = view.catalogue
     if event.trusted:
         view.catalogue = event.catalogue
     for task in _tasks_of(world, event.source_id):
@@ -55,7 +56,7 @@ def catalogue_seen(world: World, event: CatalogueSeen) -> None:
             if world.work[task.uid].recheck:
                 world.work[task.uid].recheck = False
                 world.put_task(replace(task, failure=None))
-            _adopt(world, task.uid)
+            _adopt(world, task.uid, before)
         world.touch(task.uid)
     if event.trusted:
         _remember(world, event.source_id, event.catalogue)
@@ -113,7 +114,7 @@ def adopt_catalogue(world: World, uid: str) -> None:
         _remember(world, source_id, view.catalogue)
 
 
-def _adopt(world: World, uid: str) -> None:
+def _adopt(world: World, uid: str, before: Catalogue | None = None) -> None:
     task = world.tasks[uid]
     view = world.sources.get(task.spec.source_id)
     if view is None or view.catalogue is None or task.deleting:
@@ -121,7 +122,7 @@ def _adopt(world: World, uid: str) -> None:
     catalogue = view.catalogue
     task = _baseline(world, task, catalogue)
     changes = reconcile(
-        task, world.collections[uid], world.metadata[uid], catalogue, world.now.wall_ms
+        task, world.collections[uid], world.metadata[uid], catalogue, world.now.wall_ms, before
     )
     if changes.left is not None:
         world.put_task(replace(task, left=changes.left))
