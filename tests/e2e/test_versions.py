@@ -74,6 +74,7 @@ def _shapes(prefix: str) -> dict[str, Shape]:
     }
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("sink", SINKS, indirect=True)
 def test_a_sink_gets_everything_it_can_hold_and_refuses_the_rest_by_name(
     nats_stack: Stack,
@@ -102,13 +103,13 @@ def test_a_sink_gets_everything_it_can_hold_and_refuses_the_rest_by_name(
             wanted = (task_pb2.COLLECTION_STATE_RUNNING, task_pb2.COLLECTION_STATE_FAILED)
             return all(states.get(name) in wanted for name in names)
 
-        pair.wait("every collection carried or refused", decided)
+        pair.wait("every collection carried or refused", decided, seconds=180)
         time.sleep(2)
         pair.replicators[0].restart(hard=True)
         time.sleep(3)
         load.stop()
         other.stop()
-        pair.wait("every collection carried or refused", decided)
+        pair.wait("every collection carried or refused", decided, seconds=180)
         carried = []
         verdicts: dict[str, str] = {}
         for name, collection in pair.collections().items():
@@ -152,6 +153,7 @@ def old_source(
         yield Route(nats_stack.etcd, source, nats_stack.sink, kafka)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.kafka
 def test_a_source_of_2_2_is_followed_through_ddl_and_a_kill(
     old_source: Route, tmp_path: Path
