@@ -9,6 +9,7 @@ from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core import jobs
 from milvus_cdc_controller.core.collection import CollectionState
+from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.positions import retention_of
 from milvus_cdc_controller.core.retention import Retention, least
 from milvus_cdc_controller.core.status import collection_status
@@ -109,7 +110,7 @@ def test_another_position_leads_out_of_a_lost_one_only() -> None:
     for reason, left in (("LOG_TRUNCATED", None), ("SCHEMA_MISMATCH", "SCHEMA_MISMATCH")):
         script = running()
         opened(script)
-        failed = ev.ReportedState.FAILED
+        failed = ReportedState.FAILED
         script.report(1, BOOKS, 1, state=failed, reason=reason, message="m", vchannels=(OLD,))
         script.take(ev.PauseTask(script.now, 1, "tasks/copy", ""))
         let_go(script)
