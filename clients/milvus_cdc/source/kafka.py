@@ -200,6 +200,11 @@ class KafkaSource:
                 )[partition].offset
                 for spec in (OffsetSpec.earliest(), OffsetSpec.latest())
             )
+        if min(first, end) < 0:
+            # So answers a broker that is starting and does not lead the partition yet.
+            raise RetryableError(
+                "QUEUE_UNREACHABLE", f"{self._where}: the ends of topic {pchannel} are not known yet"
+            )
         return first, end
 
     def _retention(self, pchannel: str) -> tuple[int, int]:
