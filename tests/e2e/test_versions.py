@@ -121,7 +121,7 @@ def test_a_sink_gets_everything_it_can_hold_and_refuses_the_rest_by_name(
                 verdicts[names[name]] = "refused"
             else:
                 carried.append(name)
-        assert pair.prove(*carried) > 500
+        assert pair.prove(*carried) > 100
         verdicts |= {names[name]: "yes" for name in carried}
         for what in (*VERSION_SHAPES, "databases"):
             carries.note(version, what, verdicts[what])

@@ -36,7 +36,7 @@ def field(name: str, kind: int, **options: Any) -> Any:
         ("2.4.15", True, True, False, True),
         ("v2.5.4", True, True, True, True),
         ("v2.6.1", True, True, True, True),
-        ("milvus_lite-3.2.2", True, True, True, True),
+        ("milvus_lite-3.2.2", False, True, True, True),
         ("3f2a9c1-dirty", True, True, True, True),
     ],
 )

@@ -16,7 +16,8 @@ Facts, seen on Milvus 2.2.16 and 2.3.5, milvus-lite 2.5.1 (a C++ program) and 3.
 - milvus-lite 3.2.2 does not know AllocTimestamp, GetReplicas; it has one index a field, named as
   the field; its expressions have no arithmetic; its queries are in key order only with the
   parameter `iterator`; `count(*)` without an expression counts all partitions; parallel writes to
-  one collection are not safe (its own words); a second row of a key replaces the first.
+  one collection are not safe (its own words); a second row of a key replaces the first. Its Upsert
+  leaves what the new row does not have of the old one: dynamic fields would outlive their row.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Capabilities:
     properties: bool = True
     """AlterCollection changes them."""
     upsert: bool = True
+    """Upsert puts a whole row in the place of another."""
     count: bool = True
     """`count(*)` counts rows."""
     load: bool = True
@@ -243,6 +245,7 @@ _LITE_3 = Capabilities(
     name="milvus-lite",
     version="",
     rbac=False,
+    upsert=False,
     replicas=False,
     index_names=False,
     timestamps=False,
