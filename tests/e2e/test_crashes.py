@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from milvuscdc.v1 import task_pb2
+from pymilvus import MilvusException
 
 from tests.e2e.load import SHAPES, Load
 from tests.e2e.pair import Pair
@@ -22,6 +24,7 @@ LOST_PEER = (
     r"controller not reachable",
     r'"event": "retrying',
     r"reading interrupted",
+    r"operations interrupted",
     r"stream ended",
     r"replicator (lost|stream ended|suspect)",
     r"lease",
@@ -190,3 +193,104 @@ def test_servers_that_go_away_and_come_back(nats_stack: Stack, tmp_path: Path) -
         pair.wait_running(*names, seconds=60)
         assert pair.prove()
         pair.quiet(*LOST_PEER, "source (metadata|etcd)", "SOURCE_")
+
+
+class PatientLoad(Load):
+    """Goes on when the source refuses a call because a server of its own is away."""
+
+    refused = 0
+
+    def _one_call(self, *args: Any) -> None:
+        try:
+            super()._one_call(*args)
+        except (MilvusException, grpc.RpcError):
+            self.refused += 1
+            self._stop.wait(0.5)
+
+
+def _as_an_operator(*servers: ManagedProcess) -> None:
+    """What did not survive the loss of a server is started again."""
+    for server in servers:
+        if not server.running:
+            server.start()
+
+
+@pytest.mark.timeout(400)
+def test_the_sources_etcd_is_killed_under_load_and_comes_back(
+    nats_stack: Stack, tmp_path: Path
+) -> None:
+    load = PatientLoad(nats_stack.source.uri, "crash_etcd", pause_seconds=0.05)
+    load.create()
+    names = [f"crash_etcd.{shape.name}" for shape in SHAPES]
+    with Pair(nats_stack, tmp_path) as pair:
+        pair.create("crash_etcd.*")
+        pair.wait_running(*names)
+        load.start()
+        time.sleep(2)
+        nats_stack.etcd.kill()
+        time.sleep(2)
+        nats_stack.etcd.start()
+        time.sleep(3)
+        load.stop()
+        _as_an_operator(nats_stack.source, nats_stack.sink)
+        pair.wait_running(*names, seconds=120)
+        assert pair.prove()
+        pair.quiet(*LOST_PEER, "source (metadata|etcd)", "SOURCE_", "ETCD_")
+
+
+@pytest.mark.timeout(600)
+def test_an_etcd_that_stays_away_costs_both_milvus_their_session_and_no_row(
+    nats_stack: Stack, tmp_path: Path
+) -> None:
+    load = Load(nats_stack.source.uri, "crash_session", pause_seconds=0.05)
+    load.create()
+    names = [f"crash_session.{shape.name}" for shape in SHAPES]
+    with Pair(nats_stack, tmp_path) as pair:
+        pair.create("crash_session.*")
+        load.start()
+        pair.wait_running(*names)
+        load.stop()
+        nats_stack.etcd.kill()
+        pair.wait("it is shown", lambda: pair.get().state == task_pb2.TASK_STATE_RETRYING)
+        assert pair.get().reason
+        time.sleep(15)
+        nats_stack.etcd.start()
+        # Without its session a Milvus answers and does nothing more, and does not heed a TERM.
+        for server in (nats_stack.source, nats_stack.sink):
+            server.restart(hard=True)
+        pair.wait_running(*names, seconds=180)
+        again = Load(nats_stack.source.uri, "crash_session", seed=7, pause_seconds=0.05)
+        again.shapes = (SHAPES[5],)
+        again.start()
+        time.sleep(3)
+        again.stop()
+        assert pair.prove()
+        pair.quiet(*LOST_PEER, "source (metadata|etcd)", "SOURCE_", "ETCD_")
+
+
+@pytest.mark.kafka
+@pytest.mark.timeout(400)
+def test_the_kafka_broker_is_killed_under_load_and_comes_back(
+    kafka_stack: Stack, tmp_path: Path
+) -> None:
+    assert kafka_stack.kafka is not None
+    load = PatientLoad(kafka_stack.source.uri, "crash_broker", pause_seconds=0.05)
+    load.create()
+    names = [f"crash_broker.{shape.name}" for shape in SHAPES]
+    with Pair(kafka_stack, tmp_path) as pair:
+        pair.create("crash_broker.*")
+        pair.wait_running(*names)
+        load.start()
+        time.sleep(3)
+        kafka_stack.kafka.kill()
+        pair.wait(
+            "the broker's absence is shown",
+            lambda: any(c.reason == "QUEUE_UNREACHABLE" for c in pair.collections().values()),
+        )
+        kafka_stack.kafka.start()
+        time.sleep(3)
+        load.stop()
+        _as_an_operator(kafka_stack.source, kafka_stack.sink)
+        pair.wait_running(*names, seconds=120)
+        assert pair.prove()
+        pair.quiet(*LOST_PEER)

@@ -203,7 +203,8 @@ class KafkaSource:
         if min(first, end) < 0:
             # So answers a broker that is starting and does not lead the partition yet.
             raise RetryableError(
-                "QUEUE_UNREACHABLE", f"{self._where}: the ends of topic {pchannel} are not known yet"
+                "QUEUE_UNREACHABLE",
+                f"{self._where}: the ends of topic {pchannel} are not known yet",
             )
         return first, end
 
