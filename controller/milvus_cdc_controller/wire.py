@@ -288,6 +288,8 @@ def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> p
             load=_load_spec(record.applied.load),
             partition_ids=record.applied.partition_ids,
             alter_ts=record.applied.alter_ts,
+            touched_indexes=record.applied.touched_indexes,
+            touched_load=record.applied.touched_load,
         )
     source_database, _, source_collection = record.source_name.partition(".")
     return pb.CollectionSpec(

@@ -252,17 +252,20 @@ class Reconciler:
     ) -> bool:
         """The source did it, since an owner last said that all was as wanted."""
         base, want = self._applied or assignment.applied, assignment.want
-        if base is None or difference.place in mended:
+        touched = assignment.applied or base
+        if base is None or touched is None or difference.place in mended:
             return True
         match difference.kind:
             case "index":
                 changed = set(base.indexes) ^ set(want.indexes)
-                return any(index.name == difference.name for index in changed)
+                names = {index.name for index in changed} | touched.touched_indexes
+                return difference.name in names
             case "load":
                 alive = Applied.of(want).partition_ids
                 # Some servers let an index or a property be changed only after a release.
                 released = any(kind in ("index", "property") for kind, _ in mended)
-                return released or base.load != want.load or base.partition_ids != alive
+                changed_load = touched.touched_load or base.load != want.load
+                return released or changed_load or base.partition_ids != alive
             case "property":
                 return want.alter_ts > base.alter_ts
             case "partition":

@@ -77,6 +77,9 @@ class Applied:
     load: Load
     partition_ids: frozenset[int]
     alter_ts: int
+    touched_indexes: frozenset[str] = frozenset()
+    """Names of those that the source has changed since, however often."""
+    touched_load: bool = False
 
     @classmethod
     def of(cls, want: Collection) -> Applied:
@@ -248,6 +251,8 @@ def _applied(applied: pb.AppliedObjects) -> Applied:
         _load(applied.load),
         frozenset(applied.partition_ids),
         applied.alter_ts,
+        frozenset(applied.touched_indexes),
+        applied.touched_load,
     )
 
 

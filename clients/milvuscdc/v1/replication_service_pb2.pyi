@@ -487,13 +487,23 @@ class AppliedObjects(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     PARTITION_IDS_FIELD_NUMBER: _builtins.int
     ALTER_TS_FIELD_NUMBER: _builtins.int
+    TOUCHED_INDEXES_FIELD_NUMBER: _builtins.int
+    TOUCHED_LOAD_FIELD_NUMBER: _builtins.int
     alter_ts: _builtins.int
+    touched_load: _builtins.bool
+    """The same of the load state."""
     @_builtins.property
     def indexes(self) -> _containers.RepeatedCompositeFieldContainer[Global___IndexSpec]: ...
     @_builtins.property
     def load(self) -> Global___LoadSpec: ...
     @_builtins.property
     def partition_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def touched_indexes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of indexes that the source has changed since, however often: an owner may have carried it out without living
+        to say so.
+        """
+
     def __init__(
         self,
         *,
@@ -501,10 +511,12 @@ class AppliedObjects(_message.Message):
         load: Global___LoadSpec | None = ...,
         partition_ids: _abc.Iterable[_builtins.int] | None = ...,
         alter_ts: _builtins.int = ...,
+        touched_indexes: _abc.Iterable[_builtins.str] | None = ...,
+        touched_load: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alter_ts", b"alter_ts", "indexes", b"indexes", "load", b"load", "partition_ids", b"partition_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alter_ts", b"alter_ts", "indexes", b"indexes", "load", b"load", "partition_ids", b"partition_ids", "touched_indexes", b"touched_indexes", "touched_load", b"touched_load"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -100,6 +100,11 @@ class Applied:
     load: Load
     partition_ids: tuple[int, ...]
     alter_ts: int
+    touched_indexes: tuple[str, ...] = ()
+    """Names of those that the source has changed since, however often: an owner may have carried it
+    out without living to say so.
+    """
+    touched_load: bool = False
 
 
 def applied(want: Collection) -> Applied:
@@ -165,6 +170,22 @@ class CollectionRecord:
     @property
     def renaming(self) -> bool:
         return bool(self.at_sink) and self.at_sink != self.want.full_name
+
+
+def touched(before: CollectionRecord, now: CollectionRecord) -> CollectionRecord:
+    """`now`, with what differs from `before` noted in what was carried out."""
+    if now.applied is None or before.want is now.want:
+        return now
+    names = {index.name for index in set(before.want.indexes) ^ set(now.want.indexes)}
+    load = before.want.load != now.want.load
+    if not names and not load:
+        return now
+    noted = replace(
+        now.applied,
+        touched_indexes=tuple(sorted(names.union(now.applied.touched_indexes))),
+        touched_load=load or now.applied.touched_load,
+    )
+    return replace(now, applied=noted)
 
 
 def changed(record: CollectionRecord, **fields: object) -> CollectionRecord:

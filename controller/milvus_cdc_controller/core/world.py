@@ -20,6 +20,7 @@ from milvus_cdc_controller.core.collection import (
     CollectionProgress,
     CollectionRecord,
     claim_of,
+    touched,
 )
 from milvus_cdc_controller.core.effects import (
     CloseSource,
@@ -193,6 +194,9 @@ class World:
         self.effects.append(Publish(task.uid))
 
     def put_collection(self, record: CollectionRecord) -> None:
+        before = self.collections[record.task_uid].get(record.collection_id)
+        if before is not None:
+            record = touched(before, record)
         self.collections[record.task_uid][record.collection_id] = record
         self.progress.setdefault(
             record.assignment_id, CollectionProgress(record.task_uid, record.collection_id)
