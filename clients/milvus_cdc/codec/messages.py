@@ -40,6 +40,7 @@ class Delete:
     """Keys to delete. `partition_id` -1 and an empty name mean every partition."""
 
     vchannel: str
+    """Empty in Milvus 2.2 (seen on 2.2.16): that of its collection on this topic."""
     collection_id: int
     partition_id: int
     partition_name: str

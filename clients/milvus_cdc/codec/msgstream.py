@@ -186,7 +186,7 @@ def _delete(payload: bytes) -> Delete:
             f"a delete of {num_rows} rows with {len(timestamps)} timestamps and {len(keys)} keys"
         )
     return Delete(
-        vchannel=_named(message.shard_name),
+        vchannel=message.shard_name,
         collection_id=_id(message.collection_id),
         partition_id=message.partition_id,
         partition_name=message.partition_name,

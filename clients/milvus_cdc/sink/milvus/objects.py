@@ -273,12 +273,28 @@ class Objects:
         try:
             if partition not in await self._partitions(want):
                 return
+            whole = False
             if partition in await self._loaded_partitions(want):
-                await self._call("ReleasePartitions", want, partition_names=[partition])
+                whole = await self._release_partition(want, partition)
             await self._ask("DropPartition", want, partition_name=partition)
+            if whole:
+                await self._mend_load(want)
         except Refusal as refusal:
             if not refusal.not_found:
                 raise self._client.error(refusal) from refusal
+
+    async def _release_partition(self, want: Collection, partition: str) -> bool:
+        """Whether all of the collection had to be released: 2.2 knows no partitions of one that was
+        loaded whole.
+        """
+        try:
+            await self._ask("ReleasePartitions", want, partition_names=[partition])
+        except Refusal as refusal:
+            if not refusal.says("after load collection"):
+                raise self._client.error(refusal) from refusal
+            await self._release(want)
+            return True
+        return False
 
     async def _partitions(self, want: Collection) -> list[str]:
         if not (await self._capabilities()).partitions:
