@@ -125,7 +125,7 @@ func (x PartitionSpec_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PartitionSpec_State.Descriptor instead.
 func (PartitionSpec_State) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{8, 0}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{10, 0}
 }
 
 type LoadSpec_Kind int32
@@ -176,7 +176,7 @@ func (x LoadSpec_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use LoadSpec_Kind.Descriptor instead.
 func (LoadSpec_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{10, 0}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{12, 0}
 }
 
 type Progress_State int32
@@ -229,7 +229,7 @@ func (x Progress_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Progress_State.Descriptor instead.
 func (Progress_State) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{20, 0}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{28, 0}
 }
 
 // From the replicator.
@@ -884,6 +884,8 @@ type Assign struct {
 	//	*Assign_Collection
 	//	*Assign_Metadata
 	Spec          isAssign_Spec `protobuf_oneof:"spec"`
+	Carry         *Carry        `protobuf:"bytes,9,opt,name=carry,proto3" json:"carry,omitempty"`
+	Drift         Drift         `protobuf:"varint,10,opt,name=drift,proto3,enum=milvuscdc.v1.Drift" json:"drift,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -985,6 +987,20 @@ func (x *Assign) GetMetadata() *MetadataSpec {
 	return nil
 }
 
+func (x *Assign) GetCarry() *Carry {
+	if x != nil {
+		return x.Carry
+	}
+	return nil
+}
+
+func (x *Assign) GetDrift() Drift {
+	if x != nil {
+		return x.Drift
+	}
+	return Drift_DRIFT_UNSPECIFIED
+}
+
 type isAssign_Spec interface {
 	isAssign_Spec()
 }
@@ -1028,7 +1044,22 @@ type CollectionSpec struct {
 	// Drop what is there and begin anew (ResyncCollection); only while not opened.
 	Recreate bool `protobuf:"varint,17,opt,name=recreate,proto3" json:"recreate,omitempty"`
 	// Set in state DROPPING once the controller has stored every vchannel as closed: drop now.
-	DropGranted   bool `protobuf:"varint,18,opt,name=drop_granted,json=dropGranted,proto3" json:"drop_granted,omitempty"`
+	DropGranted bool `protobuf:"varint,18,opt,name=drop_granted,json=dropGranted,proto3" json:"drop_granted,omitempty"`
+	// `database` and `collection` are the names to have at the sink; these are those at the source, now.
+	SourceDatabase   string `protobuf:"bytes,19,opt,name=source_database,json=sourceDatabase,proto3" json:"source_database,omitempty"`
+	SourceCollection string `protobuf:"bytes,20,opt,name=source_collection,json=sourceCollection,proto3" json:"source_collection,omitempty"`
+	// Set while the sink's collection still has another name: rename it, once rows at or below `rename_ts` are there.
+	RenamedFrom *SinkName `protobuf:"bytes,21,opt,name=renamed_from,json=renamedFrom,proto3" json:"renamed_from,omitempty"`
+	RenameTs    uint64    `protobuf:"varint,22,opt,name=rename_ts,json=renameTs,proto3" json:"rename_ts,omitempty"`
+	// TSO of the newest change of the collection's own key in the metadata (properties, name).
+	AlterTs uint64 `protobuf:"varint,23,opt,name=alter_ts,json=alterTs,proto3" json:"alter_ts,omitempty"`
+	// A flush that a user asked for: done once rows at or below it are in the sink; 0 = none.
+	FlushTs uint64 `protobuf:"varint,24,opt,name=flush_ts,json=flushTs,proto3" json:"flush_ts,omitempty"`
+	// What an owner has reported as carried out (Progress.applied_version); unset before the first time. What differs
+	// from it is the source's doing, what else differs at the sink is not.
+	Applied *AppliedObjects `protobuf:"bytes,25,opt,name=applied,proto3" json:"applied,omitempty"`
+	// An alias waits for this TSO: report as soon as everything at or below it is in the sink; 0 = none does.
+	AwaitedTs     uint64 `protobuf:"varint,26,opt,name=awaited_ts,json=awaitedTs,proto3" json:"awaited_ts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1189,6 +1220,201 @@ func (x *CollectionSpec) GetDropGranted() bool {
 	return false
 }
 
+func (x *CollectionSpec) GetSourceDatabase() string {
+	if x != nil {
+		return x.SourceDatabase
+	}
+	return ""
+}
+
+func (x *CollectionSpec) GetSourceCollection() string {
+	if x != nil {
+		return x.SourceCollection
+	}
+	return ""
+}
+
+func (x *CollectionSpec) GetRenamedFrom() *SinkName {
+	if x != nil {
+		return x.RenamedFrom
+	}
+	return nil
+}
+
+func (x *CollectionSpec) GetRenameTs() uint64 {
+	if x != nil {
+		return x.RenameTs
+	}
+	return 0
+}
+
+func (x *CollectionSpec) GetAlterTs() uint64 {
+	if x != nil {
+		return x.AlterTs
+	}
+	return 0
+}
+
+func (x *CollectionSpec) GetFlushTs() uint64 {
+	if x != nil {
+		return x.FlushTs
+	}
+	return 0
+}
+
+func (x *CollectionSpec) GetApplied() *AppliedObjects {
+	if x != nil {
+		return x.Applied
+	}
+	return nil
+}
+
+func (x *CollectionSpec) GetAwaitedTs() uint64 {
+	if x != nil {
+		return x.AwaitedTs
+	}
+	return 0
+}
+
+type AppliedObjects struct {
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Indexes      []*IndexSpec           `protobuf:"bytes,1,rep,name=indexes,proto3" json:"indexes,omitempty"`
+	Load         *LoadSpec              `protobuf:"bytes,2,opt,name=load,proto3" json:"load,omitempty"`
+	PartitionIds []int64                `protobuf:"varint,3,rep,packed,name=partition_ids,json=partitionIds,proto3" json:"partition_ids,omitempty"`
+	AlterTs      uint64                 `protobuf:"varint,4,opt,name=alter_ts,json=alterTs,proto3" json:"alter_ts,omitempty"`
+	// Names of indexes that the source has changed since, however often: an owner may have carried it out without living
+	// to say so.
+	TouchedIndexes []string `protobuf:"bytes,5,rep,name=touched_indexes,json=touchedIndexes,proto3" json:"touched_indexes,omitempty"`
+	// The same of the load state.
+	TouchedLoad   bool `protobuf:"varint,6,opt,name=touched_load,json=touchedLoad,proto3" json:"touched_load,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AppliedObjects) Reset() {
+	*x = AppliedObjects{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AppliedObjects) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AppliedObjects) ProtoMessage() {}
+
+func (x *AppliedObjects) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AppliedObjects.ProtoReflect.Descriptor instead.
+func (*AppliedObjects) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *AppliedObjects) GetIndexes() []*IndexSpec {
+	if x != nil {
+		return x.Indexes
+	}
+	return nil
+}
+
+func (x *AppliedObjects) GetLoad() *LoadSpec {
+	if x != nil {
+		return x.Load
+	}
+	return nil
+}
+
+func (x *AppliedObjects) GetPartitionIds() []int64 {
+	if x != nil {
+		return x.PartitionIds
+	}
+	return nil
+}
+
+func (x *AppliedObjects) GetAlterTs() uint64 {
+	if x != nil {
+		return x.AlterTs
+	}
+	return 0
+}
+
+func (x *AppliedObjects) GetTouchedIndexes() []string {
+	if x != nil {
+		return x.TouchedIndexes
+	}
+	return nil
+}
+
+func (x *AppliedObjects) GetTouchedLoad() bool {
+	if x != nil {
+		return x.TouchedLoad
+	}
+	return false
+}
+
+type SinkName struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Database      string                 `protobuf:"bytes,1,opt,name=database,proto3" json:"database,omitempty"`
+	Collection    string                 `protobuf:"bytes,2,opt,name=collection,proto3" json:"collection,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SinkName) Reset() {
+	*x = SinkName{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SinkName) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SinkName) ProtoMessage() {}
+
+func (x *SinkName) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SinkName.ProtoReflect.Descriptor instead.
+func (*SinkName) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *SinkName) GetDatabase() string {
+	if x != nil {
+		return x.Database
+	}
+	return ""
+}
+
+func (x *SinkName) GetCollection() string {
+	if x != nil {
+		return x.Collection
+	}
+	return ""
+}
+
 type PartitionSpec struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	PartitionId int64                  `protobuf:"varint,1,opt,name=partition_id,json=partitionId,proto3" json:"partition_id,omitempty"`
@@ -1203,7 +1429,7 @@ type PartitionSpec struct {
 
 func (x *PartitionSpec) Reset() {
 	*x = PartitionSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1215,7 +1441,7 @@ func (x *PartitionSpec) String() string {
 func (*PartitionSpec) ProtoMessage() {}
 
 func (x *PartitionSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1228,7 +1454,7 @@ func (x *PartitionSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PartitionSpec.ProtoReflect.Descriptor instead.
 func (*PartitionSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{8}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *PartitionSpec) GetPartitionId() int64 {
@@ -1281,7 +1507,7 @@ type IndexSpec struct {
 
 func (x *IndexSpec) Reset() {
 	*x = IndexSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1293,7 +1519,7 @@ func (x *IndexSpec) String() string {
 func (*IndexSpec) ProtoMessage() {}
 
 func (x *IndexSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1306,7 +1532,7 @@ func (x *IndexSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IndexSpec.ProtoReflect.Descriptor instead.
 func (*IndexSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{9}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *IndexSpec) GetIndexId() int64 {
@@ -1362,7 +1588,7 @@ type LoadSpec struct {
 
 func (x *LoadSpec) Reset() {
 	*x = LoadSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1374,7 +1600,7 @@ func (x *LoadSpec) String() string {
 func (*LoadSpec) ProtoMessage() {}
 
 func (x *LoadSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1387,7 +1613,7 @@ func (x *LoadSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadSpec.ProtoReflect.Descriptor instead.
 func (*LoadSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{10}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *LoadSpec) GetKind() LoadSpec_Kind {
@@ -1419,15 +1645,17 @@ type VchannelSpec struct {
 	ReadFrom   []byte `protobuf:"bytes,3,opt,name=read_from,json=readFrom,proto3" json:"read_from,omitempty"`
 	ResolvedTs uint64 `protobuf:"varint,4,opt,name=resolved_ts,json=resolvedTs,proto3" json:"resolved_ts,omitempty"`
 	// Rows at or below it may be in the sink already: write them as upserts. Rows beyond it cannot be, until granted.
-	HorizonTs     uint64 `protobuf:"varint,5,opt,name=horizon_ts,json=horizonTs,proto3" json:"horizon_ts,omitempty"`
-	Closed        bool   `protobuf:"varint,6,opt,name=closed,proto3" json:"closed,omitempty"`
+	HorizonTs uint64 `protobuf:"varint,5,opt,name=horizon_ts,json=horizonTs,proto3" json:"horizon_ts,omitempty"`
+	Closed    bool   `protobuf:"varint,6,opt,name=closed,proto3" json:"closed,omitempty"`
+	// The topic that `read_from` was taken from, as VchannelReport tells it. Empty = not known yet: any topic will do.
+	Incarnation   []byte `protobuf:"bytes,7,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *VchannelSpec) Reset() {
 	*x = VchannelSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1439,7 +1667,7 @@ func (x *VchannelSpec) String() string {
 func (*VchannelSpec) ProtoMessage() {}
 
 func (x *VchannelSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1452,7 +1680,7 @@ func (x *VchannelSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VchannelSpec.ProtoReflect.Descriptor instead.
 func (*VchannelSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{11}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *VchannelSpec) GetVchannel() string {
@@ -1497,17 +1725,34 @@ func (x *VchannelSpec) GetClosed() bool {
 	return false
 }
 
+func (x *VchannelSpec) GetIncarnation() []byte {
+	if x != nil {
+		return x.Incarnation
+	}
+	return nil
+}
+
 // What belongs to a task and not to a collection.
 type MetadataSpec struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Databases     []*DatabaseSpec        `protobuf:"bytes,1,rep,name=databases,proto3" json:"databases,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Databases []*DatabaseSpec        `protobuf:"bytes,1,rep,name=databases,proto3" json:"databases,omitempty"`
+	// Aliases that should exist: everything they wait for has happened.
+	Aliases []*AliasSpec `protobuf:"bytes,2,rep,name=aliases,proto3" json:"aliases,omitempty"`
+	// Aliases this task made (or may have) that should not exist any more.
+	DroppedAliases []*SinkName `protobuf:"bytes,3,rep,name=dropped_aliases,json=droppedAliases,proto3" json:"dropped_aliases,omitempty"`
+	// Unset unless the task carries `rbac`.
+	Rbac *RbacSpec `protobuf:"bytes,4,opt,name=rbac,proto3" json:"rbac,omitempty"`
+	// Unset unless the task wants something from it.
+	Operations *OperationsSpec `protobuf:"bytes,5,opt,name=operations,proto3" json:"operations,omitempty"`
+	// The newest version that was reported as applied: what differs from it is the source's doing.
+	AppliedVersion int64 `protobuf:"varint,6,opt,name=applied_version,json=appliedVersion,proto3" json:"applied_version,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *MetadataSpec) Reset() {
 	*x = MetadataSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1519,7 +1764,7 @@ func (x *MetadataSpec) String() string {
 func (*MetadataSpec) ProtoMessage() {}
 
 func (x *MetadataSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1532,7 +1777,7 @@ func (x *MetadataSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetadataSpec.ProtoReflect.Descriptor instead.
 func (*MetadataSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{12}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *MetadataSpec) GetDatabases() []*DatabaseSpec {
@@ -1542,18 +1787,55 @@ func (x *MetadataSpec) GetDatabases() []*DatabaseSpec {
 	return nil
 }
 
+func (x *MetadataSpec) GetAliases() []*AliasSpec {
+	if x != nil {
+		return x.Aliases
+	}
+	return nil
+}
+
+func (x *MetadataSpec) GetDroppedAliases() []*SinkName {
+	if x != nil {
+		return x.DroppedAliases
+	}
+	return nil
+}
+
+func (x *MetadataSpec) GetRbac() *RbacSpec {
+	if x != nil {
+		return x.Rbac
+	}
+	return nil
+}
+
+func (x *MetadataSpec) GetOperations() *OperationsSpec {
+	if x != nil {
+		return x.Operations
+	}
+	return nil
+}
+
+func (x *MetadataSpec) GetAppliedVersion() int64 {
+	if x != nil {
+		return x.AppliedVersion
+	}
+	return 0
+}
+
 type DatabaseSpec struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	DatabaseId    int64                  `protobuf:"varint,1,opt,name=database_id,json=databaseId,proto3" json:"database_id,omitempty"`
-	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	Dropped       bool                   `protobuf:"varint,3,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	DatabaseId int64                  `protobuf:"varint,1,opt,name=database_id,json=databaseId,proto3" json:"database_id,omitempty"`
+	// At the sink.
+	Name          string            `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Dropped       bool              `protobuf:"varint,3,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	Properties    map[string]string `protobuf:"bytes,4,rep,name=properties,proto3" json:"properties,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DatabaseSpec) Reset() {
 	*x = DatabaseSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1565,7 +1847,7 @@ func (x *DatabaseSpec) String() string {
 func (*DatabaseSpec) ProtoMessage() {}
 
 func (x *DatabaseSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1578,7 +1860,7 @@ func (x *DatabaseSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DatabaseSpec.ProtoReflect.Descriptor instead.
 func (*DatabaseSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{13}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DatabaseSpec) GetDatabaseId() int64 {
@@ -1602,6 +1884,438 @@ func (x *DatabaseSpec) GetDropped() bool {
 	return false
 }
 
+func (x *DatabaseSpec) GetProperties() map[string]string {
+	if x != nil {
+		return x.Properties
+	}
+	return nil
+}
+
+type AliasSpec struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// At the sink.
+	Database string `protobuf:"bytes,1,opt,name=database,proto3" json:"database,omitempty"`
+	Alias    string `protobuf:"bytes,2,opt,name=alias,proto3" json:"alias,omitempty"`
+	// The collection it stands for, by its name at the sink.
+	Collection    string `protobuf:"bytes,3,opt,name=collection,proto3" json:"collection,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AliasSpec) Reset() {
+	*x = AliasSpec{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AliasSpec) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AliasSpec) ProtoMessage() {}
+
+func (x *AliasSpec) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AliasSpec.ProtoReflect.Descriptor instead.
+func (*AliasSpec) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *AliasSpec) GetDatabase() string {
+	if x != nil {
+		return x.Database
+	}
+	return ""
+}
+
+func (x *AliasSpec) GetAlias() string {
+	if x != nil {
+		return x.Alias
+	}
+	return ""
+}
+
+func (x *AliasSpec) GetCollection() string {
+	if x != nil {
+		return x.Collection
+	}
+	return ""
+}
+
+// What the sink should hold beside what it has; what only others gave it is not touched.
+type RbacSpec struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Users           []string               `protobuf:"bytes,1,rep,name=users,proto3" json:"users,omitempty"`
+	Roles           []string               `protobuf:"bytes,2,rep,name=roles,proto3" json:"roles,omitempty"`
+	Members         []*RoleMember          `protobuf:"bytes,3,rep,name=members,proto3" json:"members,omitempty"`
+	Grants          []*GrantSpec           `protobuf:"bytes,4,rep,name=grants,proto3" json:"grants,omitempty"`
+	PrivilegeGroups []*PrivilegeGroupSpec  `protobuf:"bytes,5,rep,name=privilege_groups,json=privilegeGroups,proto3" json:"privilege_groups,omitempty"`
+	// Given by this task earlier and not wanted any more.
+	DroppedRoles           []string      `protobuf:"bytes,6,rep,name=dropped_roles,json=droppedRoles,proto3" json:"dropped_roles,omitempty"`
+	DroppedMembers         []*RoleMember `protobuf:"bytes,7,rep,name=dropped_members,json=droppedMembers,proto3" json:"dropped_members,omitempty"`
+	DroppedGrants          []*GrantSpec  `protobuf:"bytes,8,rep,name=dropped_grants,json=droppedGrants,proto3" json:"dropped_grants,omitempty"`
+	DroppedPrivilegeGroups []string      `protobuf:"bytes,9,rep,name=dropped_privilege_groups,json=droppedPrivilegeGroups,proto3" json:"dropped_privilege_groups,omitempty"`
+	unknownFields          protoimpl.UnknownFields
+	sizeCache              protoimpl.SizeCache
+}
+
+func (x *RbacSpec) Reset() {
+	*x = RbacSpec{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RbacSpec) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RbacSpec) ProtoMessage() {}
+
+func (x *RbacSpec) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RbacSpec.ProtoReflect.Descriptor instead.
+func (*RbacSpec) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RbacSpec) GetUsers() []string {
+	if x != nil {
+		return x.Users
+	}
+	return nil
+}
+
+func (x *RbacSpec) GetRoles() []string {
+	if x != nil {
+		return x.Roles
+	}
+	return nil
+}
+
+func (x *RbacSpec) GetMembers() []*RoleMember {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+func (x *RbacSpec) GetGrants() []*GrantSpec {
+	if x != nil {
+		return x.Grants
+	}
+	return nil
+}
+
+func (x *RbacSpec) GetPrivilegeGroups() []*PrivilegeGroupSpec {
+	if x != nil {
+		return x.PrivilegeGroups
+	}
+	return nil
+}
+
+func (x *RbacSpec) GetDroppedRoles() []string {
+	if x != nil {
+		return x.DroppedRoles
+	}
+	return nil
+}
+
+func (x *RbacSpec) GetDroppedMembers() []*RoleMember {
+	if x != nil {
+		return x.DroppedMembers
+	}
+	return nil
+}
+
+func (x *RbacSpec) GetDroppedGrants() []*GrantSpec {
+	if x != nil {
+		return x.DroppedGrants
+	}
+	return nil
+}
+
+func (x *RbacSpec) GetDroppedPrivilegeGroups() []string {
+	if x != nil {
+		return x.DroppedPrivilegeGroups
+	}
+	return nil
+}
+
+type RoleMember struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	User          string                 `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
+	Role          string                 `protobuf:"bytes,2,opt,name=role,proto3" json:"role,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RoleMember) Reset() {
+	*x = RoleMember{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RoleMember) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RoleMember) ProtoMessage() {}
+
+func (x *RoleMember) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RoleMember.ProtoReflect.Descriptor instead.
+func (*RoleMember) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *RoleMember) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *RoleMember) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+type GrantSpec struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Role  string                 `protobuf:"bytes,1,opt,name=role,proto3" json:"role,omitempty"`
+	// `Collection`, `Global`, `User`.
+	ObjectType string `protobuf:"bytes,2,opt,name=object_type,json=objectType,proto3" json:"object_type,omitempty"`
+	// `*` or a name.
+	ObjectName string `protobuf:"bytes,3,opt,name=object_name,json=objectName,proto3" json:"object_name,omitempty"`
+	// At the sink.
+	Database      string `protobuf:"bytes,4,opt,name=database,proto3" json:"database,omitempty"`
+	Privilege     string `protobuf:"bytes,5,opt,name=privilege,proto3" json:"privilege,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GrantSpec) Reset() {
+	*x = GrantSpec{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GrantSpec) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GrantSpec) ProtoMessage() {}
+
+func (x *GrantSpec) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GrantSpec.ProtoReflect.Descriptor instead.
+func (*GrantSpec) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *GrantSpec) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+func (x *GrantSpec) GetObjectType() string {
+	if x != nil {
+		return x.ObjectType
+	}
+	return ""
+}
+
+func (x *GrantSpec) GetObjectName() string {
+	if x != nil {
+		return x.ObjectName
+	}
+	return ""
+}
+
+func (x *GrantSpec) GetDatabase() string {
+	if x != nil {
+		return x.Database
+	}
+	return ""
+}
+
+func (x *GrantSpec) GetPrivilege() string {
+	if x != nil {
+		return x.Privilege
+	}
+	return ""
+}
+
+type PrivilegeGroupSpec struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Privileges    []string               `protobuf:"bytes,2,rep,name=privileges,proto3" json:"privileges,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrivilegeGroupSpec) Reset() {
+	*x = PrivilegeGroupSpec{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrivilegeGroupSpec) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrivilegeGroupSpec) ProtoMessage() {}
+
+func (x *PrivilegeGroupSpec) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrivilegeGroupSpec.ProtoReflect.Descriptor instead.
+func (*PrivilegeGroupSpec) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *PrivilegeGroupSpec) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PrivilegeGroupSpec) GetPrivileges() []string {
+	if x != nil {
+		return x.Privileges
+	}
+	return nil
+}
+
+// The source's channel of operations that leave no trace in its metadata (`{cluster}-replicate-msg`).
+type OperationsSpec struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Channel string                 `protobuf:"bytes,1,opt,name=channel,proto3" json:"channel,omitempty"`
+	// Read from here, inclusive; the end of the log when empty.
+	ReadFrom      []byte `protobuf:"bytes,2,opt,name=read_from,json=readFrom,proto3" json:"read_from,omitempty"`
+	Flush         bool   `protobuf:"varint,3,opt,name=flush,proto3" json:"flush,omitempty"`
+	Credentials   bool   `protobuf:"varint,4,opt,name=credentials,proto3" json:"credentials,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OperationsSpec) Reset() {
+	*x = OperationsSpec{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OperationsSpec) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OperationsSpec) ProtoMessage() {}
+
+func (x *OperationsSpec) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OperationsSpec.ProtoReflect.Descriptor instead.
+func (*OperationsSpec) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *OperationsSpec) GetChannel() string {
+	if x != nil {
+		return x.Channel
+	}
+	return ""
+}
+
+func (x *OperationsSpec) GetReadFrom() []byte {
+	if x != nil {
+		return x.ReadFrom
+	}
+	return nil
+}
+
+func (x *OperationsSpec) GetFlush() bool {
+	if x != nil {
+		return x.Flush
+	}
+	return false
+}
+
+func (x *OperationsSpec) GetCredentials() bool {
+	if x != nil {
+		return x.Credentials
+	}
+	return false
+}
+
 type Ack struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	AssignmentId  string                 `protobuf:"bytes,1,opt,name=assignment_id,json=assignmentId,proto3" json:"assignment_id,omitempty"`
@@ -1613,7 +2327,7 @@ type Ack struct {
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1625,7 +2339,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1638,7 +2352,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{14}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Ack) GetAssignmentId() string {
@@ -1676,7 +2390,7 @@ type Nack struct {
 
 func (x *Nack) Reset() {
 	*x = Nack{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1688,7 +2402,7 @@ func (x *Nack) String() string {
 func (*Nack) ProtoMessage() {}
 
 func (x *Nack) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1701,7 +2415,7 @@ func (x *Nack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nack.ProtoReflect.Descriptor instead.
 func (*Nack) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{15}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Nack) GetAssignmentId() string {
@@ -1750,7 +2464,7 @@ type Revoke struct {
 
 func (x *Revoke) Reset() {
 	*x = Revoke{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1762,7 +2476,7 @@ func (x *Revoke) String() string {
 func (*Revoke) ProtoMessage() {}
 
 func (x *Revoke) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1775,7 +2489,7 @@ func (x *Revoke) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revoke.ProtoReflect.Descriptor instead.
 func (*Revoke) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{16}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Revoke) GetAssignmentId() string {
@@ -1810,7 +2524,7 @@ type Released struct {
 
 func (x *Released) Reset() {
 	*x = Released{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1822,7 +2536,7 @@ func (x *Released) String() string {
 func (*Released) ProtoMessage() {}
 
 func (x *Released) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1835,7 +2549,7 @@ func (x *Released) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Released.ProtoReflect.Descriptor instead.
 func (*Released) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{17}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Released) GetAssignmentId() string {
@@ -1864,7 +2578,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[18]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1876,7 +2590,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[18]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1889,7 +2603,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{18}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Heartbeat) GetSeq() int64 {
@@ -1915,7 +2629,7 @@ type HeartbeatAck struct {
 
 func (x *HeartbeatAck) Reset() {
 	*x = HeartbeatAck{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[19]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1927,7 +2641,7 @@ func (x *HeartbeatAck) String() string {
 func (*HeartbeatAck) ProtoMessage() {}
 
 func (x *HeartbeatAck) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[19]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1940,7 +2654,7 @@ func (x *HeartbeatAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeartbeatAck.ProtoReflect.Descriptor instead.
 func (*HeartbeatAck) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{19}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *HeartbeatAck) GetSeq() int64 {
@@ -1973,15 +2687,24 @@ type Progress struct {
 	Opened *SinkOpened `protobuf:"bytes,14,opt,name=opened,proto3" json:"opened,omitempty"`
 	// The drop was executed at the sink.
 	Dropped bool `protobuf:"varint,15,opt,name=dropped,proto3" json:"dropped,omitempty"`
-	// Metadata assignments: the version whose wishes the sink fulfils.
+	// The version whose wishes, rows aside, the sink has been brought to fulfil.
 	AppliedVersion int64 `protobuf:"varint,16,opt,name=applied_version,json=appliedVersion,proto3" json:"applied_version,omitempty"`
+	// The name that the sink's collection has now, after a rename.
+	RenamedTo *SinkName `protobuf:"bytes,17,opt,name=renamed_to,json=renamedTo,proto3" json:"renamed_to,omitempty"`
+	// The newest flush that was carried out.
+	FlushedTs uint64 `protobuf:"varint,18,opt,name=flushed_ts,json=flushedTs,proto3" json:"flushed_ts,omitempty"`
+	// Metadata assignments: what the operations channel said since the last report, and how far it is read.
+	Flushes            []*FlushOperation `protobuf:"bytes,19,rep,name=flushes,proto3" json:"flushes,omitempty"`
+	OperationsReadFrom []byte            `protobuf:"bytes,20,opt,name=operations_read_from,json=operationsReadFrom,proto3" json:"operations_read_from,omitempty"`
+	// Metadata assignments: the version whose wishes for aliases the sink fulfils, whatever else is in the way.
+	AliasesVersion int64 `protobuf:"varint,21,opt,name=aliases_version,json=aliasesVersion,proto3" json:"aliases_version,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[20]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1993,7 +2716,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[20]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2006,7 +2729,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{20}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Progress) GetAssignmentId() string {
@@ -2121,6 +2844,102 @@ func (x *Progress) GetAppliedVersion() int64 {
 	return 0
 }
 
+func (x *Progress) GetRenamedTo() *SinkName {
+	if x != nil {
+		return x.RenamedTo
+	}
+	return nil
+}
+
+func (x *Progress) GetFlushedTs() uint64 {
+	if x != nil {
+		return x.FlushedTs
+	}
+	return 0
+}
+
+func (x *Progress) GetFlushes() []*FlushOperation {
+	if x != nil {
+		return x.Flushes
+	}
+	return nil
+}
+
+func (x *Progress) GetOperationsReadFrom() []byte {
+	if x != nil {
+		return x.OperationsReadFrom
+	}
+	return nil
+}
+
+func (x *Progress) GetAliasesVersion() int64 {
+	if x != nil {
+		return x.AliasesVersion
+	}
+	return 0
+}
+
+type FlushOperation struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Ts    uint64                 `protobuf:"varint,1,opt,name=ts,proto3" json:"ts,omitempty"`
+	// At the source.
+	Database      string   `protobuf:"bytes,2,opt,name=database,proto3" json:"database,omitempty"`
+	Collections   []string `protobuf:"bytes,3,rep,name=collections,proto3" json:"collections,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FlushOperation) Reset() {
+	*x = FlushOperation{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FlushOperation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FlushOperation) ProtoMessage() {}
+
+func (x *FlushOperation) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FlushOperation.ProtoReflect.Descriptor instead.
+func (*FlushOperation) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *FlushOperation) GetTs() uint64 {
+	if x != nil {
+		return x.Ts
+	}
+	return 0
+}
+
+func (x *FlushOperation) GetDatabase() string {
+	if x != nil {
+		return x.Database
+	}
+	return ""
+}
+
+func (x *FlushOperation) GetCollections() []string {
+	if x != nil {
+		return x.Collections
+	}
+	return nil
+}
+
 type SinkOpened struct {
 	state            protoimpl.MessageState `protogen:"open.v1"`
 	SinkCollectionId int64                  `protobuf:"varint,1,opt,name=sink_collection_id,json=sinkCollectionId,proto3" json:"sink_collection_id,omitempty"`
@@ -2134,7 +2953,7 @@ type SinkOpened struct {
 
 func (x *SinkOpened) Reset() {
 	*x = SinkOpened{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[21]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2146,7 +2965,7 @@ func (x *SinkOpened) String() string {
 func (*SinkOpened) ProtoMessage() {}
 
 func (x *SinkOpened) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[21]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2159,7 +2978,7 @@ func (x *SinkOpened) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SinkOpened.ProtoReflect.Descriptor instead.
 func (*SinkOpened) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{21}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *SinkOpened) GetSinkCollectionId() int64 {
@@ -2191,13 +3010,18 @@ type VchannelReport struct {
 	Closed     bool                   `protobuf:"varint,4,opt,name=closed,proto3" json:"closed,omitempty"`
 	// Ask for the horizon to be moved here; 0 = no wish.
 	WantedHorizonTs uint64 `protobuf:"varint,5,opt,name=wanted_horizon_ts,json=wantedHorizonTs,proto3" json:"wanted_horizon_ts,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Sent now and then.
+	Retention *Retention `protobuf:"bytes,7,opt,name=retention,proto3" json:"retention,omitempty"`
+	// What tells this topic from another one made later under the same name; opaque, as the queue knows it. Empty = not
+	// read yet, or the queue does not tell.
+	Incarnation   []byte `protobuf:"bytes,6,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *VchannelReport) Reset() {
 	*x = VchannelReport{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[22]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2209,7 +3033,7 @@ func (x *VchannelReport) String() string {
 func (*VchannelReport) ProtoMessage() {}
 
 func (x *VchannelReport) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[22]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2222,7 +3046,7 @@ func (x *VchannelReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VchannelReport.ProtoReflect.Descriptor instead.
 func (*VchannelReport) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{22}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *VchannelReport) GetVchannel() string {
@@ -2260,6 +3084,92 @@ func (x *VchannelReport) GetWantedHorizonTs() uint64 {
 	return 0
 }
 
+func (x *VchannelReport) GetRetention() *Retention {
+	if x != nil {
+		return x.Retention
+	}
+	return nil
+}
+
+func (x *VchannelReport) GetIncarnation() []byte {
+	if x != nil {
+		return x.Incarnation
+	}
+	return nil
+}
+
+// How far `read_from` is from falling out of the queue.
+type Retention struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Unset when the queue sets no limit in time.
+	Left *durationpb.Duration `protobuf:"bytes,1,opt,name=left,proto3" json:"left,omitempty"`
+	// -1 when the queue sets no limit in bytes.
+	LeftBytes int64 `protobuf:"varint,2,opt,name=left_bytes,json=leftBytes,proto3" json:"left_bytes,omitempty"`
+	// The limits that `left` and `left_bytes` are parts of; unset and 0 without a limit.
+	Limit         *durationpb.Duration `protobuf:"bytes,3,opt,name=limit,proto3" json:"limit,omitempty"`
+	LimitBytes    int64                `protobuf:"varint,4,opt,name=limit_bytes,json=limitBytes,proto3" json:"limit_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Retention) Reset() {
+	*x = Retention{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Retention) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Retention) ProtoMessage() {}
+
+func (x *Retention) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Retention.ProtoReflect.Descriptor instead.
+func (*Retention) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *Retention) GetLeft() *durationpb.Duration {
+	if x != nil {
+		return x.Left
+	}
+	return nil
+}
+
+func (x *Retention) GetLeftBytes() int64 {
+	if x != nil {
+		return x.LeftBytes
+	}
+	return 0
+}
+
+func (x *Retention) GetLimit() *durationpb.Duration {
+	if x != nil {
+		return x.Limit
+	}
+	return nil
+}
+
+func (x *Retention) GetLimitBytes() int64 {
+	if x != nil {
+		return x.LimitBytes
+	}
+	return 0
+}
+
 // Everything in Progress `seq` and before is stored.
 type ProgressAck struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2273,7 +3183,7 @@ type ProgressAck struct {
 
 func (x *ProgressAck) Reset() {
 	*x = ProgressAck{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[23]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2285,7 +3195,7 @@ func (x *ProgressAck) String() string {
 func (*ProgressAck) ProtoMessage() {}
 
 func (x *ProgressAck) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[23]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2298,7 +3208,7 @@ func (x *ProgressAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProgressAck.ProtoReflect.Descriptor instead.
 func (*ProgressAck) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{23}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ProgressAck) GetAssignmentId() string {
@@ -2339,7 +3249,7 @@ type HorizonGrant struct {
 
 func (x *HorizonGrant) Reset() {
 	*x = HorizonGrant{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[24]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2351,7 +3261,7 @@ func (x *HorizonGrant) String() string {
 func (*HorizonGrant) ProtoMessage() {}
 
 func (x *HorizonGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[24]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2364,7 +3274,7 @@ func (x *HorizonGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HorizonGrant.ProtoReflect.Descriptor instead.
 func (*HorizonGrant) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{24}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *HorizonGrant) GetVchannel() string {
@@ -2394,7 +3304,7 @@ type PartitionQuery struct {
 
 func (x *PartitionQuery) Reset() {
 	*x = PartitionQuery{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[25]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2406,7 +3316,7 @@ func (x *PartitionQuery) String() string {
 func (*PartitionQuery) ProtoMessage() {}
 
 func (x *PartitionQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[25]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2419,7 +3329,7 @@ func (x *PartitionQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PartitionQuery.ProtoReflect.Descriptor instead.
 func (*PartitionQuery) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{25}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *PartitionQuery) GetAssignmentId() string {
@@ -2452,6 +3362,8 @@ type JobRequest struct {
 	//	*JobRequest_Probe
 	//	*JobRequest_Resolve
 	//	*JobRequest_Verify
+	//	*JobRequest_Diff
+	//	*JobRequest_Locate
 	Job           isJobRequest_Job `protobuf_oneof:"job"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2459,7 +3371,7 @@ type JobRequest struct {
 
 func (x *JobRequest) Reset() {
 	*x = JobRequest{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[26]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2471,7 +3383,7 @@ func (x *JobRequest) String() string {
 func (*JobRequest) ProtoMessage() {}
 
 func (x *JobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[26]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2484,7 +3396,7 @@ func (x *JobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobRequest.ProtoReflect.Descriptor instead.
 func (*JobRequest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{26}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *JobRequest) GetJobId() string {
@@ -2528,6 +3440,24 @@ func (x *JobRequest) GetVerify() *VerifyJob {
 	return nil
 }
 
+func (x *JobRequest) GetDiff() *DiffJob {
+	if x != nil {
+		if x, ok := x.Job.(*JobRequest_Diff); ok {
+			return x.Diff
+		}
+	}
+	return nil
+}
+
+func (x *JobRequest) GetLocate() *LocateJob {
+	if x != nil {
+		if x, ok := x.Job.(*JobRequest_Locate); ok {
+			return x.Locate
+		}
+	}
+	return nil
+}
+
 type isJobRequest_Job interface {
 	isJobRequest_Job()
 }
@@ -2544,24 +3474,41 @@ type JobRequest_Verify struct {
 	Verify *VerifyJob `protobuf:"bytes,4,opt,name=verify,proto3,oneof"`
 }
 
+type JobRequest_Diff struct {
+	Diff *DiffJob `protobuf:"bytes,5,opt,name=diff,proto3,oneof"`
+}
+
+type JobRequest_Locate struct {
+	Locate *LocateJob `protobuf:"bytes,6,opt,name=locate,proto3,oneof"`
+}
+
 func (*JobRequest_Probe) isJobRequest_Job() {}
 
 func (*JobRequest_Resolve) isJobRequest_Job() {}
 
 func (*JobRequest_Verify) isJobRequest_Job() {}
 
+func (*JobRequest_Diff) isJobRequest_Job() {}
+
+func (*JobRequest_Locate) isJobRequest_Job() {}
+
 // Connect to queue, sink and (when set) the source's public API, and say what is wrong.
 type ProbeJob struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Source        *Source                `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
-	Sink          *Sink                  `protobuf:"bytes,2,opt,name=sink,proto3" json:"sink,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Source *Source                `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	Sink   *Sink                  `protobuf:"bytes,2,opt,name=sink,proto3" json:"sink,omitempty"`
+	// What the task would bring to the sink. The job fails with UNSUPPORTED_BY_SINK when the sink cannot hold something of
+	// it.
+	Collections []*CollectionSpec `protobuf:"bytes,3,rep,name=collections,proto3" json:"collections,omitempty"`
+	// Whether their indexes count.
+	Indexes       bool `protobuf:"varint,4,opt,name=indexes,proto3" json:"indexes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ProbeJob) Reset() {
 	*x = ProbeJob{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[27]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2573,7 +3520,7 @@ func (x *ProbeJob) String() string {
 func (*ProbeJob) ProtoMessage() {}
 
 func (x *ProbeJob) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[27]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2586,7 +3533,7 @@ func (x *ProbeJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeJob.ProtoReflect.Descriptor instead.
 func (*ProbeJob) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{27}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ProbeJob) GetSource() *Source {
@@ -2603,6 +3550,20 @@ func (x *ProbeJob) GetSink() *Sink {
 	return nil
 }
 
+func (x *ProbeJob) GetCollections() []*CollectionSpec {
+	if x != nil {
+		return x.Collections
+	}
+	return nil
+}
+
+func (x *ProbeJob) GetIndexes() bool {
+	if x != nil {
+		return x.Indexes
+	}
+	return false
+}
+
 // The log ends of these pchannels and the source's current TSO.
 type ResolveJob struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2614,7 +3575,7 @@ type ResolveJob struct {
 
 func (x *ResolveJob) Reset() {
 	*x = ResolveJob{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[28]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2626,7 +3587,7 @@ func (x *ResolveJob) String() string {
 func (*ResolveJob) ProtoMessage() {}
 
 func (x *ResolveJob) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[28]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2639,7 +3600,7 @@ func (x *ResolveJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveJob.ProtoReflect.Descriptor instead.
 func (*ResolveJob) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{28}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ResolveJob) GetSource() *Source {
@@ -2668,7 +3629,7 @@ type VerifyJob struct {
 
 func (x *VerifyJob) Reset() {
 	*x = VerifyJob{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[29]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2680,7 +3641,7 @@ func (x *VerifyJob) String() string {
 func (*VerifyJob) ProtoMessage() {}
 
 func (x *VerifyJob) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[29]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2693,7 +3654,7 @@ func (x *VerifyJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyJob.ProtoReflect.Descriptor instead.
 func (*VerifyJob) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{29}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *VerifyJob) GetSource() *Source {
@@ -2736,7 +3697,7 @@ type VerifyTarget struct {
 
 func (x *VerifyTarget) Reset() {
 	*x = VerifyTarget{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[30]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2748,7 +3709,7 @@ func (x *VerifyTarget) String() string {
 func (*VerifyTarget) ProtoMessage() {}
 
 func (x *VerifyTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[30]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2761,7 +3722,7 @@ func (x *VerifyTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyTarget.ProtoReflect.Descriptor instead.
 func (*VerifyTarget) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{30}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *VerifyTarget) GetSourceDatabase() string {
@@ -2792,6 +3753,262 @@ func (x *VerifyTarget) GetSinkCollection() string {
 	return ""
 }
 
+// Compare the sink with what these assignments want, rows aside.
+type DiffJob struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Source        *Source                `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	Sink          *Sink                  `protobuf:"bytes,2,opt,name=sink,proto3" json:"sink,omitempty"`
+	Collections   []*CollectionSpec      `protobuf:"bytes,3,rep,name=collections,proto3" json:"collections,omitempty"`
+	Metadata      *MetadataSpec          `protobuf:"bytes,4,opt,name=metadata,proto3" json:"metadata,omitempty"`
+	Carry         *Carry                 `protobuf:"bytes,5,opt,name=carry,proto3" json:"carry,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiffJob) Reset() {
+	*x = DiffJob{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiffJob) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiffJob) ProtoMessage() {}
+
+func (x *DiffJob) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiffJob.ProtoReflect.Descriptor instead.
+func (*DiffJob) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *DiffJob) GetSource() *Source {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *DiffJob) GetSink() *Sink {
+	if x != nil {
+		return x.Sink
+	}
+	return nil
+}
+
+func (x *DiffJob) GetCollections() []*CollectionSpec {
+	if x != nil {
+		return x.Collections
+	}
+	return nil
+}
+
+func (x *DiffJob) GetMetadata() *MetadataSpec {
+	if x != nil {
+		return x.Metadata
+	}
+	return nil
+}
+
+func (x *DiffJob) GetCarry() *Carry {
+	if x != nil {
+		return x.Carry
+	}
+	return nil
+}
+
+// Find or check places in the log.
+type LocateJob struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Source        *Source                `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	Targets       []*LocateTarget        `protobuf:"bytes,2,rep,name=targets,proto3" json:"targets,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LocateJob) Reset() {
+	*x = LocateJob{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LocateJob) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LocateJob) ProtoMessage() {}
+
+func (x *LocateJob) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LocateJob.ProtoReflect.Descriptor instead.
+func (*LocateJob) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *LocateJob) GetSource() *Source {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *LocateJob) GetTargets() []*LocateTarget {
+	if x != nil {
+		return x.Targets
+	}
+	return nil
+}
+
+type LocateTarget struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Vchannel string                 `protobuf:"bytes,1,opt,name=vchannel,proto3" json:"vchannel,omitempty"`
+	Pchannel string                 `protobuf:"bytes,2,opt,name=pchannel,proto3" json:"pchannel,omitempty"`
+	// Types that are valid to be assigned to By:
+	//
+	//	*LocateTarget_ReadFrom
+	//	*LocateTarget_Ts
+	By         isLocateTarget_By `protobuf_oneof:"by"`
+	ResolvedTs uint64            `protobuf:"varint,5,opt,name=resolved_ts,json=resolvedTs,proto3" json:"resolved_ts,omitempty"`
+	// Of the topic that `read_from` was taken from; empty = any will do.
+	Incarnation []byte `protobuf:"bytes,6,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	// A checkpoint of ours: `resolved_ts` is known to belong to it, only the log is looked at.
+	Stored        bool `protobuf:"varint,7,opt,name=stored,proto3" json:"stored,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LocateTarget) Reset() {
+	*x = LocateTarget{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LocateTarget) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LocateTarget) ProtoMessage() {}
+
+func (x *LocateTarget) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LocateTarget.ProtoReflect.Descriptor instead.
+func (*LocateTarget) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *LocateTarget) GetVchannel() string {
+	if x != nil {
+		return x.Vchannel
+	}
+	return ""
+}
+
+func (x *LocateTarget) GetPchannel() string {
+	if x != nil {
+		return x.Pchannel
+	}
+	return ""
+}
+
+func (x *LocateTarget) GetBy() isLocateTarget_By {
+	if x != nil {
+		return x.By
+	}
+	return nil
+}
+
+func (x *LocateTarget) GetReadFrom() []byte {
+	if x != nil {
+		if x, ok := x.By.(*LocateTarget_ReadFrom); ok {
+			return x.ReadFrom
+		}
+	}
+	return nil
+}
+
+func (x *LocateTarget) GetTs() uint64 {
+	if x != nil {
+		if x, ok := x.By.(*LocateTarget_Ts); ok {
+			return x.Ts
+		}
+	}
+	return 0
+}
+
+func (x *LocateTarget) GetResolvedTs() uint64 {
+	if x != nil {
+		return x.ResolvedTs
+	}
+	return 0
+}
+
+func (x *LocateTarget) GetIncarnation() []byte {
+	if x != nil {
+		return x.Incarnation
+	}
+	return nil
+}
+
+func (x *LocateTarget) GetStored() bool {
+	if x != nil {
+		return x.Stored
+	}
+	return false
+}
+
+type isLocateTarget_By interface {
+	isLocateTarget_By()
+}
+
+type LocateTarget_ReadFrom struct {
+	// It must still be in the log; `resolved_ts` belongs to it.
+	ReadFrom []byte `protobuf:"bytes,3,opt,name=read_from,json=readFrom,proto3,oneof"`
+}
+
+type LocateTarget_Ts struct {
+	// The last tick at or before this TSO.
+	Ts uint64 `protobuf:"varint,4,opt,name=ts,proto3,oneof"`
+}
+
+func (*LocateTarget_ReadFrom) isLocateTarget_By() {}
+
+func (*LocateTarget_Ts) isLocateTarget_By() {}
+
 type JobCancel struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	JobId         string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
@@ -2801,7 +4018,7 @@ type JobCancel struct {
 
 func (x *JobCancel) Reset() {
 	*x = JobCancel{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[31]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2813,7 +4030,7 @@ func (x *JobCancel) String() string {
 func (*JobCancel) ProtoMessage() {}
 
 func (x *JobCancel) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[31]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2826,7 +4043,7 @@ func (x *JobCancel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobCancel.ProtoReflect.Descriptor instead.
 func (*JobCancel) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{31}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *JobCancel) GetJobId() string {
@@ -2845,6 +4062,8 @@ type JobUpdate struct {
 	//	*JobUpdate_Probe
 	//	*JobUpdate_Resolve
 	//	*JobUpdate_Verify
+	//	*JobUpdate_Diff
+	//	*JobUpdate_Locate
 	Update        isJobUpdate_Update `protobuf_oneof:"update"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2852,7 +4071,7 @@ type JobUpdate struct {
 
 func (x *JobUpdate) Reset() {
 	*x = JobUpdate{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[32]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2864,7 +4083,7 @@ func (x *JobUpdate) String() string {
 func (*JobUpdate) ProtoMessage() {}
 
 func (x *JobUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[32]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2877,7 +4096,7 @@ func (x *JobUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobUpdate.ProtoReflect.Descriptor instead.
 func (*JobUpdate) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{32}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *JobUpdate) GetJobId() string {
@@ -2930,6 +4149,24 @@ func (x *JobUpdate) GetVerify() *VerifyUpdate {
 	return nil
 }
 
+func (x *JobUpdate) GetDiff() *DiffUpdate {
+	if x != nil {
+		if x, ok := x.Update.(*JobUpdate_Diff); ok {
+			return x.Diff
+		}
+	}
+	return nil
+}
+
+func (x *JobUpdate) GetLocate() *LocateResult {
+	if x != nil {
+		if x, ok := x.Update.(*JobUpdate_Locate); ok {
+			return x.Locate
+		}
+	}
+	return nil
+}
+
 type isJobUpdate_Update interface {
 	isJobUpdate_Update()
 }
@@ -2951,6 +4188,15 @@ type JobUpdate_Verify struct {
 	Verify *VerifyUpdate `protobuf:"bytes,5,opt,name=verify,proto3,oneof"`
 }
 
+type JobUpdate_Diff struct {
+	// One event of a running diff; `done` ends the job.
+	Diff *DiffUpdate `protobuf:"bytes,6,opt,name=diff,proto3,oneof"`
+}
+
+type JobUpdate_Locate struct {
+	Locate *LocateResult `protobuf:"bytes,7,opt,name=locate,proto3,oneof"`
+}
+
 func (*JobUpdate_Failed) isJobUpdate_Update() {}
 
 func (*JobUpdate_Probe) isJobUpdate_Update() {}
@@ -2958,6 +4204,10 @@ func (*JobUpdate_Probe) isJobUpdate_Update() {}
 func (*JobUpdate_Resolve) isJobUpdate_Update() {}
 
 func (*JobUpdate_Verify) isJobUpdate_Update() {}
+
+func (*JobUpdate_Diff) isJobUpdate_Update() {}
+
+func (*JobUpdate_Locate) isJobUpdate_Update() {}
 
 type JobFailed struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -2973,7 +4223,7 @@ type JobFailed struct {
 
 func (x *JobFailed) Reset() {
 	*x = JobFailed{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[33]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2985,7 +4235,7 @@ func (x *JobFailed) String() string {
 func (*JobFailed) ProtoMessage() {}
 
 func (x *JobFailed) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[33]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2998,7 +4248,7 @@ func (x *JobFailed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobFailed.ProtoReflect.Descriptor instead.
 func (*JobFailed) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{33}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *JobFailed) GetReason() string {
@@ -3039,7 +4289,7 @@ type ProbeResult struct {
 
 func (x *ProbeResult) Reset() {
 	*x = ProbeResult{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[34]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3051,7 +4301,7 @@ func (x *ProbeResult) String() string {
 func (*ProbeResult) ProtoMessage() {}
 
 func (x *ProbeResult) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[34]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3064,7 +4314,7 @@ func (x *ProbeResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeResult.ProtoReflect.Descriptor instead.
 func (*ProbeResult) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{34}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ProbeResult) GetSourceVersion() string {
@@ -3092,7 +4342,7 @@ type ResolveResult struct {
 
 func (x *ResolveResult) Reset() {
 	*x = ResolveResult{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[35]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3104,7 +4354,7 @@ func (x *ResolveResult) String() string {
 func (*ResolveResult) ProtoMessage() {}
 
 func (x *ResolveResult) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[35]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3117,7 +4367,7 @@ func (x *ResolveResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveResult.ProtoReflect.Descriptor instead.
 func (*ResolveResult) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{35}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ResolveResult) GetLogEnds() []*LogEnd {
@@ -3138,14 +4388,16 @@ type LogEnd struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Pchannel string                 `protobuf:"bytes,1,opt,name=pchannel,proto3" json:"pchannel,omitempty"`
 	// Position of the next message to be written.
-	Position      []byte `protobuf:"bytes,2,opt,name=position,proto3" json:"position,omitempty"`
+	Position []byte `protobuf:"bytes,2,opt,name=position,proto3" json:"position,omitempty"`
+	// As in VchannelReport.
+	Incarnation   []byte `protobuf:"bytes,3,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *LogEnd) Reset() {
 	*x = LogEnd{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[36]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3157,7 +4409,7 @@ func (x *LogEnd) String() string {
 func (*LogEnd) ProtoMessage() {}
 
 func (x *LogEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[36]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3170,7 +4422,7 @@ func (x *LogEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEnd.ProtoReflect.Descriptor instead.
 func (*LogEnd) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{36}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *LogEnd) GetPchannel() string {
@@ -3183,6 +4435,13 @@ func (x *LogEnd) GetPchannel() string {
 func (x *LogEnd) GetPosition() []byte {
 	if x != nil {
 		return x.Position
+	}
+	return nil
+}
+
+func (x *LogEnd) GetIncarnation() []byte {
+	if x != nil {
+		return x.Incarnation
 	}
 	return nil
 }
@@ -3202,7 +4461,7 @@ type VerifyUpdate struct {
 
 func (x *VerifyUpdate) Reset() {
 	*x = VerifyUpdate{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[37]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3214,7 +4473,7 @@ func (x *VerifyUpdate) String() string {
 func (*VerifyUpdate) ProtoMessage() {}
 
 func (x *VerifyUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[37]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3227,7 +4486,7 @@ func (x *VerifyUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyUpdate.ProtoReflect.Descriptor instead.
 func (*VerifyUpdate) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{37}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *VerifyUpdate) GetEvent() isVerifyUpdate_Event {
@@ -3310,7 +4569,7 @@ type VerifyDone struct {
 
 func (x *VerifyDone) Reset() {
 	*x = VerifyDone{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[38]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3322,7 +4581,7 @@ func (x *VerifyDone) String() string {
 func (*VerifyDone) ProtoMessage() {}
 
 func (x *VerifyDone) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[38]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3335,14 +4594,286 @@ func (x *VerifyDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyDone.ProtoReflect.Descriptor instead.
 func (*VerifyDone) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{38}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{51}
+}
+
+type DiffUpdate struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Event:
+	//
+	//	*DiffUpdate_Progress
+	//	*DiffUpdate_Difference
+	//	*DiffUpdate_Done
+	Event         isDiffUpdate_Event `protobuf_oneof:"event"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiffUpdate) Reset() {
+	*x = DiffUpdate{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiffUpdate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiffUpdate) ProtoMessage() {}
+
+func (x *DiffUpdate) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiffUpdate.ProtoReflect.Descriptor instead.
+func (*DiffUpdate) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *DiffUpdate) GetEvent() isDiffUpdate_Event {
+	if x != nil {
+		return x.Event
+	}
+	return nil
+}
+
+func (x *DiffUpdate) GetProgress() *DiffProgress {
+	if x != nil {
+		if x, ok := x.Event.(*DiffUpdate_Progress); ok {
+			return x.Progress
+		}
+	}
+	return nil
+}
+
+func (x *DiffUpdate) GetDifference() *ObjectDifference {
+	if x != nil {
+		if x, ok := x.Event.(*DiffUpdate_Difference); ok {
+			return x.Difference
+		}
+	}
+	return nil
+}
+
+func (x *DiffUpdate) GetDone() *DiffDone {
+	if x != nil {
+		if x, ok := x.Event.(*DiffUpdate_Done); ok {
+			return x.Done
+		}
+	}
+	return nil
+}
+
+type isDiffUpdate_Event interface {
+	isDiffUpdate_Event()
+}
+
+type DiffUpdate_Progress struct {
+	Progress *DiffProgress `protobuf:"bytes,1,opt,name=progress,proto3,oneof"`
+}
+
+type DiffUpdate_Difference struct {
+	Difference *ObjectDifference `protobuf:"bytes,2,opt,name=difference,proto3,oneof"`
+}
+
+type DiffUpdate_Done struct {
+	Done *DiffDone `protobuf:"bytes,3,opt,name=done,proto3,oneof"`
+}
+
+func (*DiffUpdate_Progress) isDiffUpdate_Event() {}
+
+func (*DiffUpdate_Difference) isDiffUpdate_Event() {}
+
+func (*DiffUpdate_Done) isDiffUpdate_Event() {}
+
+type DiffDone struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiffDone) Reset() {
+	*x = DiffDone{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiffDone) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiffDone) ProtoMessage() {}
+
+func (x *DiffDone) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiffDone.ProtoReflect.Descriptor instead.
+func (*DiffDone) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{53}
+}
+
+type LocateResult struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Located       []*LocatedVchannel     `protobuf:"bytes,1,rep,name=located,proto3" json:"located,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LocateResult) Reset() {
+	*x = LocateResult{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LocateResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LocateResult) ProtoMessage() {}
+
+func (x *LocateResult) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LocateResult.ProtoReflect.Descriptor instead.
+func (*LocateResult) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *LocateResult) GetLocated() []*LocatedVchannel {
+	if x != nil {
+		return x.Located
+	}
+	return nil
+}
+
+type LocatedVchannel struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Vchannel   string                 `protobuf:"bytes,1,opt,name=vchannel,proto3" json:"vchannel,omitempty"`
+	ReadFrom   []byte                 `protobuf:"bytes,2,opt,name=read_from,json=readFrom,proto3" json:"read_from,omitempty"`
+	ResolvedTs uint64                 `protobuf:"varint,3,opt,name=resolved_ts,json=resolvedTs,proto3" json:"resolved_ts,omitempty"`
+	Retention  *Retention             `protobuf:"bytes,4,opt,name=retention,proto3" json:"retention,omitempty"`
+	// Empty when the place is good; else LOG_TRUNCATED, LOG_RESET, BAD_POSITION, POSITION_MISMATCH.
+	Reason  string `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	Message string `protobuf:"bytes,6,opt,name=message,proto3" json:"message,omitempty"`
+	// Of the topic it was found in, as in VchannelReport.
+	Incarnation   []byte `protobuf:"bytes,7,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LocatedVchannel) Reset() {
+	*x = LocatedVchannel{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LocatedVchannel) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LocatedVchannel) ProtoMessage() {}
+
+func (x *LocatedVchannel) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LocatedVchannel.ProtoReflect.Descriptor instead.
+func (*LocatedVchannel) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *LocatedVchannel) GetVchannel() string {
+	if x != nil {
+		return x.Vchannel
+	}
+	return ""
+}
+
+func (x *LocatedVchannel) GetReadFrom() []byte {
+	if x != nil {
+		return x.ReadFrom
+	}
+	return nil
+}
+
+func (x *LocatedVchannel) GetResolvedTs() uint64 {
+	if x != nil {
+		return x.ResolvedTs
+	}
+	return 0
+}
+
+func (x *LocatedVchannel) GetRetention() *Retention {
+	if x != nil {
+		return x.Retention
+	}
+	return nil
+}
+
+func (x *LocatedVchannel) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *LocatedVchannel) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *LocatedVchannel) GetIncarnation() []byte {
+	if x != nil {
+		return x.Incarnation
+	}
+	return nil
 }
 
 var File_milvuscdc_v1_replication_service_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\n" +
-	"&milvuscdc/v1/replication_service.proto\x12\fmilvuscdc.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17milvuscdc/v1/task.proto\x1a\x19milvuscdc/v1/verify.proto\"\xc1\x03\n" +
+	"&milvuscdc/v1/replication_service.proto\x12\fmilvuscdc.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17milvuscdc/v1/diff.proto\x1a\x17milvuscdc/v1/task.proto\x1a\x19milvuscdc/v1/verify.proto\"\xc1\x03\n" +
 	"\x0eConnectRequest\x12+\n" +
 	"\x05hello\x18\x01 \x01(\v2\x13.milvuscdc.v1.HelloH\x00R\x05hello\x12%\n" +
 	"\x03ack\x18\x02 \x01(\v2\x11.milvuscdc.v1.AckH\x00R\x03ack\x12(\n" +
@@ -3385,7 +4916,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\tlease_ttl\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\bleaseTtl\x12H\n" +
 	"\x12heartbeat_interval\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x11heartbeatInterval\x12F\n" +
 	"\x11progress_interval\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x10progressInterval\"\b\n" +
-	"\x06Synced\"\xc9\x02\n" +
+	"\x06Synced\"\x9f\x03\n" +
 	"\x06Assign\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x18\n" +
@@ -3396,8 +4927,11 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\n" +
 	"collection\x18\a \x01(\v2\x1c.milvuscdc.v1.CollectionSpecH\x00R\n" +
 	"collection\x128\n" +
-	"\bmetadata\x18\b \x01(\v2\x1a.milvuscdc.v1.MetadataSpecH\x00R\bmetadataB\x06\n" +
-	"\x04spec\"\xfb\x06\n" +
+	"\bmetadata\x18\b \x01(\v2\x1a.milvuscdc.v1.MetadataSpecH\x00R\bmetadata\x12)\n" +
+	"\x05carry\x18\t \x01(\v2\x13.milvuscdc.v1.CarryR\x05carry\x12)\n" +
+	"\x05drift\x18\n" +
+	" \x01(\x0e2\x13.milvuscdc.v1.DriftR\x05driftB\x06\n" +
+	"\x04spec\"\xb6\t\n" +
 	"\x0eCollectionSpec\x12#\n" +
 	"\rcollection_id\x18\x01 \x01(\x03R\fcollectionId\x12\x1a\n" +
 	"\bdatabase\x18\x02 \x01(\tR\bdatabase\x12\x1e\n" +
@@ -3423,7 +4957,16 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x12sink_collection_id\x18\x0f \x01(\x03R\x10sinkCollectionId\x12%\n" +
 	"\x0eadopt_existing\x18\x10 \x01(\bR\radoptExisting\x12\x1a\n" +
 	"\brecreate\x18\x11 \x01(\bR\brecreate\x12!\n" +
-	"\fdrop_granted\x18\x12 \x01(\bR\vdropGranted\x1a=\n" +
+	"\fdrop_granted\x18\x12 \x01(\bR\vdropGranted\x12'\n" +
+	"\x0fsource_database\x18\x13 \x01(\tR\x0esourceDatabase\x12+\n" +
+	"\x11source_collection\x18\x14 \x01(\tR\x10sourceCollection\x129\n" +
+	"\frenamed_from\x18\x15 \x01(\v2\x16.milvuscdc.v1.SinkNameR\vrenamedFrom\x12\x1b\n" +
+	"\trename_ts\x18\x16 \x01(\x04R\brenameTs\x12\x19\n" +
+	"\balter_ts\x18\x17 \x01(\x04R\aalterTs\x12\x19\n" +
+	"\bflush_ts\x18\x18 \x01(\x04R\aflushTs\x126\n" +
+	"\aapplied\x18\x19 \x01(\v2\x1c.milvuscdc.v1.AppliedObjectsR\aapplied\x12\x1d\n" +
+	"\n" +
+	"awaited_ts\x18\x1a \x01(\x04R\tawaitedTs\x1a=\n" +
 	"\x0fPropertiesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"E\n" +
@@ -3431,6 +4974,18 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_CREATED\x10\x01\x12\x12\n" +
 	"\x0eSTATE_DROPPING\x10\x02\"\xfb\x01\n" +
+	"\x0eAppliedObjects\x121\n" +
+	"\aindexes\x18\x01 \x03(\v2\x17.milvuscdc.v1.IndexSpecR\aindexes\x12*\n" +
+	"\x04load\x18\x02 \x01(\v2\x16.milvuscdc.v1.LoadSpecR\x04load\x12#\n" +
+	"\rpartition_ids\x18\x03 \x03(\x03R\fpartitionIds\x12\x19\n" +
+	"\balter_ts\x18\x04 \x01(\x04R\aalterTs\x12'\n" +
+	"\x0ftouched_indexes\x18\x05 \x03(\tR\x0etouchedIndexes\x12!\n" +
+	"\ftouched_load\x18\x06 \x01(\bR\vtouchedLoad\"F\n" +
+	"\bSinkName\x12\x1a\n" +
+	"\bdatabase\x18\x01 \x01(\tR\bdatabase\x12\x1e\n" +
+	"\n" +
+	"collection\x18\x02 \x01(\tR\n" +
+	"collection\"\xfb\x01\n" +
 	"\rPartitionSpec\x12!\n" +
 	"\fpartition_id\x18\x01 \x01(\x03R\vpartitionId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x127\n" +
@@ -3459,7 +5014,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fKIND_COLLECTION\x10\x01\x12\x13\n" +
-	"\x0fKIND_PARTITIONS\x10\x02\"\xbb\x01\n" +
+	"\x0fKIND_PARTITIONS\x10\x02\"\xdd\x01\n" +
 	"\fVchannelSpec\x12\x1a\n" +
 	"\bvchannel\x18\x01 \x01(\tR\bvchannel\x12\x1a\n" +
 	"\bpchannel\x18\x02 \x01(\tR\bpchannel\x12\x1b\n" +
@@ -3468,14 +5023,66 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"resolvedTs\x12\x1d\n" +
 	"\n" +
 	"horizon_ts\x18\x05 \x01(\x04R\thorizonTs\x12\x16\n" +
-	"\x06closed\x18\x06 \x01(\bR\x06closed\"H\n" +
+	"\x06closed\x18\x06 \x01(\bR\x06closed\x12 \n" +
+	"\vincarnation\x18\a \x01(\fR\vincarnation\"\xcf\x02\n" +
 	"\fMetadataSpec\x128\n" +
-	"\tdatabases\x18\x01 \x03(\v2\x1a.milvuscdc.v1.DatabaseSpecR\tdatabases\"]\n" +
+	"\tdatabases\x18\x01 \x03(\v2\x1a.milvuscdc.v1.DatabaseSpecR\tdatabases\x121\n" +
+	"\aaliases\x18\x02 \x03(\v2\x17.milvuscdc.v1.AliasSpecR\aaliases\x12?\n" +
+	"\x0fdropped_aliases\x18\x03 \x03(\v2\x16.milvuscdc.v1.SinkNameR\x0edroppedAliases\x12*\n" +
+	"\x04rbac\x18\x04 \x01(\v2\x16.milvuscdc.v1.RbacSpecR\x04rbac\x12<\n" +
+	"\n" +
+	"operations\x18\x05 \x01(\v2\x1c.milvuscdc.v1.OperationsSpecR\n" +
+	"operations\x12'\n" +
+	"\x0fapplied_version\x18\x06 \x01(\x03R\x0eappliedVersion\"\xe8\x01\n" +
 	"\fDatabaseSpec\x12\x1f\n" +
 	"\vdatabase_id\x18\x01 \x01(\x03R\n" +
 	"databaseId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
-	"\adropped\x18\x03 \x01(\bR\adropped\"Z\n" +
+	"\adropped\x18\x03 \x01(\bR\adropped\x12J\n" +
+	"\n" +
+	"properties\x18\x04 \x03(\v2*.milvuscdc.v1.DatabaseSpec.PropertiesEntryR\n" +
+	"properties\x1a=\n" +
+	"\x0fPropertiesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"]\n" +
+	"\tAliasSpec\x12\x1a\n" +
+	"\bdatabase\x18\x01 \x01(\tR\bdatabase\x12\x14\n" +
+	"\x05alias\x18\x02 \x01(\tR\x05alias\x12\x1e\n" +
+	"\n" +
+	"collection\x18\x03 \x01(\tR\n" +
+	"collection\"\xca\x03\n" +
+	"\bRbacSpec\x12\x14\n" +
+	"\x05users\x18\x01 \x03(\tR\x05users\x12\x14\n" +
+	"\x05roles\x18\x02 \x03(\tR\x05roles\x122\n" +
+	"\amembers\x18\x03 \x03(\v2\x18.milvuscdc.v1.RoleMemberR\amembers\x12/\n" +
+	"\x06grants\x18\x04 \x03(\v2\x17.milvuscdc.v1.GrantSpecR\x06grants\x12K\n" +
+	"\x10privilege_groups\x18\x05 \x03(\v2 .milvuscdc.v1.PrivilegeGroupSpecR\x0fprivilegeGroups\x12#\n" +
+	"\rdropped_roles\x18\x06 \x03(\tR\fdroppedRoles\x12A\n" +
+	"\x0fdropped_members\x18\a \x03(\v2\x18.milvuscdc.v1.RoleMemberR\x0edroppedMembers\x12>\n" +
+	"\x0edropped_grants\x18\b \x03(\v2\x17.milvuscdc.v1.GrantSpecR\rdroppedGrants\x128\n" +
+	"\x18dropped_privilege_groups\x18\t \x03(\tR\x16droppedPrivilegeGroups\"4\n" +
+	"\n" +
+	"RoleMember\x12\x12\n" +
+	"\x04user\x18\x01 \x01(\tR\x04user\x12\x12\n" +
+	"\x04role\x18\x02 \x01(\tR\x04role\"\x9b\x01\n" +
+	"\tGrantSpec\x12\x12\n" +
+	"\x04role\x18\x01 \x01(\tR\x04role\x12\x1f\n" +
+	"\vobject_type\x18\x02 \x01(\tR\n" +
+	"objectType\x12\x1f\n" +
+	"\vobject_name\x18\x03 \x01(\tR\n" +
+	"objectName\x12\x1a\n" +
+	"\bdatabase\x18\x04 \x01(\tR\bdatabase\x12\x1c\n" +
+	"\tprivilege\x18\x05 \x01(\tR\tprivilege\"H\n" +
+	"\x12PrivilegeGroupSpec\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
+	"\n" +
+	"privileges\x18\x02 \x03(\tR\n" +
+	"privileges\"\x7f\n" +
+	"\x0eOperationsSpec\x12\x18\n" +
+	"\achannel\x18\x01 \x01(\tR\achannel\x12\x1b\n" +
+	"\tread_from\x18\x02 \x01(\fR\breadFrom\x12\x14\n" +
+	"\x05flush\x18\x03 \x01(\bR\x05flush\x12 \n" +
+	"\vcredentials\x18\x04 \x01(\bR\vcredentials\"Z\n" +
 	"\x03Ack\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x18\n" +
@@ -3497,7 +5104,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x03seq\x18\x01 \x01(\x03R\x03seq\x12\x1a\n" +
 	"\bdraining\x18\x02 \x01(\bR\bdraining\" \n" +
 	"\fHeartbeatAck\x12\x10\n" +
-	"\x03seq\x18\x01 \x01(\x03R\x03seq\"\xa7\x05\n" +
+	"\x03seq\x18\x01 \x01(\x03R\x03seq\"\x90\a\n" +
 	"\bProgress\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x10\n" +
@@ -3517,25 +5124,45 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"conditions\x120\n" +
 	"\x06opened\x18\x0e \x01(\v2\x18.milvuscdc.v1.SinkOpenedR\x06opened\x12\x18\n" +
 	"\adropped\x18\x0f \x01(\bR\adropped\x12'\n" +
-	"\x0fapplied_version\x18\x10 \x01(\x03R\x0eappliedVersion\"W\n" +
+	"\x0fapplied_version\x18\x10 \x01(\x03R\x0eappliedVersion\x125\n" +
+	"\n" +
+	"renamed_to\x18\x11 \x01(\v2\x16.milvuscdc.v1.SinkNameR\trenamedTo\x12\x1d\n" +
+	"\n" +
+	"flushed_ts\x18\x12 \x01(\x04R\tflushedTs\x126\n" +
+	"\aflushes\x18\x13 \x03(\v2\x1c.milvuscdc.v1.FlushOperationR\aflushes\x120\n" +
+	"\x14operations_read_from\x18\x14 \x01(\fR\x12operationsReadFrom\x12'\n" +
+	"\x0faliases_version\x18\x15 \x01(\x03R\x0ealiasesVersion\"W\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x01\x12\x12\n" +
 	"\x0eSTATE_RETRYING\x10\x02\x12\x10\n" +
-	"\fSTATE_FAILED\x10\x03\"s\n" +
+	"\fSTATE_FAILED\x10\x03\"^\n" +
+	"\x0eFlushOperation\x12\x0e\n" +
+	"\x02ts\x18\x01 \x01(\x04R\x02ts\x12\x1a\n" +
+	"\bdatabase\x18\x02 \x01(\tR\bdatabase\x12 \n" +
+	"\vcollections\x18\x03 \x03(\tR\vcollections\"s\n" +
 	"\n" +
 	"SinkOpened\x12,\n" +
 	"\x12sink_collection_id\x18\x01 \x01(\x03R\x10sinkCollectionId\x12\x18\n" +
 	"\aadopted\x18\x02 \x01(\bR\aadopted\x12\x1d\n" +
 	"\n" +
-	"horizon_ts\x18\x03 \x01(\x04R\thorizonTs\"\xae\x01\n" +
+	"horizon_ts\x18\x03 \x01(\x04R\thorizonTs\"\x87\x02\n" +
 	"\x0eVchannelReport\x12\x1a\n" +
 	"\bvchannel\x18\x01 \x01(\tR\bvchannel\x12\x1b\n" +
 	"\tread_from\x18\x02 \x01(\fR\breadFrom\x12\x1f\n" +
 	"\vresolved_ts\x18\x03 \x01(\x04R\n" +
 	"resolvedTs\x12\x16\n" +
 	"\x06closed\x18\x04 \x01(\bR\x06closed\x12*\n" +
-	"\x11wanted_horizon_ts\x18\x05 \x01(\x04R\x0fwantedHorizonTs\"\x92\x01\n" +
+	"\x11wanted_horizon_ts\x18\x05 \x01(\x04R\x0fwantedHorizonTs\x125\n" +
+	"\tretention\x18\a \x01(\v2\x17.milvuscdc.v1.RetentionR\tretention\x12 \n" +
+	"\vincarnation\x18\x06 \x01(\fR\vincarnation\"\xab\x01\n" +
+	"\tRetention\x12-\n" +
+	"\x04left\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x04left\x12\x1d\n" +
+	"\n" +
+	"left_bytes\x18\x02 \x01(\x03R\tleftBytes\x12/\n" +
+	"\x05limit\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x05limit\x12\x1f\n" +
+	"\vlimit_bytes\x18\x04 \x01(\x03R\n" +
+	"limitBytes\"\x92\x01\n" +
 	"\vProgressAck\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x10\n" +
@@ -3548,17 +5175,21 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x0ePartitionQuery\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12!\n" +
-	"\fpartition_id\x18\x03 \x01(\x03R\vpartitionId\"\xc3\x01\n" +
+	"\fpartition_id\x18\x03 \x01(\x03R\vpartitionId\"\xa3\x02\n" +
 	"\n" +
 	"JobRequest\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12.\n" +
 	"\x05probe\x18\x02 \x01(\v2\x16.milvuscdc.v1.ProbeJobH\x00R\x05probe\x124\n" +
 	"\aresolve\x18\x03 \x01(\v2\x18.milvuscdc.v1.ResolveJobH\x00R\aresolve\x121\n" +
-	"\x06verify\x18\x04 \x01(\v2\x17.milvuscdc.v1.VerifyJobH\x00R\x06verifyB\x05\n" +
-	"\x03job\"`\n" +
+	"\x06verify\x18\x04 \x01(\v2\x17.milvuscdc.v1.VerifyJobH\x00R\x06verify\x12+\n" +
+	"\x04diff\x18\x05 \x01(\v2\x15.milvuscdc.v1.DiffJobH\x00R\x04diff\x121\n" +
+	"\x06locate\x18\x06 \x01(\v2\x17.milvuscdc.v1.LocateJobH\x00R\x06locateB\x05\n" +
+	"\x03job\"\xba\x01\n" +
 	"\bProbeJob\x12,\n" +
 	"\x06source\x18\x01 \x01(\v2\x14.milvuscdc.v1.SourceR\x06source\x12&\n" +
-	"\x04sink\x18\x02 \x01(\v2\x12.milvuscdc.v1.SinkR\x04sink\"X\n" +
+	"\x04sink\x18\x02 \x01(\v2\x12.milvuscdc.v1.SinkR\x04sink\x12>\n" +
+	"\vcollections\x18\x03 \x03(\v2\x1c.milvuscdc.v1.CollectionSpecR\vcollections\x12\x18\n" +
+	"\aindexes\x18\x04 \x01(\bR\aindexes\"X\n" +
 	"\n" +
 	"ResolveJob\x12,\n" +
 	"\x06source\x18\x01 \x01(\v2\x14.milvuscdc.v1.SourceR\x06source\x12\x1c\n" +
@@ -3572,15 +5203,36 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x0fsource_database\x18\x01 \x01(\tR\x0esourceDatabase\x12+\n" +
 	"\x11source_collection\x18\x02 \x01(\tR\x10sourceCollection\x12#\n" +
 	"\rsink_database\x18\x03 \x01(\tR\fsinkDatabase\x12'\n" +
-	"\x0fsink_collection\x18\x04 \x01(\tR\x0esinkCollection\"\"\n" +
+	"\x0fsink_collection\x18\x04 \x01(\tR\x0esinkCollection\"\x82\x02\n" +
+	"\aDiffJob\x12,\n" +
+	"\x06source\x18\x01 \x01(\v2\x14.milvuscdc.v1.SourceR\x06source\x12&\n" +
+	"\x04sink\x18\x02 \x01(\v2\x12.milvuscdc.v1.SinkR\x04sink\x12>\n" +
+	"\vcollections\x18\x03 \x03(\v2\x1c.milvuscdc.v1.CollectionSpecR\vcollections\x126\n" +
+	"\bmetadata\x18\x04 \x01(\v2\x1a.milvuscdc.v1.MetadataSpecR\bmetadata\x12)\n" +
+	"\x05carry\x18\x05 \x01(\v2\x13.milvuscdc.v1.CarryR\x05carry\"o\n" +
+	"\tLocateJob\x12,\n" +
+	"\x06source\x18\x01 \x01(\v2\x14.milvuscdc.v1.SourceR\x06source\x124\n" +
+	"\atargets\x18\x02 \x03(\v2\x1a.milvuscdc.v1.LocateTargetR\atargets\"\xd8\x01\n" +
+	"\fLocateTarget\x12\x1a\n" +
+	"\bvchannel\x18\x01 \x01(\tR\bvchannel\x12\x1a\n" +
+	"\bpchannel\x18\x02 \x01(\tR\bpchannel\x12\x1d\n" +
+	"\tread_from\x18\x03 \x01(\fH\x00R\breadFrom\x12\x10\n" +
+	"\x02ts\x18\x04 \x01(\x04H\x00R\x02ts\x12\x1f\n" +
+	"\vresolved_ts\x18\x05 \x01(\x04R\n" +
+	"resolvedTs\x12 \n" +
+	"\vincarnation\x18\x06 \x01(\fR\vincarnation\x12\x16\n" +
+	"\x06stored\x18\a \x01(\bR\x06storedB\x04\n" +
+	"\x02by\"\"\n" +
 	"\tJobCancel\x12\x15\n" +
-	"\x06job_id\x18\x01 \x01(\tR\x05jobId\"\x81\x02\n" +
+	"\x06job_id\x18\x01 \x01(\tR\x05jobId\"\xe7\x02\n" +
 	"\tJobUpdate\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x121\n" +
 	"\x06failed\x18\x02 \x01(\v2\x17.milvuscdc.v1.JobFailedH\x00R\x06failed\x121\n" +
 	"\x05probe\x18\x03 \x01(\v2\x19.milvuscdc.v1.ProbeResultH\x00R\x05probe\x127\n" +
 	"\aresolve\x18\x04 \x01(\v2\x1b.milvuscdc.v1.ResolveResultH\x00R\aresolve\x124\n" +
-	"\x06verify\x18\x05 \x01(\v2\x1a.milvuscdc.v1.VerifyUpdateH\x00R\x06verifyB\b\n" +
+	"\x06verify\x18\x05 \x01(\v2\x1a.milvuscdc.v1.VerifyUpdateH\x00R\x06verify\x12.\n" +
+	"\x04diff\x18\x06 \x01(\v2\x18.milvuscdc.v1.DiffUpdateH\x00R\x04diff\x124\n" +
+	"\x06locate\x18\a \x01(\v2\x1a.milvuscdc.v1.LocateResultH\x00R\x06locateB\b\n" +
 	"\x06update\"q\n" +
 	"\tJobFailed\x12\x16\n" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x18\n" +
@@ -3592,10 +5244,11 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\fsink_version\x18\x02 \x01(\tR\vsinkVersion\"]\n" +
 	"\rResolveResult\x12/\n" +
 	"\blog_ends\x18\x01 \x03(\v2\x14.milvuscdc.v1.LogEndR\alogEnds\x12\x1b\n" +
-	"\tsource_ts\x18\x02 \x01(\x04R\bsourceTs\"@\n" +
+	"\tsource_ts\x18\x02 \x01(\x04R\bsourceTs\"b\n" +
 	"\x06LogEnd\x12\x1a\n" +
 	"\bpchannel\x18\x01 \x01(\tR\bpchannel\x12\x1a\n" +
-	"\bposition\x18\x02 \x01(\fR\bposition\"\x8d\x02\n" +
+	"\bposition\x18\x02 \x01(\fR\bposition\x12 \n" +
+	"\vincarnation\x18\x03 \x01(\fR\vincarnation\"\x8d\x02\n" +
 	"\fVerifyUpdate\x12:\n" +
 	"\bprogress\x18\x01 \x01(\v2\x1c.milvuscdc.v1.VerifyProgressH\x00R\bprogress\x12@\n" +
 	"\n" +
@@ -3607,7 +5260,28 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x04done\x18\x04 \x01(\v2\x18.milvuscdc.v1.VerifyDoneH\x00R\x04doneB\a\n" +
 	"\x05event\"\f\n" +
 	"\n" +
-	"VerifyDone2`\n" +
+	"VerifyDone\"\xbf\x01\n" +
+	"\n" +
+	"DiffUpdate\x128\n" +
+	"\bprogress\x18\x01 \x01(\v2\x1a.milvuscdc.v1.DiffProgressH\x00R\bprogress\x12@\n" +
+	"\n" +
+	"difference\x18\x02 \x01(\v2\x1e.milvuscdc.v1.ObjectDifferenceH\x00R\n" +
+	"difference\x12,\n" +
+	"\x04done\x18\x03 \x01(\v2\x16.milvuscdc.v1.DiffDoneH\x00R\x04doneB\a\n" +
+	"\x05event\"\n" +
+	"\n" +
+	"\bDiffDone\"G\n" +
+	"\fLocateResult\x127\n" +
+	"\alocated\x18\x01 \x03(\v2\x1d.milvuscdc.v1.LocatedVchannelR\alocated\"\xf6\x01\n" +
+	"\x0fLocatedVchannel\x12\x1a\n" +
+	"\bvchannel\x18\x01 \x01(\tR\bvchannel\x12\x1b\n" +
+	"\tread_from\x18\x02 \x01(\fR\breadFrom\x12\x1f\n" +
+	"\vresolved_ts\x18\x03 \x01(\x04R\n" +
+	"resolvedTs\x125\n" +
+	"\tretention\x18\x04 \x01(\v2\x17.milvuscdc.v1.RetentionR\tretention\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x18\n" +
+	"\amessage\x18\x06 \x01(\tR\amessage\x12 \n" +
+	"\vincarnation\x18\a \x01(\fR\vincarnation2`\n" +
 	"\x12ReplicationService\x12J\n" +
 	"\aConnect\x12\x1c.milvuscdc.v1.ConnectRequest\x1a\x1d.milvuscdc.v1.ConnectResponse(\x010\x01BY\n" +
 	"\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3"
@@ -3625,7 +5299,7 @@ func file_milvuscdc_v1_replication_service_proto_rawDescGZIP() []byte {
 }
 
 var file_milvuscdc_v1_replication_service_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_milvuscdc_v1_replication_service_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_milvuscdc_v1_replication_service_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
 var file_milvuscdc_v1_replication_service_proto_goTypes = []any{
 	(CollectionSpec_State)(0),      // 0: milvuscdc.v1.CollectionSpec.State
 	(PartitionSpec_State)(0),       // 1: milvuscdc.v1.PartitionSpec.State
@@ -3639,112 +5313,172 @@ var file_milvuscdc_v1_replication_service_proto_goTypes = []any{
 	(*Synced)(nil),                 // 9: milvuscdc.v1.Synced
 	(*Assign)(nil),                 // 10: milvuscdc.v1.Assign
 	(*CollectionSpec)(nil),         // 11: milvuscdc.v1.CollectionSpec
-	(*PartitionSpec)(nil),          // 12: milvuscdc.v1.PartitionSpec
-	(*IndexSpec)(nil),              // 13: milvuscdc.v1.IndexSpec
-	(*LoadSpec)(nil),               // 14: milvuscdc.v1.LoadSpec
-	(*VchannelSpec)(nil),           // 15: milvuscdc.v1.VchannelSpec
-	(*MetadataSpec)(nil),           // 16: milvuscdc.v1.MetadataSpec
-	(*DatabaseSpec)(nil),           // 17: milvuscdc.v1.DatabaseSpec
-	(*Ack)(nil),                    // 18: milvuscdc.v1.Ack
-	(*Nack)(nil),                   // 19: milvuscdc.v1.Nack
-	(*Revoke)(nil),                 // 20: milvuscdc.v1.Revoke
-	(*Released)(nil),               // 21: milvuscdc.v1.Released
-	(*Heartbeat)(nil),              // 22: milvuscdc.v1.Heartbeat
-	(*HeartbeatAck)(nil),           // 23: milvuscdc.v1.HeartbeatAck
-	(*Progress)(nil),               // 24: milvuscdc.v1.Progress
-	(*SinkOpened)(nil),             // 25: milvuscdc.v1.SinkOpened
-	(*VchannelReport)(nil),         // 26: milvuscdc.v1.VchannelReport
-	(*ProgressAck)(nil),            // 27: milvuscdc.v1.ProgressAck
-	(*HorizonGrant)(nil),           // 28: milvuscdc.v1.HorizonGrant
-	(*PartitionQuery)(nil),         // 29: milvuscdc.v1.PartitionQuery
-	(*JobRequest)(nil),             // 30: milvuscdc.v1.JobRequest
-	(*ProbeJob)(nil),               // 31: milvuscdc.v1.ProbeJob
-	(*ResolveJob)(nil),             // 32: milvuscdc.v1.ResolveJob
-	(*VerifyJob)(nil),              // 33: milvuscdc.v1.VerifyJob
-	(*VerifyTarget)(nil),           // 34: milvuscdc.v1.VerifyTarget
-	(*JobCancel)(nil),              // 35: milvuscdc.v1.JobCancel
-	(*JobUpdate)(nil),              // 36: milvuscdc.v1.JobUpdate
-	(*JobFailed)(nil),              // 37: milvuscdc.v1.JobFailed
-	(*ProbeResult)(nil),            // 38: milvuscdc.v1.ProbeResult
-	(*ResolveResult)(nil),          // 39: milvuscdc.v1.ResolveResult
-	(*LogEnd)(nil),                 // 40: milvuscdc.v1.LogEnd
-	(*VerifyUpdate)(nil),           // 41: milvuscdc.v1.VerifyUpdate
-	(*VerifyDone)(nil),             // 42: milvuscdc.v1.VerifyDone
-	nil,                            // 43: milvuscdc.v1.CollectionSpec.PropertiesEntry
-	nil,                            // 44: milvuscdc.v1.IndexSpec.ParamsEntry
-	(*durationpb.Duration)(nil),    // 45: google.protobuf.Duration
-	(*Source)(nil),                 // 46: milvuscdc.v1.Source
-	(*Sink)(nil),                   // 47: milvuscdc.v1.Sink
-	(*Condition)(nil),              // 48: milvuscdc.v1.Condition
-	(*VerifyProgress)(nil),         // 49: milvuscdc.v1.VerifyProgress
-	(*VerifyDifference)(nil),       // 50: milvuscdc.v1.VerifyDifference
-	(*VerifyCollectionResult)(nil), // 51: milvuscdc.v1.VerifyCollectionResult
+	(*AppliedObjects)(nil),         // 12: milvuscdc.v1.AppliedObjects
+	(*SinkName)(nil),               // 13: milvuscdc.v1.SinkName
+	(*PartitionSpec)(nil),          // 14: milvuscdc.v1.PartitionSpec
+	(*IndexSpec)(nil),              // 15: milvuscdc.v1.IndexSpec
+	(*LoadSpec)(nil),               // 16: milvuscdc.v1.LoadSpec
+	(*VchannelSpec)(nil),           // 17: milvuscdc.v1.VchannelSpec
+	(*MetadataSpec)(nil),           // 18: milvuscdc.v1.MetadataSpec
+	(*DatabaseSpec)(nil),           // 19: milvuscdc.v1.DatabaseSpec
+	(*AliasSpec)(nil),              // 20: milvuscdc.v1.AliasSpec
+	(*RbacSpec)(nil),               // 21: milvuscdc.v1.RbacSpec
+	(*RoleMember)(nil),             // 22: milvuscdc.v1.RoleMember
+	(*GrantSpec)(nil),              // 23: milvuscdc.v1.GrantSpec
+	(*PrivilegeGroupSpec)(nil),     // 24: milvuscdc.v1.PrivilegeGroupSpec
+	(*OperationsSpec)(nil),         // 25: milvuscdc.v1.OperationsSpec
+	(*Ack)(nil),                    // 26: milvuscdc.v1.Ack
+	(*Nack)(nil),                   // 27: milvuscdc.v1.Nack
+	(*Revoke)(nil),                 // 28: milvuscdc.v1.Revoke
+	(*Released)(nil),               // 29: milvuscdc.v1.Released
+	(*Heartbeat)(nil),              // 30: milvuscdc.v1.Heartbeat
+	(*HeartbeatAck)(nil),           // 31: milvuscdc.v1.HeartbeatAck
+	(*Progress)(nil),               // 32: milvuscdc.v1.Progress
+	(*FlushOperation)(nil),         // 33: milvuscdc.v1.FlushOperation
+	(*SinkOpened)(nil),             // 34: milvuscdc.v1.SinkOpened
+	(*VchannelReport)(nil),         // 35: milvuscdc.v1.VchannelReport
+	(*Retention)(nil),              // 36: milvuscdc.v1.Retention
+	(*ProgressAck)(nil),            // 37: milvuscdc.v1.ProgressAck
+	(*HorizonGrant)(nil),           // 38: milvuscdc.v1.HorizonGrant
+	(*PartitionQuery)(nil),         // 39: milvuscdc.v1.PartitionQuery
+	(*JobRequest)(nil),             // 40: milvuscdc.v1.JobRequest
+	(*ProbeJob)(nil),               // 41: milvuscdc.v1.ProbeJob
+	(*ResolveJob)(nil),             // 42: milvuscdc.v1.ResolveJob
+	(*VerifyJob)(nil),              // 43: milvuscdc.v1.VerifyJob
+	(*VerifyTarget)(nil),           // 44: milvuscdc.v1.VerifyTarget
+	(*DiffJob)(nil),                // 45: milvuscdc.v1.DiffJob
+	(*LocateJob)(nil),              // 46: milvuscdc.v1.LocateJob
+	(*LocateTarget)(nil),           // 47: milvuscdc.v1.LocateTarget
+	(*JobCancel)(nil),              // 48: milvuscdc.v1.JobCancel
+	(*JobUpdate)(nil),              // 49: milvuscdc.v1.JobUpdate
+	(*JobFailed)(nil),              // 50: milvuscdc.v1.JobFailed
+	(*ProbeResult)(nil),            // 51: milvuscdc.v1.ProbeResult
+	(*ResolveResult)(nil),          // 52: milvuscdc.v1.ResolveResult
+	(*LogEnd)(nil),                 // 53: milvuscdc.v1.LogEnd
+	(*VerifyUpdate)(nil),           // 54: milvuscdc.v1.VerifyUpdate
+	(*VerifyDone)(nil),             // 55: milvuscdc.v1.VerifyDone
+	(*DiffUpdate)(nil),             // 56: milvuscdc.v1.DiffUpdate
+	(*DiffDone)(nil),               // 57: milvuscdc.v1.DiffDone
+	(*LocateResult)(nil),           // 58: milvuscdc.v1.LocateResult
+	(*LocatedVchannel)(nil),        // 59: milvuscdc.v1.LocatedVchannel
+	nil,                            // 60: milvuscdc.v1.CollectionSpec.PropertiesEntry
+	nil,                            // 61: milvuscdc.v1.IndexSpec.ParamsEntry
+	nil,                            // 62: milvuscdc.v1.DatabaseSpec.PropertiesEntry
+	(*durationpb.Duration)(nil),    // 63: google.protobuf.Duration
+	(*Source)(nil),                 // 64: milvuscdc.v1.Source
+	(*Sink)(nil),                   // 65: milvuscdc.v1.Sink
+	(*Carry)(nil),                  // 66: milvuscdc.v1.Carry
+	(Drift)(0),                     // 67: milvuscdc.v1.Drift
+	(*Condition)(nil),              // 68: milvuscdc.v1.Condition
+	(*VerifyProgress)(nil),         // 69: milvuscdc.v1.VerifyProgress
+	(*VerifyDifference)(nil),       // 70: milvuscdc.v1.VerifyDifference
+	(*VerifyCollectionResult)(nil), // 71: milvuscdc.v1.VerifyCollectionResult
+	(*DiffProgress)(nil),           // 72: milvuscdc.v1.DiffProgress
+	(*ObjectDifference)(nil),       // 73: milvuscdc.v1.ObjectDifference
 }
 var file_milvuscdc_v1_replication_service_proto_depIdxs = []int32{
 	6,  // 0: milvuscdc.v1.ConnectRequest.hello:type_name -> milvuscdc.v1.Hello
-	18, // 1: milvuscdc.v1.ConnectRequest.ack:type_name -> milvuscdc.v1.Ack
-	19, // 2: milvuscdc.v1.ConnectRequest.nack:type_name -> milvuscdc.v1.Nack
-	21, // 3: milvuscdc.v1.ConnectRequest.released:type_name -> milvuscdc.v1.Released
-	22, // 4: milvuscdc.v1.ConnectRequest.heartbeat:type_name -> milvuscdc.v1.Heartbeat
-	24, // 5: milvuscdc.v1.ConnectRequest.progress:type_name -> milvuscdc.v1.Progress
-	36, // 6: milvuscdc.v1.ConnectRequest.job_update:type_name -> milvuscdc.v1.JobUpdate
-	29, // 7: milvuscdc.v1.ConnectRequest.partition_query:type_name -> milvuscdc.v1.PartitionQuery
+	26, // 1: milvuscdc.v1.ConnectRequest.ack:type_name -> milvuscdc.v1.Ack
+	27, // 2: milvuscdc.v1.ConnectRequest.nack:type_name -> milvuscdc.v1.Nack
+	29, // 3: milvuscdc.v1.ConnectRequest.released:type_name -> milvuscdc.v1.Released
+	30, // 4: milvuscdc.v1.ConnectRequest.heartbeat:type_name -> milvuscdc.v1.Heartbeat
+	32, // 5: milvuscdc.v1.ConnectRequest.progress:type_name -> milvuscdc.v1.Progress
+	49, // 6: milvuscdc.v1.ConnectRequest.job_update:type_name -> milvuscdc.v1.JobUpdate
+	39, // 7: milvuscdc.v1.ConnectRequest.partition_query:type_name -> milvuscdc.v1.PartitionQuery
 	8,  // 8: milvuscdc.v1.ConnectResponse.welcome:type_name -> milvuscdc.v1.Welcome
 	10, // 9: milvuscdc.v1.ConnectResponse.assign:type_name -> milvuscdc.v1.Assign
-	20, // 10: milvuscdc.v1.ConnectResponse.revoke:type_name -> milvuscdc.v1.Revoke
+	28, // 10: milvuscdc.v1.ConnectResponse.revoke:type_name -> milvuscdc.v1.Revoke
 	9,  // 11: milvuscdc.v1.ConnectResponse.synced:type_name -> milvuscdc.v1.Synced
-	23, // 12: milvuscdc.v1.ConnectResponse.heartbeat_ack:type_name -> milvuscdc.v1.HeartbeatAck
-	27, // 13: milvuscdc.v1.ConnectResponse.progress_ack:type_name -> milvuscdc.v1.ProgressAck
-	30, // 14: milvuscdc.v1.ConnectResponse.job_request:type_name -> milvuscdc.v1.JobRequest
-	35, // 15: milvuscdc.v1.ConnectResponse.job_cancel:type_name -> milvuscdc.v1.JobCancel
+	31, // 12: milvuscdc.v1.ConnectResponse.heartbeat_ack:type_name -> milvuscdc.v1.HeartbeatAck
+	37, // 13: milvuscdc.v1.ConnectResponse.progress_ack:type_name -> milvuscdc.v1.ProgressAck
+	40, // 14: milvuscdc.v1.ConnectResponse.job_request:type_name -> milvuscdc.v1.JobRequest
+	48, // 15: milvuscdc.v1.ConnectResponse.job_cancel:type_name -> milvuscdc.v1.JobCancel
 	7,  // 16: milvuscdc.v1.Hello.held:type_name -> milvuscdc.v1.HeldAssignment
-	45, // 17: milvuscdc.v1.Welcome.lease_ttl:type_name -> google.protobuf.Duration
-	45, // 18: milvuscdc.v1.Welcome.heartbeat_interval:type_name -> google.protobuf.Duration
-	45, // 19: milvuscdc.v1.Welcome.progress_interval:type_name -> google.protobuf.Duration
-	46, // 20: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
-	47, // 21: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
+	63, // 17: milvuscdc.v1.Welcome.lease_ttl:type_name -> google.protobuf.Duration
+	63, // 18: milvuscdc.v1.Welcome.heartbeat_interval:type_name -> google.protobuf.Duration
+	63, // 19: milvuscdc.v1.Welcome.progress_interval:type_name -> google.protobuf.Duration
+	64, // 20: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
+	65, // 21: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
 	11, // 22: milvuscdc.v1.Assign.collection:type_name -> milvuscdc.v1.CollectionSpec
-	16, // 23: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	43, // 24: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
-	0,  // 25: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
-	12, // 26: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
-	13, // 27: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
-	14, // 28: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
-	15, // 29: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
-	1,  // 30: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
-	44, // 31: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
-	2,  // 32: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
-	17, // 33: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
-	3,  // 34: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
-	26, // 35: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
-	48, // 36: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
-	25, // 37: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
-	28, // 38: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
-	31, // 39: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
-	32, // 40: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
-	33, // 41: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
-	46, // 42: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
-	47, // 43: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
-	46, // 44: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
-	46, // 45: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
-	47, // 46: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
-	34, // 47: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
-	37, // 48: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
-	38, // 49: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
-	39, // 50: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
-	41, // 51: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
-	40, // 52: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
-	49, // 53: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
-	50, // 54: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
-	51, // 55: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
-	42, // 56: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
-	4,  // 57: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
-	5,  // 58: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
-	58, // [58:59] is the sub-list for method output_type
-	57, // [57:58] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	18, // 23: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	66, // 24: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
+	67, // 25: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
+	60, // 26: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
+	0,  // 27: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
+	14, // 28: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
+	15, // 29: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
+	16, // 30: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
+	17, // 31: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
+	13, // 32: milvuscdc.v1.CollectionSpec.renamed_from:type_name -> milvuscdc.v1.SinkName
+	12, // 33: milvuscdc.v1.CollectionSpec.applied:type_name -> milvuscdc.v1.AppliedObjects
+	15, // 34: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
+	16, // 35: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
+	1,  // 36: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
+	61, // 37: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
+	2,  // 38: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
+	19, // 39: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
+	20, // 40: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
+	13, // 41: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
+	21, // 42: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
+	25, // 43: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
+	62, // 44: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
+	22, // 45: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
+	23, // 46: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
+	24, // 47: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
+	22, // 48: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
+	23, // 49: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
+	3,  // 50: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
+	35, // 51: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
+	68, // 52: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
+	34, // 53: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
+	13, // 54: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
+	33, // 55: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
+	36, // 56: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
+	63, // 57: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
+	63, // 58: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
+	38, // 59: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
+	41, // 60: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
+	42, // 61: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
+	43, // 62: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
+	45, // 63: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
+	46, // 64: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
+	64, // 65: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
+	65, // 66: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
+	11, // 67: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	64, // 68: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
+	64, // 69: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
+	65, // 70: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
+	44, // 71: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
+	64, // 72: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
+	65, // 73: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
+	11, // 74: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	18, // 75: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	66, // 76: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
+	64, // 77: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
+	47, // 78: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
+	50, // 79: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
+	51, // 80: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
+	52, // 81: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
+	54, // 82: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
+	56, // 83: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
+	58, // 84: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
+	53, // 85: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
+	69, // 86: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
+	70, // 87: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
+	71, // 88: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
+	55, // 89: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
+	72, // 90: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
+	73, // 91: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
+	57, // 92: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
+	59, // 93: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
+	36, // 94: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
+	4,  // 95: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
+	5,  // 96: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
+	96, // [96:97] is the sub-list for method output_type
+	95, // [95:96] is the sub-list for method input_type
+	95, // [95:95] is the sub-list for extension type_name
+	95, // [95:95] is the sub-list for extension extendee
+	0,  // [0:95] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_replication_service_proto_init() }
@@ -3752,6 +5486,7 @@ func file_milvuscdc_v1_replication_service_proto_init() {
 	if File_milvuscdc_v1_replication_service_proto != nil {
 		return
 	}
+	file_milvuscdc_v1_diff_proto_init()
 	file_milvuscdc_v1_task_proto_init()
 	file_milvuscdc_v1_verify_proto_init()
 	file_milvuscdc_v1_replication_service_proto_msgTypes[0].OneofWrappers = []any{
@@ -3778,22 +5513,35 @@ func file_milvuscdc_v1_replication_service_proto_init() {
 		(*Assign_Collection)(nil),
 		(*Assign_Metadata)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[26].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[36].OneofWrappers = []any{
 		(*JobRequest_Probe)(nil),
 		(*JobRequest_Resolve)(nil),
 		(*JobRequest_Verify)(nil),
+		(*JobRequest_Diff)(nil),
+		(*JobRequest_Locate)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[32].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[43].OneofWrappers = []any{
+		(*LocateTarget_ReadFrom)(nil),
+		(*LocateTarget_Ts)(nil),
+	}
+	file_milvuscdc_v1_replication_service_proto_msgTypes[45].OneofWrappers = []any{
 		(*JobUpdate_Failed)(nil),
 		(*JobUpdate_Probe)(nil),
 		(*JobUpdate_Resolve)(nil),
 		(*JobUpdate_Verify)(nil),
+		(*JobUpdate_Diff)(nil),
+		(*JobUpdate_Locate)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[37].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[50].OneofWrappers = []any{
 		(*VerifyUpdate_Progress)(nil),
 		(*VerifyUpdate_Difference)(nil),
 		(*VerifyUpdate_Collection)(nil),
 		(*VerifyUpdate_Done)(nil),
+	}
+	file_milvuscdc_v1_replication_service_proto_msgTypes[52].OneofWrappers = []any{
+		(*DiffUpdate_Progress)(nil),
+		(*DiffUpdate_Difference)(nil),
+		(*DiffUpdate_Done)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3801,7 +5549,7 @@ func file_milvuscdc_v1_replication_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_replication_service_proto_rawDesc), len(file_milvuscdc_v1_replication_service_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   41,
+			NumMessages:   59,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

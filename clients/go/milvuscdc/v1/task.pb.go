@@ -27,6 +27,59 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// What to do about differences of the sink that the source did not cause.
+type Drift int32
+
+const (
+	// As DRIFT_REPAIR.
+	Drift_DRIFT_UNSPECIFIED Drift = 0
+	// Mend them.
+	Drift_DRIFT_REPAIR Drift = 1
+	// Show them (condition DRIFT, `DiffTask`) and leave them.
+	Drift_DRIFT_REPORT Drift = 2
+)
+
+// Enum value maps for Drift.
+var (
+	Drift_name = map[int32]string{
+		0: "DRIFT_UNSPECIFIED",
+		1: "DRIFT_REPAIR",
+		2: "DRIFT_REPORT",
+	}
+	Drift_value = map[string]int32{
+		"DRIFT_UNSPECIFIED": 0,
+		"DRIFT_REPAIR":      1,
+		"DRIFT_REPORT":      2,
+	}
+)
+
+func (x Drift) Enum() *Drift {
+	p := new(Drift)
+	*p = x
+	return p
+}
+
+func (x Drift) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Drift) Descriptor() protoreflect.EnumDescriptor {
+	return file_milvuscdc_v1_task_proto_enumTypes[0].Descriptor()
+}
+
+func (Drift) Type() protoreflect.EnumType {
+	return &file_milvuscdc_v1_task_proto_enumTypes[0]
+}
+
+func (x Drift) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Drift.Descriptor instead.
+func (Drift) EnumDescriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{0}
+}
+
 // Where a task is in its life.
 type TaskState int32
 
@@ -78,11 +131,11 @@ func (x TaskState) String() string {
 }
 
 func (TaskState) Descriptor() protoreflect.EnumDescriptor {
-	return file_milvuscdc_v1_task_proto_enumTypes[0].Descriptor()
+	return file_milvuscdc_v1_task_proto_enumTypes[1].Descriptor()
 }
 
 func (TaskState) Type() protoreflect.EnumType {
-	return &file_milvuscdc_v1_task_proto_enumTypes[0]
+	return &file_milvuscdc_v1_task_proto_enumTypes[1]
 }
 
 func (x TaskState) Number() protoreflect.EnumNumber {
@@ -91,7 +144,7 @@ func (x TaskState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use TaskState.Descriptor instead.
 func (TaskState) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{0}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{1}
 }
 
 type CollectionState int32
@@ -141,11 +194,11 @@ func (x CollectionState) String() string {
 }
 
 func (CollectionState) Descriptor() protoreflect.EnumDescriptor {
-	return file_milvuscdc_v1_task_proto_enumTypes[1].Descriptor()
+	return file_milvuscdc_v1_task_proto_enumTypes[2].Descriptor()
 }
 
 func (CollectionState) Type() protoreflect.EnumType {
-	return &file_milvuscdc_v1_task_proto_enumTypes[1]
+	return &file_milvuscdc_v1_task_proto_enumTypes[2]
 }
 
 func (x CollectionState) Number() protoreflect.EnumNumber {
@@ -154,7 +207,7 @@ func (x CollectionState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CollectionState.Descriptor instead.
 func (CollectionState) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{1}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{2}
 }
 
 // A user's replication request: one source, one sink, a selection of collections.
@@ -181,17 +234,25 @@ type Task struct {
 	// Where in the log a collection that exists when the task is created begins. Immutable.
 	Start *Start `protobuf:"bytes,10,opt,name=start,proto3" json:"start,omitempty"`
 	// Take over sink collections that already hold rows instead of failing them with COLLECTION_EXISTS. Immutable.
-	AdoptExisting bool      `protobuf:"varint,11,opt,name=adopt_existing,json=adoptExisting,proto3" json:"adopt_existing,omitempty"`
-	State         TaskState `protobuf:"varint,20,opt,name=state,proto3,enum=milvuscdc.v1.TaskState" json:"state,omitempty"`
+	AdoptExisting bool `protobuf:"varint,11,opt,name=adopt_existing,json=adoptExisting,proto3" json:"adopt_existing,omitempty"`
+	// Names at the sink that differ from those at the source; the first rule that matches counts. Immutable.
+	Rename []*NameRule `protobuf:"bytes,12,rep,name=rename,proto3" json:"rename,omitempty"`
+	// Kinds of operation to carry. May be changed while the task runs.
+	Carry *Carry `protobuf:"bytes,13,opt,name=carry,proto3" json:"carry,omitempty"`
+	// What to do about differences of the sink that the source did not cause. May be changed while the task runs.
+	Drift Drift     `protobuf:"varint,14,opt,name=drift,proto3,enum=milvuscdc.v1.Drift" json:"drift,omitempty"`
+	State TaskState `protobuf:"varint,20,opt,name=state,proto3,enum=milvuscdc.v1.TaskState" json:"state,omitempty"`
 	// Upper-case reason of the state, for programs, for example NO_REPLICATOR; empty when all is well.
 	Reason string `protobuf:"bytes,21,opt,name=reason,proto3" json:"reason,omitempty"`
 	// The same for people, with what to do.
 	Message string `protobuf:"bytes,22,opt,name=message,proto3" json:"message,omitempty"`
 	// When the state last changed.
-	StateTime     *timestamppb.Timestamp `protobuf:"bytes,23,opt,name=state_time,json=stateTime,proto3" json:"state_time,omitempty"`
-	CreateTime    *timestamppb.Timestamp `protobuf:"bytes,24,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
-	UpdateTime    *timestamppb.Timestamp `protobuf:"bytes,25,opt,name=update_time,json=updateTime,proto3" json:"update_time,omitempty"`
-	Progress      *TaskProgress          `protobuf:"bytes,26,opt,name=progress,proto3" json:"progress,omitempty"`
+	StateTime  *timestamppb.Timestamp `protobuf:"bytes,23,opt,name=state_time,json=stateTime,proto3" json:"state_time,omitempty"`
+	CreateTime *timestamppb.Timestamp `protobuf:"bytes,24,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
+	UpdateTime *timestamppb.Timestamp `protobuf:"bytes,25,opt,name=update_time,json=updateTime,proto3" json:"update_time,omitempty"`
+	Progress   *TaskProgress          `protobuf:"bytes,26,opt,name=progress,proto3" json:"progress,omitempty"`
+	// Standing remarks about what belongs to no collection, for example CREDENTIAL_NEEDED for a user.
+	Conditions    []*Condition `protobuf:"bytes,27,rep,name=conditions,proto3" json:"conditions,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -303,6 +364,27 @@ func (x *Task) GetAdoptExisting() bool {
 	return false
 }
 
+func (x *Task) GetRename() []*NameRule {
+	if x != nil {
+		return x.Rename
+	}
+	return nil
+}
+
+func (x *Task) GetCarry() *Carry {
+	if x != nil {
+		return x.Carry
+	}
+	return nil
+}
+
+func (x *Task) GetDrift() Drift {
+	if x != nil {
+		return x.Drift
+	}
+	return Drift_DRIFT_UNSPECIFIED
+}
+
 func (x *Task) GetState() TaskState {
 	if x != nil {
 		return x.State
@@ -352,6 +434,160 @@ func (x *Task) GetProgress() *TaskProgress {
 	return nil
 }
 
+func (x *Task) GetConditions() []*Condition {
+	if x != nil {
+		return x.Conditions
+	}
+	return nil
+}
+
+// A collection (or many, with one `*`) that has another name at the sink.
+type NameRule struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `database.collection` at the source; `*` captures any run of characters, at most one in each half.
+	From string `protobuf:"bytes,1,opt,name=from,proto3" json:"from,omitempty"`
+	// `database.collection` at the sink; a `*` in a half puts in what the `*` of the same half of `from` captured.
+	To            string `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NameRule) Reset() {
+	*x = NameRule{}
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NameRule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NameRule) ProtoMessage() {}
+
+func (x *NameRule) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NameRule.ProtoReflect.Descriptor instead.
+func (*NameRule) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *NameRule) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *NameRule) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+// Kinds of operation; what is unset has its default.
+type Carry struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Inserts, upserts, deletes; on by default. Without them the collections are kept empty.
+	Rows *bool `protobuf:"varint,1,opt,name=rows,proto3,oneof" json:"rows,omitempty"`
+	// Databases, collections, partitions, aliases, names, properties; on by default. Without them collections must
+	// exist at the sink, and stay there.
+	Schema *bool `protobuf:"varint,2,opt,name=schema,proto3,oneof" json:"schema,omitempty"`
+	// Indexes; on by default.
+	Index *bool `protobuf:"varint,3,opt,name=index,proto3,oneof" json:"index,omitempty"`
+	// Which collections and partitions are loaded; on by default.
+	Load *bool `protobuf:"varint,4,opt,name=load,proto3,oneof" json:"load,omitempty"`
+	// Roles, their members and grants, privilege groups; off by default. Users are never invented: see CREDENTIAL_NEEDED.
+	Rbac *bool `protobuf:"varint,5,opt,name=rbac,proto3,oneof" json:"rbac,omitempty"`
+	// Flushes that users asked for; on by default.
+	Flush         *bool `protobuf:"varint,6,opt,name=flush,proto3,oneof" json:"flush,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Carry) Reset() {
+	*x = Carry{}
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Carry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Carry) ProtoMessage() {}
+
+func (x *Carry) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Carry.ProtoReflect.Descriptor instead.
+func (*Carry) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Carry) GetRows() bool {
+	if x != nil && x.Rows != nil {
+		return *x.Rows
+	}
+	return false
+}
+
+func (x *Carry) GetSchema() bool {
+	if x != nil && x.Schema != nil {
+		return *x.Schema
+	}
+	return false
+}
+
+func (x *Carry) GetIndex() bool {
+	if x != nil && x.Index != nil {
+		return *x.Index
+	}
+	return false
+}
+
+func (x *Carry) GetLoad() bool {
+	if x != nil && x.Load != nil {
+		return *x.Load
+	}
+	return false
+}
+
+func (x *Carry) GetRbac() bool {
+	if x != nil && x.Rbac != nil {
+		return *x.Rbac
+	}
+	return false
+}
+
+func (x *Carry) GetFlush() bool {
+	if x != nil && x.Flush != nil {
+		return *x.Flush
+	}
+	return false
+}
+
 // Sums over a task's collections.
 type TaskProgress struct {
 	state              protoimpl.MessageState `protogen:"open.v1"`
@@ -369,7 +605,7 @@ type TaskProgress struct {
 
 func (x *TaskProgress) Reset() {
 	*x = TaskProgress{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[1]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -381,7 +617,7 @@ func (x *TaskProgress) String() string {
 func (*TaskProgress) ProtoMessage() {}
 
 func (x *TaskProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[1]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -394,7 +630,7 @@ func (x *TaskProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskProgress.ProtoReflect.Descriptor instead.
 func (*TaskProgress) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{1}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *TaskProgress) GetCollections() int32 {
@@ -460,7 +696,7 @@ type Secret struct {
 
 func (x *Secret) Reset() {
 	*x = Secret{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[2]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -472,7 +708,7 @@ func (x *Secret) String() string {
 func (*Secret) ProtoMessage() {}
 
 func (x *Secret) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[2]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -485,7 +721,7 @@ func (x *Secret) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Secret.ProtoReflect.Descriptor instead.
 func (*Secret) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{2}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Secret) GetRef() isSecret_Ref {
@@ -551,7 +787,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[3]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -563,7 +799,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[3]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -576,7 +812,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{3}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Source) GetEtcd() *EtcdMetadata {
@@ -649,7 +885,7 @@ type EtcdMetadata struct {
 
 func (x *EtcdMetadata) Reset() {
 	*x = EtcdMetadata{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -661,7 +897,7 @@ func (x *EtcdMetadata) String() string {
 func (*EtcdMetadata) ProtoMessage() {}
 
 func (x *EtcdMetadata) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -674,7 +910,7 @@ func (x *EtcdMetadata) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EtcdMetadata.ProtoReflect.Descriptor instead.
 func (*EtcdMetadata) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{4}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *EtcdMetadata) GetEndpoints() []string {
@@ -709,7 +945,7 @@ type NatsQueue struct {
 
 func (x *NatsQueue) Reset() {
 	*x = NatsQueue{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -721,7 +957,7 @@ func (x *NatsQueue) String() string {
 func (*NatsQueue) ProtoMessage() {}
 
 func (x *NatsQueue) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -734,7 +970,7 @@ func (x *NatsQueue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NatsQueue.ProtoReflect.Descriptor instead.
 func (*NatsQueue) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{5}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *NatsQueue) GetUrl() string {
@@ -755,7 +991,7 @@ type KafkaQueue struct {
 
 func (x *KafkaQueue) Reset() {
 	*x = KafkaQueue{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -767,7 +1003,7 @@ func (x *KafkaQueue) String() string {
 func (*KafkaQueue) ProtoMessage() {}
 
 func (x *KafkaQueue) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -780,7 +1016,7 @@ func (x *KafkaQueue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KafkaQueue.ProtoReflect.Descriptor instead.
 func (*KafkaQueue) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{6}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *KafkaQueue) GetBrokers() []string {
@@ -803,7 +1039,7 @@ type MilvusEndpoint struct {
 
 func (x *MilvusEndpoint) Reset() {
 	*x = MilvusEndpoint{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -815,7 +1051,7 @@ func (x *MilvusEndpoint) String() string {
 func (*MilvusEndpoint) ProtoMessage() {}
 
 func (x *MilvusEndpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -828,7 +1064,7 @@ func (x *MilvusEndpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MilvusEndpoint.ProtoReflect.Descriptor instead.
 func (*MilvusEndpoint) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{7}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *MilvusEndpoint) GetUri() string {
@@ -858,7 +1094,7 @@ type Sink struct {
 
 func (x *Sink) Reset() {
 	*x = Sink{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -870,7 +1106,7 @@ func (x *Sink) String() string {
 func (*Sink) ProtoMessage() {}
 
 func (x *Sink) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -883,7 +1119,7 @@ func (x *Sink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sink.ProtoReflect.Descriptor instead.
 func (*Sink) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{8}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Sink) GetKind() isSink_Kind {
@@ -925,7 +1161,7 @@ type Selection struct {
 
 func (x *Selection) Reset() {
 	*x = Selection{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -937,7 +1173,7 @@ func (x *Selection) String() string {
 func (*Selection) ProtoMessage() {}
 
 func (x *Selection) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -950,7 +1186,7 @@ func (x *Selection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selection.ProtoReflect.Descriptor instead.
 func (*Selection) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{9}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Selection) GetInclude() []string {
@@ -981,7 +1217,7 @@ type Start struct {
 
 func (x *Start) Reset() {
 	*x = Start{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -993,7 +1229,7 @@ func (x *Start) String() string {
 func (*Start) ProtoMessage() {}
 
 func (x *Start) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1006,7 +1242,7 @@ func (x *Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Start.ProtoReflect.Descriptor instead.
 func (*Start) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{10}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Start) GetAt() isStart_At {
@@ -1060,7 +1296,7 @@ type Earliest struct {
 
 func (x *Earliest) Reset() {
 	*x = Earliest{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1072,7 +1308,7 @@ func (x *Earliest) String() string {
 func (*Earliest) ProtoMessage() {}
 
 func (x *Earliest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1085,7 +1321,7 @@ func (x *Earliest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Earliest.ProtoReflect.Descriptor instead.
 func (*Earliest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{11}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{13}
 }
 
 type Latest struct {
@@ -1096,7 +1332,7 @@ type Latest struct {
 
 func (x *Latest) Reset() {
 	*x = Latest{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1108,7 +1344,7 @@ func (x *Latest) String() string {
 func (*Latest) ProtoMessage() {}
 
 func (x *Latest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1121,7 +1357,7 @@ func (x *Latest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Latest.ProtoReflect.Descriptor instead.
 func (*Latest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{12}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{14}
 }
 
 // One collection of a task: state, place in the log, counters.
@@ -1146,17 +1382,20 @@ type TaskCollection struct {
 	// Rows of partitions that the source has dropped, left out because the drop removes them.
 	RowsSkipped int64 `protobuf:"varint,14,opt,name=rows_skipped,json=rowsSkipped,proto3" json:"rows_skipped,omitempty"`
 	// Name of the replicator that holds the assignment, `replicators/{replicator}`; empty when none does.
-	Replicator    string              `protobuf:"bytes,15,opt,name=replicator,proto3" json:"replicator,omitempty"`
-	Epoch         int64               `protobuf:"varint,16,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	Vchannels     []*VchannelProgress `protobuf:"bytes,17,rep,name=vchannels,proto3" json:"vchannels,omitempty"`
-	Conditions    []*Condition        `protobuf:"bytes,18,rep,name=conditions,proto3" json:"conditions,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Replicator string              `protobuf:"bytes,15,opt,name=replicator,proto3" json:"replicator,omitempty"`
+	Epoch      int64               `protobuf:"varint,16,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Vchannels  []*VchannelProgress `protobuf:"bytes,17,rep,name=vchannels,proto3" json:"vchannels,omitempty"`
+	Conditions []*Condition        `protobuf:"bytes,18,rep,name=conditions,proto3" json:"conditions,omitempty"`
+	// `database` and `collection` are names at the source; these are those at the sink.
+	SinkDatabase   string `protobuf:"bytes,19,opt,name=sink_database,json=sinkDatabase,proto3" json:"sink_database,omitempty"`
+	SinkCollection string `protobuf:"bytes,20,opt,name=sink_collection,json=sinkCollection,proto3" json:"sink_collection,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *TaskCollection) Reset() {
 	*x = TaskCollection{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1168,7 +1407,7 @@ func (x *TaskCollection) String() string {
 func (*TaskCollection) ProtoMessage() {}
 
 func (x *TaskCollection) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1181,7 +1420,7 @@ func (x *TaskCollection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskCollection.ProtoReflect.Descriptor instead.
 func (*TaskCollection) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{13}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *TaskCollection) GetName() string {
@@ -1310,6 +1549,20 @@ func (x *TaskCollection) GetConditions() []*Condition {
 	return nil
 }
 
+func (x *TaskCollection) GetSinkDatabase() string {
+	if x != nil {
+		return x.SinkDatabase
+	}
+	return ""
+}
+
+func (x *TaskCollection) GetSinkCollection() string {
+	if x != nil {
+		return x.SinkCollection
+	}
+	return ""
+}
+
 // A standing remark about a collection, for example AUTO_ID_KEYS.
 type Condition struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1322,7 +1575,7 @@ type Condition struct {
 
 func (x *Condition) Reset() {
 	*x = Condition{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1334,7 +1587,7 @@ func (x *Condition) String() string {
 func (*Condition) ProtoMessage() {}
 
 func (x *Condition) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1347,7 +1600,7 @@ func (x *Condition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Condition.ProtoReflect.Descriptor instead.
 func (*Condition) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{14}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Condition) GetType() string {
@@ -1375,14 +1628,20 @@ type VchannelProgress struct {
 	// TSO: no row beyond it may have been written.
 	HorizonTs uint64 `protobuf:"varint,4,opt,name=horizon_ts,json=horizonTs,proto3" json:"horizon_ts,omitempty"`
 	// The shard's log has ended with the collection's drop.
-	Closed        bool `protobuf:"varint,5,opt,name=closed,proto3" json:"closed,omitempty"`
+	Closed bool `protobuf:"varint,5,opt,name=closed,proto3" json:"closed,omitempty"`
+	// How long until `read_from` falls out of the queue if nothing moves; unset when the queue sets no limit in time.
+	RetentionLeft *durationpb.Duration `protobuf:"bytes,6,opt,name=retention_left,json=retentionLeft,proto3" json:"retention_left,omitempty"`
+	// How many bytes may be written before `read_from` falls out of the queue; -1 when the queue sets no such limit.
+	RetentionLeftBytes int64 `protobuf:"varint,7,opt,name=retention_left_bytes,json=retentionLeftBytes,proto3" json:"retention_left_bytes,omitempty"`
+	// `read_from` as the queue's own tools show it (Kafka offset, NATS stream sequence).
+	ReadFromText  string `protobuf:"bytes,8,opt,name=read_from_text,json=readFromText,proto3" json:"read_from_text,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *VchannelProgress) Reset() {
 	*x = VchannelProgress{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1394,7 +1653,7 @@ func (x *VchannelProgress) String() string {
 func (*VchannelProgress) ProtoMessage() {}
 
 func (x *VchannelProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1407,7 +1666,7 @@ func (x *VchannelProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VchannelProgress.ProtoReflect.Descriptor instead.
 func (*VchannelProgress) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{15}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *VchannelProgress) GetVchannel() string {
@@ -1445,11 +1704,33 @@ func (x *VchannelProgress) GetClosed() bool {
 	return false
 }
 
+func (x *VchannelProgress) GetRetentionLeft() *durationpb.Duration {
+	if x != nil {
+		return x.RetentionLeft
+	}
+	return nil
+}
+
+func (x *VchannelProgress) GetRetentionLeftBytes() int64 {
+	if x != nil {
+		return x.RetentionLeftBytes
+	}
+	return 0
+}
+
+func (x *VchannelProgress) GetReadFromText() string {
+	if x != nil {
+		return x.ReadFromText
+	}
+	return ""
+}
+
 var File_milvuscdc_v1_task_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\n" +
-	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcb\b\n" +
+	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa9\n" +
+	"\n" +
 	"\x04Task\x12F\n" +
 	"\x04name\x18\x01 \x01(\tB2\xe2A\x01\b\xbaH+r)2'^tasks/[a-z]([a-z0-9-]{0,61}[a-z0-9])?$R\x04name\x12\x16\n" +
 	"\x03uid\x18\x02 \x01(\tB\x04\xe2A\x01\x03R\x03uid\x12\x12\n" +
@@ -1465,7 +1746,10 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\xe2A\x01\x02\xbaH\x03\xc8\x01\x01R\tselection\x126\n" +
 	"\x05start\x18\n" +
 	" \x01(\v2\x13.milvuscdc.v1.StartB\v\xe2A\x02\x02\x05\xbaH\x03\xc8\x01\x01R\x05start\x12+\n" +
-	"\x0eadopt_existing\x18\v \x01(\bB\x04\xe2A\x01\x05R\radoptExisting\x123\n" +
+	"\x0eadopt_existing\x18\v \x01(\bB\x04\xe2A\x01\x05R\radoptExisting\x12=\n" +
+	"\x06rename\x18\f \x03(\v2\x16.milvuscdc.v1.NameRuleB\r\xe2A\x01\x05\xbaH\x06\x92\x01\x03\x10\xe8\aR\x06rename\x12)\n" +
+	"\x05carry\x18\r \x01(\v2\x13.milvuscdc.v1.CarryR\x05carry\x123\n" +
+	"\x05drift\x18\x0e \x01(\x0e2\x13.milvuscdc.v1.DriftB\b\xbaH\x05\x82\x01\x02\x10\x01R\x05drift\x123\n" +
 	"\x05state\x18\x14 \x01(\x0e2\x17.milvuscdc.v1.TaskStateB\x04\xe2A\x01\x03R\x05state\x12\x1c\n" +
 	"\x06reason\x18\x15 \x01(\tB\x04\xe2A\x01\x03R\x06reason\x12\x1e\n" +
 	"\amessage\x18\x16 \x01(\tB\x04\xe2A\x01\x03R\amessage\x12?\n" +
@@ -1475,11 +1759,30 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"createTime\x12A\n" +
 	"\vupdate_time\x18\x19 \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\n" +
 	"updateTime\x12<\n" +
-	"\bprogress\x18\x1a \x01(\v2\x1a.milvuscdc.v1.TaskProgressB\x04\xe2A\x01\x03R\bprogress\x1a9\n" +
+	"\bprogress\x18\x1a \x01(\v2\x1a.milvuscdc.v1.TaskProgressB\x04\xe2A\x01\x03R\bprogress\x12=\n" +
+	"\n" +
+	"conditions\x18\x1b \x03(\v2\x17.milvuscdc.v1.ConditionB\x04\xe2A\x01\x03R\n" +
+	"conditions\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01:1\xeaA.\n" +
-	"\x11milvuscdc.io/Task\x12\ftasks/{task}*\x05tasks2\x04task\"\xaa\x02\n" +
+	"\x11milvuscdc.io/Task\x12\ftasks/{task}*\x05tasks2\x04task\"b\n" +
+	"\bNameRule\x12,\n" +
+	"\x04from\x18\x01 \x01(\tB\x18\xbaH\x15r\x13\x18\x80\x042\x0e^[^.]+\\.[^.]+$R\x04from\x12(\n" +
+	"\x02to\x18\x02 \x01(\tB\x18\xbaH\x15r\x13\x18\x80\x042\x0e^[^.]+\\.[^.]+$R\x02to\"\xdf\x01\n" +
+	"\x05Carry\x12\x17\n" +
+	"\x04rows\x18\x01 \x01(\bH\x00R\x04rows\x88\x01\x01\x12\x1b\n" +
+	"\x06schema\x18\x02 \x01(\bH\x01R\x06schema\x88\x01\x01\x12\x19\n" +
+	"\x05index\x18\x03 \x01(\bH\x02R\x05index\x88\x01\x01\x12\x17\n" +
+	"\x04load\x18\x04 \x01(\bH\x03R\x04load\x88\x01\x01\x12\x17\n" +
+	"\x04rbac\x18\x05 \x01(\bH\x04R\x04rbac\x88\x01\x01\x12\x19\n" +
+	"\x05flush\x18\x06 \x01(\bH\x05R\x05flush\x88\x01\x01B\a\n" +
+	"\x05_rowsB\t\n" +
+	"\a_schemaB\b\n" +
+	"\x06_indexB\a\n" +
+	"\x05_loadB\a\n" +
+	"\x05_rbacB\b\n" +
+	"\x06_flush\"\xaa\x02\n" +
 	"\fTaskProgress\x12 \n" +
 	"\vcollections\x18\x01 \x01(\x05R\vcollections\x12/\n" +
 	"\x13collections_running\x18\x02 \x01(\x05R\x12collectionsRunning\x12-\n" +
@@ -1524,7 +1827,7 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x02at\x12\x05\xbaH\x02\b\x01\"\n" +
 	"\n" +
 	"\bEarliest\"\b\n" +
-	"\x06Latest\"\xc0\x06\n" +
+	"\x06Latest\"\x8e\a\n" +
 	"\x0eTaskCollection\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bdatabase\x18\x02 \x01(\tR\bdatabase\x12\x1e\n" +
@@ -1551,11 +1854,13 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\tvchannels\x18\x11 \x03(\v2\x1e.milvuscdc.v1.VchannelProgressR\tvchannels\x127\n" +
 	"\n" +
 	"conditions\x18\x12 \x03(\v2\x17.milvuscdc.v1.ConditionR\n" +
-	"conditions:h\xeaAe\n" +
+	"conditions\x12#\n" +
+	"\rsink_database\x18\x13 \x01(\tR\fsinkDatabase\x12'\n" +
+	"\x0fsink_collection\x18\x14 \x01(\tR\x0esinkCollection:h\xeaAe\n" +
 	"\x1bmilvuscdc.io/TaskCollection\x12%tasks/{task}/collections/{collection}*\x0ftaskCollections2\x0etaskCollection\"9\n" +
 	"\tCondition\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x18\n" +
-	"\amessage\x18\x02 \x01(\tR\amessage\"\xa3\x01\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\"\xbd\x02\n" +
 	"\x10VchannelProgress\x12\x1a\n" +
 	"\bvchannel\x18\x01 \x01(\tR\bvchannel\x12\x1b\n" +
 	"\tread_from\x18\x02 \x01(\fR\breadFrom\x12\x1f\n" +
@@ -1563,7 +1868,14 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"resolvedTs\x12\x1d\n" +
 	"\n" +
 	"horizon_ts\x18\x04 \x01(\x04R\thorizonTs\x12\x16\n" +
-	"\x06closed\x18\x05 \x01(\bR\x06closed*\xb8\x01\n" +
+	"\x06closed\x18\x05 \x01(\bR\x06closed\x12@\n" +
+	"\x0eretention_left\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\rretentionLeft\x120\n" +
+	"\x14retention_left_bytes\x18\a \x01(\x03R\x12retentionLeftBytes\x12$\n" +
+	"\x0eread_from_text\x18\b \x01(\tR\freadFromText*B\n" +
+	"\x05Drift\x12\x15\n" +
+	"\x11DRIFT_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fDRIFT_REPAIR\x10\x01\x12\x10\n" +
+	"\fDRIFT_REPORT\x10\x02*\xb8\x01\n" +
 	"\tTaskState\x12\x1a\n" +
 	"\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13TASK_STATE_CREATING\x10\x01\x12\x16\n" +
@@ -1594,62 +1906,70 @@ func file_milvuscdc_v1_task_proto_rawDescGZIP() []byte {
 	return file_milvuscdc_v1_task_proto_rawDescData
 }
 
-var file_milvuscdc_v1_task_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_milvuscdc_v1_task_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_milvuscdc_v1_task_proto_goTypes = []any{
-	(TaskState)(0),                // 0: milvuscdc.v1.TaskState
-	(CollectionState)(0),          // 1: milvuscdc.v1.CollectionState
-	(*Task)(nil),                  // 2: milvuscdc.v1.Task
-	(*TaskProgress)(nil),          // 3: milvuscdc.v1.TaskProgress
-	(*Secret)(nil),                // 4: milvuscdc.v1.Secret
-	(*Source)(nil),                // 5: milvuscdc.v1.Source
-	(*EtcdMetadata)(nil),          // 6: milvuscdc.v1.EtcdMetadata
-	(*NatsQueue)(nil),             // 7: milvuscdc.v1.NatsQueue
-	(*KafkaQueue)(nil),            // 8: milvuscdc.v1.KafkaQueue
-	(*MilvusEndpoint)(nil),        // 9: milvuscdc.v1.MilvusEndpoint
-	(*Sink)(nil),                  // 10: milvuscdc.v1.Sink
-	(*Selection)(nil),             // 11: milvuscdc.v1.Selection
-	(*Start)(nil),                 // 12: milvuscdc.v1.Start
-	(*Earliest)(nil),              // 13: milvuscdc.v1.Earliest
-	(*Latest)(nil),                // 14: milvuscdc.v1.Latest
-	(*TaskCollection)(nil),        // 15: milvuscdc.v1.TaskCollection
-	(*Condition)(nil),             // 16: milvuscdc.v1.Condition
-	(*VchannelProgress)(nil),      // 17: milvuscdc.v1.VchannelProgress
-	nil,                           // 18: milvuscdc.v1.Task.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 20: google.protobuf.Duration
+	(Drift)(0),                    // 0: milvuscdc.v1.Drift
+	(TaskState)(0),                // 1: milvuscdc.v1.TaskState
+	(CollectionState)(0),          // 2: milvuscdc.v1.CollectionState
+	(*Task)(nil),                  // 3: milvuscdc.v1.Task
+	(*NameRule)(nil),              // 4: milvuscdc.v1.NameRule
+	(*Carry)(nil),                 // 5: milvuscdc.v1.Carry
+	(*TaskProgress)(nil),          // 6: milvuscdc.v1.TaskProgress
+	(*Secret)(nil),                // 7: milvuscdc.v1.Secret
+	(*Source)(nil),                // 8: milvuscdc.v1.Source
+	(*EtcdMetadata)(nil),          // 9: milvuscdc.v1.EtcdMetadata
+	(*NatsQueue)(nil),             // 10: milvuscdc.v1.NatsQueue
+	(*KafkaQueue)(nil),            // 11: milvuscdc.v1.KafkaQueue
+	(*MilvusEndpoint)(nil),        // 12: milvuscdc.v1.MilvusEndpoint
+	(*Sink)(nil),                  // 13: milvuscdc.v1.Sink
+	(*Selection)(nil),             // 14: milvuscdc.v1.Selection
+	(*Start)(nil),                 // 15: milvuscdc.v1.Start
+	(*Earliest)(nil),              // 16: milvuscdc.v1.Earliest
+	(*Latest)(nil),                // 17: milvuscdc.v1.Latest
+	(*TaskCollection)(nil),        // 18: milvuscdc.v1.TaskCollection
+	(*Condition)(nil),             // 19: milvuscdc.v1.Condition
+	(*VchannelProgress)(nil),      // 20: milvuscdc.v1.VchannelProgress
+	nil,                           // 21: milvuscdc.v1.Task.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 23: google.protobuf.Duration
 }
 var file_milvuscdc_v1_task_proto_depIdxs = []int32{
-	18, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
-	5,  // 1: milvuscdc.v1.Task.source:type_name -> milvuscdc.v1.Source
-	10, // 2: milvuscdc.v1.Task.sink:type_name -> milvuscdc.v1.Sink
-	11, // 3: milvuscdc.v1.Task.selection:type_name -> milvuscdc.v1.Selection
-	12, // 4: milvuscdc.v1.Task.start:type_name -> milvuscdc.v1.Start
-	0,  // 5: milvuscdc.v1.Task.state:type_name -> milvuscdc.v1.TaskState
-	19, // 6: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
-	19, // 7: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
-	19, // 8: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
-	3,  // 9: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
-	20, // 10: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
-	6,  // 11: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
-	7,  // 12: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
-	8,  // 13: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
-	9,  // 14: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	4,  // 15: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
-	9,  // 16: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	13, // 17: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
-	14, // 18: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
-	1,  // 19: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
-	19, // 20: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
-	19, // 21: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
-	20, // 22: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
-	17, // 23: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
-	16, // 24: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
-	25, // [25:25] is the sub-list for method output_type
-	25, // [25:25] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	21, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
+	8,  // 1: milvuscdc.v1.Task.source:type_name -> milvuscdc.v1.Source
+	13, // 2: milvuscdc.v1.Task.sink:type_name -> milvuscdc.v1.Sink
+	14, // 3: milvuscdc.v1.Task.selection:type_name -> milvuscdc.v1.Selection
+	15, // 4: milvuscdc.v1.Task.start:type_name -> milvuscdc.v1.Start
+	4,  // 5: milvuscdc.v1.Task.rename:type_name -> milvuscdc.v1.NameRule
+	5,  // 6: milvuscdc.v1.Task.carry:type_name -> milvuscdc.v1.Carry
+	0,  // 7: milvuscdc.v1.Task.drift:type_name -> milvuscdc.v1.Drift
+	1,  // 8: milvuscdc.v1.Task.state:type_name -> milvuscdc.v1.TaskState
+	22, // 9: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
+	22, // 10: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
+	22, // 11: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
+	6,  // 12: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
+	19, // 13: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
+	23, // 14: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
+	9,  // 15: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
+	10, // 16: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
+	11, // 17: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
+	12, // 18: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	7,  // 19: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
+	12, // 20: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	16, // 21: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
+	17, // 22: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
+	2,  // 23: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
+	22, // 24: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
+	22, // 25: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
+	23, // 26: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
+	20, // 27: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
+	19, // 28: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
+	23, // 29: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
+	30, // [30:30] is the sub-list for method output_type
+	30, // [30:30] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_task_proto_init() }
@@ -1657,18 +1977,19 @@ func file_milvuscdc_v1_task_proto_init() {
 	if File_milvuscdc_v1_task_proto != nil {
 		return
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[2].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[2].OneofWrappers = []any{}
+	file_milvuscdc_v1_task_proto_msgTypes[4].OneofWrappers = []any{
 		(*Secret_Env)(nil),
 		(*Secret_File)(nil),
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[3].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[5].OneofWrappers = []any{
 		(*Source_Nats)(nil),
 		(*Source_Kafka)(nil),
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[8].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[10].OneofWrappers = []any{
 		(*Sink_Milvus)(nil),
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[10].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[12].OneofWrappers = []any{
 		(*Start_Earliest)(nil),
 		(*Start_Latest)(nil),
 	}
@@ -1677,8 +1998,8 @@ func file_milvuscdc_v1_task_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_task_proto_rawDesc), len(file_milvuscdc_v1_task_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   17,
+			NumEnums:      3,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -14,6 +14,7 @@ import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	fieldmaskpb "google.golang.org/protobuf/types/known/fieldmaskpb"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -405,7 +406,7 @@ type UpdateTaskRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// `name` says which; `etag`, when set, must be the current one.
 	Task *Task `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
-	// `labels`, `selection`, `selection.include`, `selection.exclude`.
+	// `labels`, `selection`, `selection.include`, `selection.exclude`, `carry` (and below), `drift`.
 	UpdateMask    *fieldmaskpb.FieldMask `protobuf:"bytes,2,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
 	ValidateOnly  bool                   `protobuf:"varint,3,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1393,11 +1394,438 @@ func (*VerifyTaskResponse_Collection) isVerifyTaskResponse_Event() {}
 
 func (*VerifyTaskResponse_Verdict) isVerifyTaskResponse_Event() {}
 
+type DiffTaskRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// `database.collection` at the source; everything of the task when empty.
+	Collections   []string `protobuf:"bytes,2,rep,name=collections,proto3" json:"collections,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiffTaskRequest) Reset() {
+	*x = DiffTaskRequest{}
+	mi := &file_milvuscdc_v1_task_service_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiffTaskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiffTaskRequest) ProtoMessage() {}
+
+func (x *DiffTaskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_task_service_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiffTaskRequest.ProtoReflect.Descriptor instead.
+func (*DiffTaskRequest) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_service_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *DiffTaskRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DiffTaskRequest) GetCollections() []string {
+	if x != nil {
+		return x.Collections
+	}
+	return nil
+}
+
+type DiffTaskResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Event:
+	//
+	//	*DiffTaskResponse_Progress
+	//	*DiffTaskResponse_Difference
+	//	*DiffTaskResponse_Verdict
+	Event         isDiffTaskResponse_Event `protobuf_oneof:"event"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiffTaskResponse) Reset() {
+	*x = DiffTaskResponse{}
+	mi := &file_milvuscdc_v1_task_service_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiffTaskResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiffTaskResponse) ProtoMessage() {}
+
+func (x *DiffTaskResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_task_service_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiffTaskResponse.ProtoReflect.Descriptor instead.
+func (*DiffTaskResponse) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_service_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *DiffTaskResponse) GetEvent() isDiffTaskResponse_Event {
+	if x != nil {
+		return x.Event
+	}
+	return nil
+}
+
+func (x *DiffTaskResponse) GetProgress() *DiffProgress {
+	if x != nil {
+		if x, ok := x.Event.(*DiffTaskResponse_Progress); ok {
+			return x.Progress
+		}
+	}
+	return nil
+}
+
+func (x *DiffTaskResponse) GetDifference() *ObjectDifference {
+	if x != nil {
+		if x, ok := x.Event.(*DiffTaskResponse_Difference); ok {
+			return x.Difference
+		}
+	}
+	return nil
+}
+
+func (x *DiffTaskResponse) GetVerdict() *DiffVerdict {
+	if x != nil {
+		if x, ok := x.Event.(*DiffTaskResponse_Verdict); ok {
+			return x.Verdict
+		}
+	}
+	return nil
+}
+
+type isDiffTaskResponse_Event interface {
+	isDiffTaskResponse_Event()
+}
+
+type DiffTaskResponse_Progress struct {
+	Progress *DiffProgress `protobuf:"bytes,1,opt,name=progress,proto3,oneof"`
+}
+
+type DiffTaskResponse_Difference struct {
+	Difference *ObjectDifference `protobuf:"bytes,2,opt,name=difference,proto3,oneof"`
+}
+
+type DiffTaskResponse_Verdict struct {
+	Verdict *DiffVerdict `protobuf:"bytes,3,opt,name=verdict,proto3,oneof"`
+}
+
+func (*DiffTaskResponse_Progress) isDiffTaskResponse_Event() {}
+
+func (*DiffTaskResponse_Difference) isDiffTaskResponse_Event() {}
+
+func (*DiffTaskResponse_Verdict) isDiffTaskResponse_Event() {}
+
+type SetTaskPositionsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Etag  string                 `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
+	// Types that are valid to be assigned to To:
+	//
+	//	*SetTaskPositionsRequest_Positions
+	//	*SetTaskPositionsRequest_At
+	To isSetTaskPositionsRequest_To `protobuf_oneof:"to"`
+	// With `at`: `database.collection` at the source; every collection of the task when empty.
+	Collections []string `protobuf:"bytes,5,rep,name=collections,proto3" json:"collections,omitempty"`
+	// Check everything and change nothing.
+	ValidateOnly  bool `protobuf:"varint,6,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetTaskPositionsRequest) Reset() {
+	*x = SetTaskPositionsRequest{}
+	mi := &file_milvuscdc_v1_task_service_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetTaskPositionsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetTaskPositionsRequest) ProtoMessage() {}
+
+func (x *SetTaskPositionsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_task_service_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetTaskPositionsRequest.ProtoReflect.Descriptor instead.
+func (*SetTaskPositionsRequest) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_service_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *SetTaskPositionsRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetTaskPositionsRequest) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
+func (x *SetTaskPositionsRequest) GetTo() isSetTaskPositionsRequest_To {
+	if x != nil {
+		return x.To
+	}
+	return nil
+}
+
+func (x *SetTaskPositionsRequest) GetPositions() *PositionList {
+	if x != nil {
+		if x, ok := x.To.(*SetTaskPositionsRequest_Positions); ok {
+			return x.Positions
+		}
+	}
+	return nil
+}
+
+func (x *SetTaskPositionsRequest) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		if x, ok := x.To.(*SetTaskPositionsRequest_At); ok {
+			return x.At
+		}
+	}
+	return nil
+}
+
+func (x *SetTaskPositionsRequest) GetCollections() []string {
+	if x != nil {
+		return x.Collections
+	}
+	return nil
+}
+
+func (x *SetTaskPositionsRequest) GetValidateOnly() bool {
+	if x != nil {
+		return x.ValidateOnly
+	}
+	return false
+}
+
+type isSetTaskPositionsRequest_To interface {
+	isSetTaskPositionsRequest_To()
+}
+
+type SetTaskPositionsRequest_Positions struct {
+	Positions *PositionList `protobuf:"bytes,3,opt,name=positions,proto3,oneof"`
+}
+
+type SetTaskPositionsRequest_At struct {
+	// Every shard of `collections`: the last tick at or before this source time.
+	At *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=at,proto3,oneof"`
+}
+
+func (*SetTaskPositionsRequest_Positions) isSetTaskPositionsRequest_To() {}
+
+func (*SetTaskPositionsRequest_At) isSetTaskPositionsRequest_To() {}
+
+type PositionList struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Positions     []*VchannelPosition    `protobuf:"bytes,1,rep,name=positions,proto3" json:"positions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PositionList) Reset() {
+	*x = PositionList{}
+	mi := &file_milvuscdc_v1_task_service_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PositionList) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PositionList) ProtoMessage() {}
+
+func (x *PositionList) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_task_service_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PositionList.ProtoReflect.Descriptor instead.
+func (*PositionList) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_service_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *PositionList) GetPositions() []*VchannelPosition {
+	if x != nil {
+		return x.Positions
+	}
+	return nil
+}
+
+type VchannelPosition struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Vchannel string                 `protobuf:"bytes,1,opt,name=vchannel,proto3" json:"vchannel,omitempty"`
+	// As Milvus stores it (`msg.MsgPosition.msgID`).
+	ReadFrom []byte `protobuf:"bytes,2,opt,name=read_from,json=readFrom,proto3" json:"read_from,omitempty"`
+	// TSO of a tick: rows at or below it are in the sink already. 0 means that none is.
+	ResolvedTs    uint64 `protobuf:"varint,3,opt,name=resolved_ts,json=resolvedTs,proto3" json:"resolved_ts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VchannelPosition) Reset() {
+	*x = VchannelPosition{}
+	mi := &file_milvuscdc_v1_task_service_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VchannelPosition) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VchannelPosition) ProtoMessage() {}
+
+func (x *VchannelPosition) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_task_service_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VchannelPosition.ProtoReflect.Descriptor instead.
+func (*VchannelPosition) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_service_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *VchannelPosition) GetVchannel() string {
+	if x != nil {
+		return x.Vchannel
+	}
+	return ""
+}
+
+func (x *VchannelPosition) GetReadFrom() []byte {
+	if x != nil {
+		return x.ReadFrom
+	}
+	return nil
+}
+
+func (x *VchannelPosition) GetResolvedTs() uint64 {
+	if x != nil {
+		return x.ResolvedTs
+	}
+	return 0
+}
+
+type SetTaskPositionsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Task  *Task                  `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
+	// As set, or as they would be.
+	Positions     []*VchannelPosition `protobuf:"bytes,2,rep,name=positions,proto3" json:"positions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetTaskPositionsResponse) Reset() {
+	*x = SetTaskPositionsResponse{}
+	mi := &file_milvuscdc_v1_task_service_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetTaskPositionsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetTaskPositionsResponse) ProtoMessage() {}
+
+func (x *SetTaskPositionsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_task_service_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetTaskPositionsResponse.ProtoReflect.Descriptor instead.
+func (*SetTaskPositionsResponse) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_service_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *SetTaskPositionsResponse) GetTask() *Task {
+	if x != nil {
+		return x.Task
+	}
+	return nil
+}
+
+func (x *SetTaskPositionsResponse) GetPositions() []*VchannelPosition {
+	if x != nil {
+		return x.Positions
+	}
+	return nil
+}
+
 var File_milvuscdc_v1_task_service_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_task_service_proto_rawDesc = "" +
 	"\n" +
-	"\x1fmilvuscdc/v1/task_service.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a google/protobuf/field_mask.proto\x1a\x17milvuscdc/v1/task.proto\x1a\x19milvuscdc/v1/verify.proto\"\x98\x01\n" +
+	"\x1fmilvuscdc/v1/task_service.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17milvuscdc/v1/diff.proto\x1a\x17milvuscdc/v1/task.proto\x1a\x19milvuscdc/v1/verify.proto\"\x98\x01\n" +
 	"\x11CreateTaskRequest\x122\n" +
 	"\x04task\x18\x01 \x01(\v2\x12.milvuscdc.v1.TaskB\n" +
 	"\xe2A\x01\x02\xbaH\x03\xc8\x01\x01R\x04task\x12*\n" +
@@ -1499,7 +1927,36 @@ const file_milvuscdc_v1_task_service_proto_rawDesc = "" +
 	"collection\x18\x03 \x01(\v2$.milvuscdc.v1.VerifyCollectionResultH\x00R\n" +
 	"collection\x127\n" +
 	"\averdict\x18\x04 \x01(\v2\x1b.milvuscdc.v1.VerifyVerdictH\x00R\averdictB\a\n" +
-	"\x05event2\xf8\a\n" +
+	"\x05event\"a\n" +
+	"\x0fDiffTaskRequest\x12,\n" +
+	"\x04name\x18\x01 \x01(\tB\x18\xe2A\x01\x02\xbaH\x11r\x0f2\r^tasks/[^/]+$R\x04name\x12 \n" +
+	"\vcollections\x18\x02 \x03(\tR\vcollections\"\xce\x01\n" +
+	"\x10DiffTaskResponse\x128\n" +
+	"\bprogress\x18\x01 \x01(\v2\x1a.milvuscdc.v1.DiffProgressH\x00R\bprogress\x12@\n" +
+	"\n" +
+	"difference\x18\x02 \x01(\v2\x1e.milvuscdc.v1.ObjectDifferenceH\x00R\n" +
+	"difference\x125\n" +
+	"\averdict\x18\x03 \x01(\v2\x19.milvuscdc.v1.DiffVerdictH\x00R\averdictB\a\n" +
+	"\x05event\"\x99\x02\n" +
+	"\x17SetTaskPositionsRequest\x12,\n" +
+	"\x04name\x18\x01 \x01(\tB\x18\xe2A\x01\x02\xbaH\x11r\x0f2\r^tasks/[^/]+$R\x04name\x12\x12\n" +
+	"\x04etag\x18\x02 \x01(\tR\x04etag\x12:\n" +
+	"\tpositions\x18\x03 \x01(\v2\x1a.milvuscdc.v1.PositionListH\x00R\tpositions\x12,\n" +
+	"\x02at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampH\x00R\x02at\x12 \n" +
+	"\vcollections\x18\x05 \x03(\tR\vcollections\x12#\n" +
+	"\rvalidate_only\x18\x06 \x01(\bR\fvalidateOnlyB\v\n" +
+	"\x02to\x12\x05\xbaH\x02\b\x01\"Z\n" +
+	"\fPositionList\x12J\n" +
+	"\tpositions\x18\x01 \x03(\v2\x1e.milvuscdc.v1.VchannelPositionB\f\xbaH\t\x92\x01\x06\b\x01\x10\xa0\x8d\x06R\tpositions\"\x81\x01\n" +
+	"\x10VchannelPosition\x12&\n" +
+	"\bvchannel\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80\x04R\bvchannel\x12$\n" +
+	"\tread_from\x18\x02 \x01(\fB\a\xbaH\x04z\x02\x10\x01R\breadFrom\x12\x1f\n" +
+	"\vresolved_ts\x18\x03 \x01(\x04R\n" +
+	"resolvedTs\"\x80\x01\n" +
+	"\x18SetTaskPositionsResponse\x12&\n" +
+	"\x04task\x18\x01 \x01(\v2\x12.milvuscdc.v1.TaskR\x04task\x12<\n" +
+	"\tpositions\x18\x02 \x03(\v2\x1e.milvuscdc.v1.VchannelPositionR\tpositions2\xa8\t\n" +
 	"\vTaskService\x12O\n" +
 	"\n" +
 	"CreateTask\x12\x1f.milvuscdc.v1.CreateTaskRequest\x1a .milvuscdc.v1.CreateTaskResponse\x12F\n" +
@@ -1518,7 +1975,9 @@ const file_milvuscdc_v1_task_service_proto_rawDesc = "" +
 	"WatchTasks\x12\x1f.milvuscdc.v1.WatchTasksRequest\x1a .milvuscdc.v1.WatchTasksResponse0\x01\x12j\n" +
 	"\x13ListTaskCollections\x12(.milvuscdc.v1.ListTaskCollectionsRequest\x1a).milvuscdc.v1.ListTaskCollectionsResponse\x12Q\n" +
 	"\n" +
-	"VerifyTask\x12\x1f.milvuscdc.v1.VerifyTaskRequest\x1a .milvuscdc.v1.VerifyTaskResponse0\x01BY\n" +
+	"VerifyTask\x12\x1f.milvuscdc.v1.VerifyTaskRequest\x1a .milvuscdc.v1.VerifyTaskResponse0\x01\x12K\n" +
+	"\bDiffTask\x12\x1d.milvuscdc.v1.DiffTaskRequest\x1a\x1e.milvuscdc.v1.DiffTaskResponse0\x01\x12a\n" +
+	"\x10SetTaskPositions\x12%.milvuscdc.v1.SetTaskPositionsRequest\x1a&.milvuscdc.v1.SetTaskPositionsResponseBY\n" +
 	"\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3"
 
 var (
@@ -1534,7 +1993,7 @@ func file_milvuscdc_v1_task_service_proto_rawDescGZIP() []byte {
 }
 
 var file_milvuscdc_v1_task_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_milvuscdc_v1_task_service_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_milvuscdc_v1_task_service_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_milvuscdc_v1_task_service_proto_goTypes = []any{
 	(WatchTasksResponse_Type)(0),        // 0: milvuscdc.v1.WatchTasksResponse.Type
 	(*CreateTaskRequest)(nil),           // 1: milvuscdc.v1.CreateTaskRequest
@@ -1561,66 +2020,88 @@ var file_milvuscdc_v1_task_service_proto_goTypes = []any{
 	(*ListTaskCollectionsResponse)(nil), // 22: milvuscdc.v1.ListTaskCollectionsResponse
 	(*VerifyTaskRequest)(nil),           // 23: milvuscdc.v1.VerifyTaskRequest
 	(*VerifyTaskResponse)(nil),          // 24: milvuscdc.v1.VerifyTaskResponse
-	nil,                                 // 25: milvuscdc.v1.ListTasksRequest.LabelsEntry
-	(*Task)(nil),                        // 26: milvuscdc.v1.Task
-	(TaskState)(0),                      // 27: milvuscdc.v1.TaskState
-	(*fieldmaskpb.FieldMask)(nil),       // 28: google.protobuf.FieldMask
-	(*TaskCollection)(nil),              // 29: milvuscdc.v1.TaskCollection
-	(*VerifyProgress)(nil),              // 30: milvuscdc.v1.VerifyProgress
-	(*VerifyDifference)(nil),            // 31: milvuscdc.v1.VerifyDifference
-	(*VerifyCollectionResult)(nil),      // 32: milvuscdc.v1.VerifyCollectionResult
-	(*VerifyVerdict)(nil),               // 33: milvuscdc.v1.VerifyVerdict
+	(*DiffTaskRequest)(nil),             // 25: milvuscdc.v1.DiffTaskRequest
+	(*DiffTaskResponse)(nil),            // 26: milvuscdc.v1.DiffTaskResponse
+	(*SetTaskPositionsRequest)(nil),     // 27: milvuscdc.v1.SetTaskPositionsRequest
+	(*PositionList)(nil),                // 28: milvuscdc.v1.PositionList
+	(*VchannelPosition)(nil),            // 29: milvuscdc.v1.VchannelPosition
+	(*SetTaskPositionsResponse)(nil),    // 30: milvuscdc.v1.SetTaskPositionsResponse
+	nil,                                 // 31: milvuscdc.v1.ListTasksRequest.LabelsEntry
+	(*Task)(nil),                        // 32: milvuscdc.v1.Task
+	(TaskState)(0),                      // 33: milvuscdc.v1.TaskState
+	(*fieldmaskpb.FieldMask)(nil),       // 34: google.protobuf.FieldMask
+	(*TaskCollection)(nil),              // 35: milvuscdc.v1.TaskCollection
+	(*VerifyProgress)(nil),              // 36: milvuscdc.v1.VerifyProgress
+	(*VerifyDifference)(nil),            // 37: milvuscdc.v1.VerifyDifference
+	(*VerifyCollectionResult)(nil),      // 38: milvuscdc.v1.VerifyCollectionResult
+	(*VerifyVerdict)(nil),               // 39: milvuscdc.v1.VerifyVerdict
+	(*DiffProgress)(nil),                // 40: milvuscdc.v1.DiffProgress
+	(*ObjectDifference)(nil),            // 41: milvuscdc.v1.ObjectDifference
+	(*DiffVerdict)(nil),                 // 42: milvuscdc.v1.DiffVerdict
+	(*timestamppb.Timestamp)(nil),       // 43: google.protobuf.Timestamp
 }
 var file_milvuscdc_v1_task_service_proto_depIdxs = []int32{
-	26, // 0: milvuscdc.v1.CreateTaskRequest.task:type_name -> milvuscdc.v1.Task
-	26, // 1: milvuscdc.v1.CreateTaskResponse.task:type_name -> milvuscdc.v1.Task
-	26, // 2: milvuscdc.v1.GetTaskResponse.task:type_name -> milvuscdc.v1.Task
-	27, // 3: milvuscdc.v1.ListTasksRequest.states:type_name -> milvuscdc.v1.TaskState
-	25, // 4: milvuscdc.v1.ListTasksRequest.labels:type_name -> milvuscdc.v1.ListTasksRequest.LabelsEntry
-	26, // 5: milvuscdc.v1.ListTasksResponse.tasks:type_name -> milvuscdc.v1.Task
-	26, // 6: milvuscdc.v1.UpdateTaskRequest.task:type_name -> milvuscdc.v1.Task
-	28, // 7: milvuscdc.v1.UpdateTaskRequest.update_mask:type_name -> google.protobuf.FieldMask
-	26, // 8: milvuscdc.v1.UpdateTaskResponse.task:type_name -> milvuscdc.v1.Task
-	26, // 9: milvuscdc.v1.PauseTaskResponse.task:type_name -> milvuscdc.v1.Task
-	26, // 10: milvuscdc.v1.ResumeTaskResponse.task:type_name -> milvuscdc.v1.Task
-	26, // 11: milvuscdc.v1.RetryTaskResponse.task:type_name -> milvuscdc.v1.Task
-	26, // 12: milvuscdc.v1.ResyncCollectionResponse.task:type_name -> milvuscdc.v1.Task
+	32, // 0: milvuscdc.v1.CreateTaskRequest.task:type_name -> milvuscdc.v1.Task
+	32, // 1: milvuscdc.v1.CreateTaskResponse.task:type_name -> milvuscdc.v1.Task
+	32, // 2: milvuscdc.v1.GetTaskResponse.task:type_name -> milvuscdc.v1.Task
+	33, // 3: milvuscdc.v1.ListTasksRequest.states:type_name -> milvuscdc.v1.TaskState
+	31, // 4: milvuscdc.v1.ListTasksRequest.labels:type_name -> milvuscdc.v1.ListTasksRequest.LabelsEntry
+	32, // 5: milvuscdc.v1.ListTasksResponse.tasks:type_name -> milvuscdc.v1.Task
+	32, // 6: milvuscdc.v1.UpdateTaskRequest.task:type_name -> milvuscdc.v1.Task
+	34, // 7: milvuscdc.v1.UpdateTaskRequest.update_mask:type_name -> google.protobuf.FieldMask
+	32, // 8: milvuscdc.v1.UpdateTaskResponse.task:type_name -> milvuscdc.v1.Task
+	32, // 9: milvuscdc.v1.PauseTaskResponse.task:type_name -> milvuscdc.v1.Task
+	32, // 10: milvuscdc.v1.ResumeTaskResponse.task:type_name -> milvuscdc.v1.Task
+	32, // 11: milvuscdc.v1.RetryTaskResponse.task:type_name -> milvuscdc.v1.Task
+	32, // 12: milvuscdc.v1.ResyncCollectionResponse.task:type_name -> milvuscdc.v1.Task
 	0,  // 13: milvuscdc.v1.WatchTasksResponse.type:type_name -> milvuscdc.v1.WatchTasksResponse.Type
-	26, // 14: milvuscdc.v1.WatchTasksResponse.task:type_name -> milvuscdc.v1.Task
-	29, // 15: milvuscdc.v1.ListTaskCollectionsResponse.collections:type_name -> milvuscdc.v1.TaskCollection
-	30, // 16: milvuscdc.v1.VerifyTaskResponse.progress:type_name -> milvuscdc.v1.VerifyProgress
-	31, // 17: milvuscdc.v1.VerifyTaskResponse.difference:type_name -> milvuscdc.v1.VerifyDifference
-	32, // 18: milvuscdc.v1.VerifyTaskResponse.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
-	33, // 19: milvuscdc.v1.VerifyTaskResponse.verdict:type_name -> milvuscdc.v1.VerifyVerdict
-	1,  // 20: milvuscdc.v1.TaskService.CreateTask:input_type -> milvuscdc.v1.CreateTaskRequest
-	3,  // 21: milvuscdc.v1.TaskService.GetTask:input_type -> milvuscdc.v1.GetTaskRequest
-	5,  // 22: milvuscdc.v1.TaskService.ListTasks:input_type -> milvuscdc.v1.ListTasksRequest
-	7,  // 23: milvuscdc.v1.TaskService.UpdateTask:input_type -> milvuscdc.v1.UpdateTaskRequest
-	9,  // 24: milvuscdc.v1.TaskService.PauseTask:input_type -> milvuscdc.v1.PauseTaskRequest
-	11, // 25: milvuscdc.v1.TaskService.ResumeTask:input_type -> milvuscdc.v1.ResumeTaskRequest
-	13, // 26: milvuscdc.v1.TaskService.DeleteTask:input_type -> milvuscdc.v1.DeleteTaskRequest
-	15, // 27: milvuscdc.v1.TaskService.RetryTask:input_type -> milvuscdc.v1.RetryTaskRequest
-	17, // 28: milvuscdc.v1.TaskService.ResyncCollection:input_type -> milvuscdc.v1.ResyncCollectionRequest
-	19, // 29: milvuscdc.v1.TaskService.WatchTasks:input_type -> milvuscdc.v1.WatchTasksRequest
-	21, // 30: milvuscdc.v1.TaskService.ListTaskCollections:input_type -> milvuscdc.v1.ListTaskCollectionsRequest
-	23, // 31: milvuscdc.v1.TaskService.VerifyTask:input_type -> milvuscdc.v1.VerifyTaskRequest
-	2,  // 32: milvuscdc.v1.TaskService.CreateTask:output_type -> milvuscdc.v1.CreateTaskResponse
-	4,  // 33: milvuscdc.v1.TaskService.GetTask:output_type -> milvuscdc.v1.GetTaskResponse
-	6,  // 34: milvuscdc.v1.TaskService.ListTasks:output_type -> milvuscdc.v1.ListTasksResponse
-	8,  // 35: milvuscdc.v1.TaskService.UpdateTask:output_type -> milvuscdc.v1.UpdateTaskResponse
-	10, // 36: milvuscdc.v1.TaskService.PauseTask:output_type -> milvuscdc.v1.PauseTaskResponse
-	12, // 37: milvuscdc.v1.TaskService.ResumeTask:output_type -> milvuscdc.v1.ResumeTaskResponse
-	14, // 38: milvuscdc.v1.TaskService.DeleteTask:output_type -> milvuscdc.v1.DeleteTaskResponse
-	16, // 39: milvuscdc.v1.TaskService.RetryTask:output_type -> milvuscdc.v1.RetryTaskResponse
-	18, // 40: milvuscdc.v1.TaskService.ResyncCollection:output_type -> milvuscdc.v1.ResyncCollectionResponse
-	20, // 41: milvuscdc.v1.TaskService.WatchTasks:output_type -> milvuscdc.v1.WatchTasksResponse
-	22, // 42: milvuscdc.v1.TaskService.ListTaskCollections:output_type -> milvuscdc.v1.ListTaskCollectionsResponse
-	24, // 43: milvuscdc.v1.TaskService.VerifyTask:output_type -> milvuscdc.v1.VerifyTaskResponse
-	32, // [32:44] is the sub-list for method output_type
-	20, // [20:32] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	32, // 14: milvuscdc.v1.WatchTasksResponse.task:type_name -> milvuscdc.v1.Task
+	35, // 15: milvuscdc.v1.ListTaskCollectionsResponse.collections:type_name -> milvuscdc.v1.TaskCollection
+	36, // 16: milvuscdc.v1.VerifyTaskResponse.progress:type_name -> milvuscdc.v1.VerifyProgress
+	37, // 17: milvuscdc.v1.VerifyTaskResponse.difference:type_name -> milvuscdc.v1.VerifyDifference
+	38, // 18: milvuscdc.v1.VerifyTaskResponse.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
+	39, // 19: milvuscdc.v1.VerifyTaskResponse.verdict:type_name -> milvuscdc.v1.VerifyVerdict
+	40, // 20: milvuscdc.v1.DiffTaskResponse.progress:type_name -> milvuscdc.v1.DiffProgress
+	41, // 21: milvuscdc.v1.DiffTaskResponse.difference:type_name -> milvuscdc.v1.ObjectDifference
+	42, // 22: milvuscdc.v1.DiffTaskResponse.verdict:type_name -> milvuscdc.v1.DiffVerdict
+	28, // 23: milvuscdc.v1.SetTaskPositionsRequest.positions:type_name -> milvuscdc.v1.PositionList
+	43, // 24: milvuscdc.v1.SetTaskPositionsRequest.at:type_name -> google.protobuf.Timestamp
+	29, // 25: milvuscdc.v1.PositionList.positions:type_name -> milvuscdc.v1.VchannelPosition
+	32, // 26: milvuscdc.v1.SetTaskPositionsResponse.task:type_name -> milvuscdc.v1.Task
+	29, // 27: milvuscdc.v1.SetTaskPositionsResponse.positions:type_name -> milvuscdc.v1.VchannelPosition
+	1,  // 28: milvuscdc.v1.TaskService.CreateTask:input_type -> milvuscdc.v1.CreateTaskRequest
+	3,  // 29: milvuscdc.v1.TaskService.GetTask:input_type -> milvuscdc.v1.GetTaskRequest
+	5,  // 30: milvuscdc.v1.TaskService.ListTasks:input_type -> milvuscdc.v1.ListTasksRequest
+	7,  // 31: milvuscdc.v1.TaskService.UpdateTask:input_type -> milvuscdc.v1.UpdateTaskRequest
+	9,  // 32: milvuscdc.v1.TaskService.PauseTask:input_type -> milvuscdc.v1.PauseTaskRequest
+	11, // 33: milvuscdc.v1.TaskService.ResumeTask:input_type -> milvuscdc.v1.ResumeTaskRequest
+	13, // 34: milvuscdc.v1.TaskService.DeleteTask:input_type -> milvuscdc.v1.DeleteTaskRequest
+	15, // 35: milvuscdc.v1.TaskService.RetryTask:input_type -> milvuscdc.v1.RetryTaskRequest
+	17, // 36: milvuscdc.v1.TaskService.ResyncCollection:input_type -> milvuscdc.v1.ResyncCollectionRequest
+	19, // 37: milvuscdc.v1.TaskService.WatchTasks:input_type -> milvuscdc.v1.WatchTasksRequest
+	21, // 38: milvuscdc.v1.TaskService.ListTaskCollections:input_type -> milvuscdc.v1.ListTaskCollectionsRequest
+	23, // 39: milvuscdc.v1.TaskService.VerifyTask:input_type -> milvuscdc.v1.VerifyTaskRequest
+	25, // 40: milvuscdc.v1.TaskService.DiffTask:input_type -> milvuscdc.v1.DiffTaskRequest
+	27, // 41: milvuscdc.v1.TaskService.SetTaskPositions:input_type -> milvuscdc.v1.SetTaskPositionsRequest
+	2,  // 42: milvuscdc.v1.TaskService.CreateTask:output_type -> milvuscdc.v1.CreateTaskResponse
+	4,  // 43: milvuscdc.v1.TaskService.GetTask:output_type -> milvuscdc.v1.GetTaskResponse
+	6,  // 44: milvuscdc.v1.TaskService.ListTasks:output_type -> milvuscdc.v1.ListTasksResponse
+	8,  // 45: milvuscdc.v1.TaskService.UpdateTask:output_type -> milvuscdc.v1.UpdateTaskResponse
+	10, // 46: milvuscdc.v1.TaskService.PauseTask:output_type -> milvuscdc.v1.PauseTaskResponse
+	12, // 47: milvuscdc.v1.TaskService.ResumeTask:output_type -> milvuscdc.v1.ResumeTaskResponse
+	14, // 48: milvuscdc.v1.TaskService.DeleteTask:output_type -> milvuscdc.v1.DeleteTaskResponse
+	16, // 49: milvuscdc.v1.TaskService.RetryTask:output_type -> milvuscdc.v1.RetryTaskResponse
+	18, // 50: milvuscdc.v1.TaskService.ResyncCollection:output_type -> milvuscdc.v1.ResyncCollectionResponse
+	20, // 51: milvuscdc.v1.TaskService.WatchTasks:output_type -> milvuscdc.v1.WatchTasksResponse
+	22, // 52: milvuscdc.v1.TaskService.ListTaskCollections:output_type -> milvuscdc.v1.ListTaskCollectionsResponse
+	24, // 53: milvuscdc.v1.TaskService.VerifyTask:output_type -> milvuscdc.v1.VerifyTaskResponse
+	26, // 54: milvuscdc.v1.TaskService.DiffTask:output_type -> milvuscdc.v1.DiffTaskResponse
+	30, // 55: milvuscdc.v1.TaskService.SetTaskPositions:output_type -> milvuscdc.v1.SetTaskPositionsResponse
+	42, // [42:56] is the sub-list for method output_type
+	28, // [28:42] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_task_service_proto_init() }
@@ -1628,6 +2109,7 @@ func file_milvuscdc_v1_task_service_proto_init() {
 	if File_milvuscdc_v1_task_service_proto != nil {
 		return
 	}
+	file_milvuscdc_v1_diff_proto_init()
 	file_milvuscdc_v1_task_proto_init()
 	file_milvuscdc_v1_verify_proto_init()
 	file_milvuscdc_v1_task_service_proto_msgTypes[23].OneofWrappers = []any{
@@ -1636,13 +2118,22 @@ func file_milvuscdc_v1_task_service_proto_init() {
 		(*VerifyTaskResponse_Collection)(nil),
 		(*VerifyTaskResponse_Verdict)(nil),
 	}
+	file_milvuscdc_v1_task_service_proto_msgTypes[25].OneofWrappers = []any{
+		(*DiffTaskResponse_Progress)(nil),
+		(*DiffTaskResponse_Difference)(nil),
+		(*DiffTaskResponse_Verdict)(nil),
+	}
+	file_milvuscdc_v1_task_service_proto_msgTypes[26].OneofWrappers = []any{
+		(*SetTaskPositionsRequest_Positions)(nil),
+		(*SetTaskPositionsRequest_At)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_task_service_proto_rawDesc), len(file_milvuscdc_v1_task_service_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   25,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

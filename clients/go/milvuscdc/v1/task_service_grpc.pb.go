@@ -33,6 +33,8 @@ const (
 	TaskService_WatchTasks_FullMethodName          = "/milvuscdc.v1.TaskService/WatchTasks"
 	TaskService_ListTaskCollections_FullMethodName = "/milvuscdc.v1.TaskService/ListTaskCollections"
 	TaskService_VerifyTask_FullMethodName          = "/milvuscdc.v1.TaskService/VerifyTask"
+	TaskService_DiffTask_FullMethodName            = "/milvuscdc.v1.TaskService/DiffTask"
+	TaskService_SetTaskPositions_FullMethodName    = "/milvuscdc.v1.TaskService/SetTaskPositions"
 )
 
 // TaskServiceClient is the client API for TaskService service.
@@ -45,7 +47,7 @@ type TaskServiceClient interface {
 	CreateTask(ctx context.Context, in *CreateTaskRequest, opts ...grpc.CallOption) (*CreateTaskResponse, error)
 	GetTask(ctx context.Context, in *GetTaskRequest, opts ...grpc.CallOption) (*GetTaskResponse, error)
 	ListTasks(ctx context.Context, in *ListTasksRequest, opts ...grpc.CallOption) (*ListTasksResponse, error)
-	// Changes `labels` and `selection`.
+	// Changes `labels`, `selection`, `carry` and `drift`.
 	UpdateTask(ctx context.Context, in *UpdateTaskRequest, opts ...grpc.CallOption) (*UpdateTaskResponse, error)
 	// Returns when the wish is stored; replicators let go shortly after.
 	PauseTask(ctx context.Context, in *PauseTaskRequest, opts ...grpc.CallOption) (*PauseTaskResponse, error)
@@ -61,6 +63,11 @@ type TaskServiceClient interface {
 	ListTaskCollections(ctx context.Context, in *ListTaskCollectionsRequest, opts ...grpc.CallOption) (*ListTaskCollectionsResponse, error)
 	// Compares source and sink row by row, every field, and streams progress, differences and the verdict.
 	VerifyTask(ctx context.Context, in *VerifyTaskRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[VerifyTaskResponse], error)
+	// What the sink lacks or has too much, rows aside: databases, collections, partitions, indexes, aliases, load state,
+	// properties, roles and grants. Changes nothing.
+	DiffTask(ctx context.Context, in *DiffTaskRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DiffTaskResponse], error)
+	// Moves the places of a paused task's collections in the log. Refused as a whole when one of them is wrong.
+	SetTaskPositions(ctx context.Context, in *SetTaskPositionsRequest, opts ...grpc.CallOption) (*SetTaskPositionsResponse, error)
 }
 
 type taskServiceClient struct {
@@ -209,6 +216,35 @@ func (c *taskServiceClient) VerifyTask(ctx context.Context, in *VerifyTaskReques
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type TaskService_VerifyTaskClient = grpc.ServerStreamingClient[VerifyTaskResponse]
 
+func (c *taskServiceClient) DiffTask(ctx context.Context, in *DiffTaskRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DiffTaskResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &TaskService_ServiceDesc.Streams[2], TaskService_DiffTask_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[DiffTaskRequest, DiffTaskResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type TaskService_DiffTaskClient = grpc.ServerStreamingClient[DiffTaskResponse]
+
+func (c *taskServiceClient) SetTaskPositions(ctx context.Context, in *SetTaskPositionsRequest, opts ...grpc.CallOption) (*SetTaskPositionsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SetTaskPositionsResponse)
+	err := c.cc.Invoke(ctx, TaskService_SetTaskPositions_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // TaskServiceServer is the server API for TaskService service.
 // All implementations must embed UnimplementedTaskServiceServer
 // for forward compatibility.
@@ -219,7 +255,7 @@ type TaskServiceServer interface {
 	CreateTask(context.Context, *CreateTaskRequest) (*CreateTaskResponse, error)
 	GetTask(context.Context, *GetTaskRequest) (*GetTaskResponse, error)
 	ListTasks(context.Context, *ListTasksRequest) (*ListTasksResponse, error)
-	// Changes `labels` and `selection`.
+	// Changes `labels`, `selection`, `carry` and `drift`.
 	UpdateTask(context.Context, *UpdateTaskRequest) (*UpdateTaskResponse, error)
 	// Returns when the wish is stored; replicators let go shortly after.
 	PauseTask(context.Context, *PauseTaskRequest) (*PauseTaskResponse, error)
@@ -235,6 +271,11 @@ type TaskServiceServer interface {
 	ListTaskCollections(context.Context, *ListTaskCollectionsRequest) (*ListTaskCollectionsResponse, error)
 	// Compares source and sink row by row, every field, and streams progress, differences and the verdict.
 	VerifyTask(*VerifyTaskRequest, grpc.ServerStreamingServer[VerifyTaskResponse]) error
+	// What the sink lacks or has too much, rows aside: databases, collections, partitions, indexes, aliases, load state,
+	// properties, roles and grants. Changes nothing.
+	DiffTask(*DiffTaskRequest, grpc.ServerStreamingServer[DiffTaskResponse]) error
+	// Moves the places of a paused task's collections in the log. Refused as a whole when one of them is wrong.
+	SetTaskPositions(context.Context, *SetTaskPositionsRequest) (*SetTaskPositionsResponse, error)
 	mustEmbedUnimplementedTaskServiceServer()
 }
 
@@ -280,6 +321,12 @@ func (UnimplementedTaskServiceServer) ListTaskCollections(context.Context, *List
 }
 func (UnimplementedTaskServiceServer) VerifyTask(*VerifyTaskRequest, grpc.ServerStreamingServer[VerifyTaskResponse]) error {
 	return status.Error(codes.Unimplemented, "method VerifyTask not implemented")
+}
+func (UnimplementedTaskServiceServer) DiffTask(*DiffTaskRequest, grpc.ServerStreamingServer[DiffTaskResponse]) error {
+	return status.Error(codes.Unimplemented, "method DiffTask not implemented")
+}
+func (UnimplementedTaskServiceServer) SetTaskPositions(context.Context, *SetTaskPositionsRequest) (*SetTaskPositionsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetTaskPositions not implemented")
 }
 func (UnimplementedTaskServiceServer) mustEmbedUnimplementedTaskServiceServer() {}
 func (UnimplementedTaskServiceServer) testEmbeddedByValue()                     {}
@@ -504,6 +551,35 @@ func _TaskService_VerifyTask_Handler(srv interface{}, stream grpc.ServerStream) 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type TaskService_VerifyTaskServer = grpc.ServerStreamingServer[VerifyTaskResponse]
 
+func _TaskService_DiffTask_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(DiffTaskRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(TaskServiceServer).DiffTask(m, &grpc.GenericServerStream[DiffTaskRequest, DiffTaskResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type TaskService_DiffTaskServer = grpc.ServerStreamingServer[DiffTaskResponse]
+
+func _TaskService_SetTaskPositions_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetTaskPositionsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(TaskServiceServer).SetTaskPositions(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: TaskService_SetTaskPositions_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(TaskServiceServer).SetTaskPositions(ctx, req.(*SetTaskPositionsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // TaskService_ServiceDesc is the grpc.ServiceDesc for TaskService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -551,6 +627,10 @@ var TaskService_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "ListTaskCollections",
 			Handler:    _TaskService_ListTaskCollections_Handler,
 		},
+		{
+			MethodName: "SetTaskPositions",
+			Handler:    _TaskService_SetTaskPositions_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
@@ -561,6 +641,11 @@ var TaskService_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "VerifyTask",
 			Handler:       _TaskService_VerifyTask_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "DiffTask",
+			Handler:       _TaskService_DiffTask_Handler,
 			ServerStreams: true,
 		},
 	},
