@@ -13,7 +13,7 @@ from milvuscdc.v1 import task_service_pb2
 from pymilvus import MilvusClient
 
 from tests.e2e import metadata
-from tests.e2e.pair import Pair
+from tests.e2e.pair import TASK, Pair
 from tests.e2e.storm import ROOT_TOKEN, Storm
 from tests.e2e.test_crashes import LOST_PEER
 from tests.servers import Stack
@@ -47,7 +47,7 @@ def rage(stack: Stack, folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int,
             pair.quiet(*LOST_PEER, "retrying", "recovered")
             storm.end()
             _gone(pair, stack, storm)
-            pair.tasks.DeleteTask(task_service_pb2.DeleteTaskRequest(name=_name(storm)))
+            pair.tasks.DeleteTask(task_service_pb2.DeleteTaskRequest(name=TASK))
             return rows
     except BaseException:
         print("\n".join(storm.done))
@@ -60,12 +60,8 @@ def rage(stack: Stack, folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int,
         _sweep(stack, storm)
 
 
-def _name(storm: Storm) -> str:
-    return f"tasks/{storm.prefix}"
-
-
 def _create(pair: Pair, storm: Storm) -> None:
-    task = pair.task(f"{storm.prefix}_*.*", name=_name(storm))
+    task = pair.task(f"{storm.prefix}_*.*")
     task.carry.rbac = True
     task.sink.milvus.token.env = TOKEN_VARIABLE
     pair.tasks.CreateTask(task_service_pb2.CreateTaskRequest(task=task), timeout=30)
