@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,8 @@ from tests.e2e.load import Shape, create_collection, make_row
 from tests.e2e.metadata import differences, snapshot
 from tests.e2e.pair import TASK, Pair
 from tests.e2e.test_crashes import LOST_PEER
-from tests.servers import Stack
+from tests.e2e.versions import Route
+from tests.servers import MilvusLiteServer, Stack
 from tests.servers.services import ReplicatorProcess
 
 SHAPE = Shape(
@@ -42,7 +44,7 @@ EVERY_SECONDS = 3
 ROWS = 60
 
 
-def drifting(stack: Stack, folder: Path, **settings: Any) -> Pair:
+def drifting(stack: Stack | Route, folder: Path, **settings: Any) -> Pair:
     """A pair whose replicator looks at the sink often."""
     pair = Pair(stack, folder, replicators=0)
     pair.replicators = [
@@ -357,3 +359,103 @@ def test_changes_arrive_once_whoever_is_killed(
         pair.wait("nothing to do", lambda: diff(pair) == set())
         assert "DRIFT" not in conditions(pair, f"{database}.things")
         assert "PARTITION_EMPTIED" not in conditions(pair, f"{database}.things")
+
+
+@pytest.mark.timeout(240)
+def test_an_index_that_the_sink_does_not_know_stops_nothing_else(
+    nats_stack: Stack, tmp_path: Path
+) -> None:
+    client = MilvusClient(uri=nats_stack.source.uri)
+    source = Side(nats_stack.source.uri, "default")
+    # milvus-lite has no partitions: one and the same shape without any.
+    for name in ("things", "other_things"):
+        shape = Shape(name, SHAPE.fields)
+        create_collection(client, shape)
+        client.insert(name, [make_row(shape, random.Random(name), n) for n in range(ROWS)])
+    client.release_collection("things")
+    source.index("number", "STL_SORT", "by_number")
+    client.load_collection("things")
+    with MilvusLiteServer(tmp_path / "lite", "2.5.1") as lite:
+        route = Route(nats_stack.etcd, nats_stack.source, lite, nats_stack.kafka)
+        with drifting(route, tmp_path) as pair:
+            pair.create("default.things", "default.other_things")
+
+            def told() -> bool:
+                found = pair.collections().get("default.things", task_pb2.TaskCollection())
+                return (
+                    found.state == task_pb2.COLLECTION_STATE_RETRYING
+                    and found.reason == "UNSUPPORTED_BY_SINK"
+                    and "by_number" in found.message
+                )
+
+            pair.wait("the refusal is told", told)
+            pair.wait_running("default.other_things")
+            client.insert("things", [make_row(SHAPE, random.Random(9), 9_000)])
+            assert pair.prove() == 2 * ROWS + 1
+            sink = MilvusClient(uri=lite.uri)
+            assert "vector" in " ".join(sink.list_indexes("things"))
+            assert diff(pair) == {("CREATE", "index", "by_number")}
+            # Gone at the source: nothing is in the way any more.
+            client.release_collection("things")
+            client.drop_index("things", "by_number")
+            client.load_collection("things")
+            pair.wait_running("default.things")
+            assert diff(pair) == set()
+            pair.quiet("UNSUPPORTED_BY_SINK")
+    for name in ("things", "other_things"):
+        client.drop_collection(name)
+
+
+@pytest.mark.timeout(300)
+def test_what_is_not_carried_stays_as_it_is_at_the_sink(nats_stack: Stack, tmp_path: Path) -> None:
+    source = make_source(nats_stack, "drift_carry")
+    collection = "drift_carry.things"
+    with drifting(nats_stack, tmp_path) as pair:
+        task = pair.task("drift_carry.*")
+        task.carry.schema = False
+        pair.tasks.CreateTask(task_service_pb2.CreateTaskRequest(task=task), timeout=30)
+        failed = task_pb2.COLLECTION_STATE_FAILED
+        pair.wait("not there", lambda: [c.state for c in pair.collections().values()] == [failed])
+        assert pair.collections()[collection].reason == "SINK_COLLECTION_MISSING"
+        MilvusClient(uri=nats_stack.sink.uri).create_database("drift_carry")
+        sink = Side(nats_stack.sink.uri, "drift_carry")
+        create_collection(sink.client, SHAPE)
+        sink.client.release_collection("things")
+        sink.client.create_partition("things", "red")
+        sink.client.create_partition("things", "blue")
+        assert command(pair, "task", "retry", TASK)[0] == 0
+        pair.wait_running(collection)
+        assert pair.prove() == ROWS
+        sink.client.create_partition("things", "of_somebody")
+        time.sleep(2 * EVERY_SECONDS)
+        assert "of_somebody" in sink.client.list_partitions("things")
+        assert diff(pair) == set()
+
+        switches = ("--carry", "schema=true", "--carry", "index=false", "--carry", "load=false")
+        assert command(pair, "task", "update", TASK, *switches)[0] == 0
+        pair.wait(
+            "the schema is carried now",
+            lambda: "of_somebody" not in sink.client.list_partitions("things"),
+        )
+        source.client.release_collection("things")
+        source.index("number", "STL_SORT", "by_number")
+        source.client.create_partition("things", "green")
+        source.client.insert(
+            "things", [make_row(SHAPE, random.Random(1), 7_000)], partition_name="green"
+        )
+        pair.wait("a partition", lambda: "green" in sink.client.list_partitions("things"))
+        assert "by_number" not in sink.client.list_indexes("things")
+        pair.wait("rows", lambda: pair.collections()[collection].rows_inserted == ROWS + 1)
+
+        # Without rows a drop is as exact as ever.
+        assert command(pair, "task", "update", TASK, "--carry", "rows=false")[0] == 0
+        assert not pair.get().carry.rows
+        pair.wait_running(collection)
+        source.client.insert("things", [make_row(SHAPE, random.Random(2), 8_000)])
+        source.client.drop_partition("things", "green")
+        pair.wait("dropped", lambda: "green" not in sink.client.list_partitions("things"))
+        pair.wait("told", lambda: "ROWS_LEFT_OUT" in conditions(pair, collection))
+        assert pair.collections()[collection].rows_inserted == ROWS + 1
+        code, said = command(pair, "task", "update", TASK, "--carry", "rwos=true")
+        assert code == 2, said
+        pair.quiet('"event": "collection failed"', "SINK_COLLECTION_MISSING")
