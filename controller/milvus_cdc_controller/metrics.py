@@ -32,7 +32,8 @@ class Metrics:
         names = ["task", "collection"]
         self.lag_seconds = Gauge(
             "milvus_cdc_collection_lag_seconds",
-            "Source time last seen in the log minus what is durable in the sink.",
+            "Source time now minus the source time up to which every row is durable in the sink, "
+            "as its replicator last said.",
             names,
             registry=self.registry,
         )

@@ -16,6 +16,7 @@ from milvus_cdc.source import LogSource
 from milvus_cdc.source.registry import open_source
 from milvuscdc.v1 import task_pb2
 
+from milvus_cdc_replicator.core.source_clock import SourceClock
 from milvus_cdc_replicator.reader import PchannelHub
 from milvus_cdc_replicator.spec import queue_config
 
@@ -29,6 +30,7 @@ class Connections:
         self._sources: dict[object, LogSource] = {}
         self._source_clients: dict[bytes, MilvusClient] = {}
         self._hubs: dict[tuple[object, str], PchannelHub] = {}
+        self._clocks: dict[object, SourceClock] = {}
         self._lock = asyncio.Lock()
 
     async def sink(self, spec: task_pb2.Sink) -> Sink:
@@ -73,8 +75,12 @@ class Connections:
         key = (queue_config(spec), pchannel)
         hub = self._hubs.get(key)
         if hub is None:
-            hub = self._hubs[key] = PchannelHub(source, pchannel)
+            hub = self._hubs[key] = PchannelHub(source, pchannel, self.clock(spec))
         return hub
+
+    def clock(self, spec: task_pb2.Source) -> SourceClock:
+        """Set by whoever reads the source's queue."""
+        return self._clocks.setdefault(queue_config(spec), SourceClock())
 
     async def log_end(self, spec: task_pb2.Source, pchannel: str) -> int:
         """Order of the next entry to be written."""

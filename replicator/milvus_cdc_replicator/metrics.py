@@ -34,7 +34,7 @@ WRITE_ERRORS = Counter(
 )
 LAG_SECONDS = Gauge(
     "milvus_cdc_replicator_lag_seconds",
-    "Source time last read minus source time durable in the sink",
+    "Source time now minus source time up to which every row is durable in the sink",
     ["task", "collection"],
 )
 CHECKPOINT_AGE = Gauge(

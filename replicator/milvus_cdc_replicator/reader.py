@@ -28,8 +28,12 @@ from milvus_cdc.codec.messages import (
 )
 from milvus_cdc.codec.msgstream import decode
 from milvus_cdc.errors import BugError, CdcError, RetryableError, UserError
+from milvus_cdc.model import tso_to_ms
 from milvus_cdc.source import LogEntry, LogReader, LogSource
 
+from milvus_cdc_replicator.core.source_clock import SourceClock
+from milvus_cdc_replicator.gate import boottime
+from milvus_cdc_replicator.locating import newest_tick_ts
 from milvus_cdc_replicator.metrics import BYTES_READ, READ_ERRORS
 
 log = structlog.get_logger()
@@ -93,9 +97,11 @@ class _Cursor:
 class PchannelHub:
     """All reading of one pchannel."""
 
-    def __init__(self, source: LogSource, pchannel: str) -> None:
+    def __init__(self, source: LogSource, pchannel: str, clock: SourceClock | None = None) -> None:
+        """`clock` is shared by all pchannels of the source."""
         self._source = source
         self._pchannel = pchannel
+        self._clock = clock or SourceClock()
         self._bytes_read = BYTES_READ.labels(pchannel)
         self._cursors: list[_Cursor] = []
         self._waiting: list[Subscription] = []
@@ -171,6 +177,7 @@ class PchannelHub:
     async def _run(self, cursor: _Cursor) -> None:
         attempt = 0
         position = cursor.start
+        await self._look_at_the_end()
         while cursor in self._cursors:
             reader: LogReader | None = None
             try:
@@ -209,6 +216,16 @@ class PchannelHub:
                     with contextlib.suppress(CdcError, TimeoutError):
                         async with asyncio.timeout(OPEN_SECONDS):
                             await reader.close()
+
+    async def _look_at_the_end(self) -> None:
+        """What time it is at the source: a reading that begins long ago learns it late. Who cannot
+        look there will not be able to read either, and says why.
+        """
+        if not self._clock.known:
+            with contextlib.suppress(CdcError, TimeoutError):
+                async with asyncio.timeout(OPEN_SECONDS):
+                    if newest := await newest_tick_ts(self._source, self._pchannel):
+                        self._clock.tick_read(tso_to_ms(newest), boottime())
 
     async def _open(self, position: bytes, incarnation: bytes) -> LogReader:
         """Law: nothing waits for a queue without end and without a word."""
@@ -291,6 +308,8 @@ class PchannelHub:
                 case _:
                     pass
         self._bytes_read.inc(size)
+        if ticks and isinstance(newest := ticks[-1].message, Tick):
+            self._clock.tick_read(tso_to_ms(newest.ts), boottime())
         cursor.next_order = last + 1
         self.end_order = max(self.end_order, last)
         for subscription in cursor.subscribers:

@@ -50,16 +50,16 @@ class Report:
     operations_read_from: bytes = b""
 
 
-def lag_ms(lanes: Iterable[Lane]) -> int:
-    """Source time read and not yet durable, in milliseconds; -1 while a lane has seen no tick."""
-    lags = []
-    for lane in lanes:
-        if lane.closed:
-            continue
-        if lane.resolved_ts == 0 or lane.released_ts == 0:
-            return -1
-        lags.append(tso_to_ms(lane.released_ts) - tso_to_ms(lane.resolved_ts))
-    return max(lags, default=0)
+def lag_ms(lanes: Iterable[Lane], now_ms: int | None) -> int:
+    """Source time now minus the source time up to which every row is durable, whether or not what
+    lies between has been read; -1 before the first checkpoint, and while it is not known what time
+    it is at the source.
+    """
+    resolved = [lane.resolved_ts for lane in lanes if not lane.closed]
+    if not resolved:
+        return 0
+    oldest = min(resolved)
+    return -1 if now_ms is None or oldest == 0 else max(now_ms - tso_to_ms(oldest), 0)
 
 
 _STATES = {

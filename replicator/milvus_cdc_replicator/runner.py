@@ -28,7 +28,7 @@ from milvus_cdc_replicator.core import assignment as core
 from milvus_cdc_replicator.core.budget import Budget
 from milvus_cdc_replicator.core.lane import Lane
 from milvus_cdc_replicator.core.ops import Write
-from milvus_cdc_replicator.gate import WriteGate
+from milvus_cdc_replicator.gate import WriteGate, boottime
 from milvus_cdc_replicator.intake import Intake
 from milvus_cdc_replicator.report import LaneReport, Report, lag_ms
 from milvus_cdc_replicator.schema import key_field
@@ -208,7 +208,8 @@ class CollectionRunner:
         )
         labels = (self.assignment.task, self._object.placed.full_name)
         resolved = min((lane.resolved_ts for lane in lanes if not lane.closed), default=0)
-        lag = lag_ms(self._core.lanes.values())
+        clock = self._connections.clock(self.assignment.source)
+        lag = lag_ms(self._core.lanes.values(), clock.now_ms(boottime()))
         if lag >= 0:
             metrics.LAG_SECONDS.labels(*labels).set(lag / 1000)
         if resolved:

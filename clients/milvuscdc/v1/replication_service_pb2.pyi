@@ -1235,7 +1235,9 @@ class Progress(_message.Message):
     rows_deleted: _builtins.int
     rows_skipped: _builtins.int
     lag_ms: _builtins.int
-    """TSO of the newest tick read minus the oldest resolved, in milliseconds; -1 when unknown."""
+    """Source time now minus the oldest resolved_ts of an open vchannel, in milliseconds, as TaskCollection.lag says;
+    -1 before the first checkpoint.
+    """
     dropped: _builtins.bool
     """The drop was executed at the sink."""
     applied_version: _builtins.int

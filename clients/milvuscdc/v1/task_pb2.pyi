@@ -728,7 +728,11 @@ class TaskCollection(_message.Message):
 
     @_builtins.property
     def lag(self) -> _duration_pb2.Duration:
-        """Source time last seen in the log minus checkpoint_time."""
+        """Source time now minus checkpoint_time, as the replicator last said: whether the rows in between have been
+        read or not, so it grows while the sink stalls or reading is paused. A tick (0.2 s) or two where all is well.
+        What time it is at the source is told by the newest tick read from its queue, and goes on from there with the
+        replicator's own clock. Unset before the first checkpoint.
+        """
 
     @_builtins.property
     def vchannels(self) -> _containers.RepeatedCompositeFieldContainer[Global___VchannelProgress]: ...
