@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from milvus_cdc.errors import CdcError, RetryableError, UnknownOutcomeError, UserError
 from milvus_cdc.milvus_client import MilvusClient
-from milvus_cdc.model import Carry, Collection
+from milvus_cdc.model import Carry, Collection, Index, Partition
 from milvus_cdc.sink import DeleteBatch, Op, RowBatch, Sink, reconcile
+from milvus_cdc.sink.differences import ObjectDifference, is_missing
 from milvus_cdc.sink.memory import MemorySink, decode_cells, decode_rows
 from milvus_cdc.sink.milvus import MilvusSink
 from pymilvus.grpc_gen import common_pb2, milvus_pb2
@@ -524,3 +525,127 @@ async def test_databases_come_and_go(bench: Bench) -> None:
     with pytest.raises(UserError) as failed:
         await opened(bench, sample.want(), opened=True, sink_collection_id=3)
     assert failed.value.reason == "SINK_COLLECTION_MISSING"
+
+
+# ---- what is no row
+
+
+def places(found: Sequence[ObjectDifference]) -> list[tuple[str, str, str]]:
+    return [(each.action, each.kind, each.name) for each in found]
+
+
+async def test_a_difference_is_named_until_it_is_mended_and_nothing_else_is_touched(
+    bench: Bench,
+) -> None:
+    parts = ("_default", "p1", "p2")
+    sample = Sample(bench.database, "drifting", PLAIN, partitions=parts)
+    plainly = sample.want(properties=(("collection.ttl.seconds", "1000"),))
+    await opened(bench, plainly)
+    assert await bench.sink.diff(plainly, Carry()) == ()
+    by_number = Index(2, "by_n", 102, "n", (("index_type", "STL_SORT"),), 1)
+    want = replace(
+        sample.want(indexes=(flat_index(), by_number), load=LOADED),
+        properties=(("collection.ttl.seconds", "2000"), ("mmap.enabled", "true")),
+        partitions=(*plainly.partitions[:2], Partition(60, "p3", 1)),
+    )
+    found = await bench.sink.diff(want, Carry())
+    assert places(found) == [
+        ("ALTER", "property", "collection.ttl.seconds"),
+        ("CREATE", "property", "mmap.enabled"),
+        ("CREATE", "partition", "p3"),
+        ("DROP", "partition", "p2"),
+        ("CREATE", "index", "of_v"),
+        ("CREATE", "index", "by_n"),
+        ("CREATE", "load", ""),
+    ]
+    assert all(each.collection == "drifting" and each.detail for each in found)
+    assert await bench.sink.diff(want, Carry()) == found, "looking changes nothing"
+    for at, each in enumerate(found):
+        for _ in range(2):
+            await bench.sink.repair(want, each)
+        assert places(await bench.sink.diff(want, Carry())) == places(found[at + 1 :])
+    # Back: an index of what is loaded, and a loaded partition.
+    found = await bench.sink.diff(plainly, Carry())
+    assert {("DROP", "index", "of_v"), ("DROP", "load", ""), ("DROP", "partition", "p3")} <= {
+        *places(found)
+    }
+    await reconcile(bench.sink, plainly)
+    assert await bench.sink.diff(plainly, Carry()) == ()
+
+
+async def test_what_is_not_carried_is_not_compared(bench: Bench) -> None:
+    sample = await plain(bench, "carried", partitions=("_default", "p1"))
+    want = replace(
+        sample.want(
+            indexes=(flat_index(),), load=LOADED, properties=(("collection.ttl.seconds", "9"),)
+        ),
+        partitions=sample.want().partitions[:1],
+    )
+    every = {"property", "partition", "index", "load"}
+    assert {d.kind for d in await bench.sink.diff(want, Carry())} == every
+    for switch, kinds in (
+        ("schema", {"property", "partition"}),
+        ("index", {"index"}),
+        ("load", {"load"}),
+    ):
+        found = await bench.sink.diff(want, replace(Carry(), **{switch: False}))
+        assert {d.kind for d in found} == every - kinds
+
+
+async def test_a_partition_that_is_being_dropped_is_not_surplus(bench: Bench) -> None:
+    sample = await plain(bench, "dropping", partitions=("_default", "p1"))
+    on_its_way = sample.want(dropped=("p1",))
+    assert await bench.sink.diff(on_its_way, Carry()) == ()
+    gone = replace(on_its_way, partitions=on_its_way.partitions[:1])
+    assert places(await bench.sink.diff(gone, Carry())) == [("DROP", "partition", "p1")]
+
+
+async def test_a_partition_key_collection_has_partitions_of_its_own(bench: Bench) -> None:
+    tenant = Field("t", DataType.VarChar, partition_key=True, params={"max_length": "20"})
+    names = tuple(f"_default_{n}" for n in range(4))
+    sample = Sample(bench.database, "keyed", (KEY, VECTOR, tenant), partitions=names)
+    await opened(bench, sample.want())
+    fewer = Sample(bench.database, "keyed", (KEY, VECTOR, tenant), partitions=names[:2])
+    assert await bench.sink.diff(fewer.want(), Carry()) == ()
+
+
+async def test_a_collection_that_was_renamed_is_found_and_one_that_is_gone_is_never_made_anew(
+    bench: Bench,
+) -> None:
+    sample = Sample(bench.database, "mine", PLAIN)
+    want = sample.want()
+    known = (await opened(bench, want)).sink_collection_id
+    assert known
+    other = replace(want, name="yours")
+    await bench.sink.rename_collection(
+        other, renamed_from=(want.database, want.name), sink_collection_id=known
+    )
+    found = await bench.sink.diff(want, Carry(), sink_collection_id=known)
+    assert places(found) == [("ALTER", "collection", "yours")]
+    with pytest.raises(UserError) as failed:
+        await opened(bench, want, opened=True, sink_collection_id=known)
+    assert failed.value.reason == "SINK_COLLECTION_MISSING"
+    for _ in range(2):
+        await bench.sink.repair(want, found[0], sink_collection_id=known)
+    assert await bench.sink.diff(want, Carry(), sink_collection_id=known) == ()
+
+    await bench.sink.drop_collection(want, sink_collection_id=known)
+    [gone] = await bench.sink.diff(want, Carry(), sink_collection_id=known)
+    assert is_missing(gone)
+    with pytest.raises(UserError) as failed:
+        await bench.sink.repair(want, gone, sink_collection_id=known)
+    assert failed.value.reason == "SINK_COLLECTION_MISSING"
+    await opened(bench, want)
+    [replaced] = await bench.sink.diff(want, Carry(), sink_collection_id=known)
+    assert is_missing(replaced), "another of its name is not it"
+
+
+async def test_without_leave_to_create_nothing_is_made(bench: Bench) -> None:
+    sample = Sample(bench.database, "strange", PLAIN, partitions=("_default", "p1"))
+    with pytest.raises(UserError) as failed:
+        await opened(bench, sample.want(), create=False)
+    assert failed.value.reason == "SINK_COLLECTION_MISSING"
+    await plain(bench, "strange")
+    assert (await opened(bench, sample.want(), create=False)).created_partitions == ()
+    assert await bench.partitions(sample) == {"_default"}
+    assert (await opened(bench, sample.want())).created_partitions == ("p1",)

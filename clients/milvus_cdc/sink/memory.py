@@ -264,7 +264,7 @@ class MemorySink:
         name = difference.name
         match difference.kind:
             case "collection":
-                del self._databases[want.database][name]
+                self._databases[want.database].pop(name, None)
                 self._databases[want.database][want.name] = held
             case "property" if name == DESCRIPTION:
                 held.description = schemas.parse(want).description

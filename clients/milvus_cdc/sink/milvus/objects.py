@@ -361,8 +361,8 @@ class Objects:
 
     async def _create_index(self, want: Collection, index: Index) -> None:
         known = await self._capabilities()
-        types = {field.fieldID: field.data_type for field in parse(want).fields}
-        if why := known.index_violation(index, types.get(index.field_id, 0)):
+        types = {field.name: field.data_type for field in parse(want).fields}
+        if why := known.index_violation(index, types.get(index.field_name, 0)):
             raise unsupported(want, [why])
         params = [
             common_pb2.KeyValuePair(key=key, value=value)
