@@ -149,7 +149,7 @@ class Reconciler:
                     if is_missing(difference):
                         return False
                     if difference.kind in ("collection", "partition"):
-                        await self._mend(assignment, want, difference)
+                        await self._mend(assignment, want, difference, False)
             except Halted:
                 return False
             except CdcError as error:
@@ -171,6 +171,7 @@ class Reconciler:
             want = replace(want, properties=properties)
         refused: dict[Place, CdcError] = {}
         mended: set[Place] = set()
+        first: set[Place] | None = None
         left: list[ObjectDifference] = []
         for pause in (*ROUND_SECONDS, None):
             differences = await self._look(assignment, want, carry)
@@ -178,11 +179,9 @@ class Reconciler:
                 differences = tuple(d for d in differences if not _is_property(d))
             for difference in filter(is_missing, differences):
                 await self._repair(assignment, want, difference)
-            ours = [
-                d
-                for d in differences
-                if assignment.drift is Drift.REPAIR or self._caused(assignment, d, mended)
-            ]
+            first = {d.place for d in differences} if first is None else first
+            caused = {d for d in differences if self._caused(assignment, d, mended, first)}
+            ours = [d for d in differences if assignment.drift is Drift.REPAIR or d in caused]
             self._tell([d for d in differences if d not in ours])
             left = [
                 d for d in ours if d.place not in refused and d.place not in self._without_effect
@@ -192,7 +191,7 @@ class Reconciler:
                 break
             for difference in left:
                 try:
-                    await self._mend(assignment, want, difference)
+                    await self._mend(assignment, want, difference, difference in caused)
                     mended.add(difference.place)
                 except CdcError as error:
                     refused[difference.place] = _named(error, want, difference)
@@ -248,7 +247,11 @@ class Reconciler:
         return found
 
     def _caused(
-        self, assignment: CollectionAssignment, difference: ObjectDifference, mended: set[Place]
+        self,
+        assignment: CollectionAssignment,
+        difference: ObjectDifference,
+        mended: set[Place],
+        first: set[Place],
     ) -> bool:
         """The source did it, since an owner last said that all was as wanted."""
         base, want = self._applied or assignment.applied, assignment.want
@@ -263,7 +266,7 @@ class Reconciler:
             case "load":
                 alive = Applied.of(want).partition_ids
                 # Some servers let an index or a property be changed only after a release.
-                released = any(kind in ("index", "property") for kind, _ in mended)
+                released = difference.place not in first and bool(mended)
                 changed_load = touched.touched_load or base.load != want.load
                 return released or changed_load or base.partition_ids != alive
             case "property":
@@ -301,7 +304,11 @@ class Reconciler:
     # ---- one repair
 
     async def _mend(
-        self, assignment: CollectionAssignment, want: Collection, difference: ObjectDifference
+        self,
+        assignment: CollectionAssignment,
+        want: Collection,
+        difference: ObjectDifference,
+        caused: bool,
     ) -> None:
         if difference.kind == "partition":
             async with self._partitions:
@@ -314,7 +321,6 @@ class Reconciler:
         else:
             await self._repair(assignment, want, difference)
         self._restored += difference.kind in ("collection", "partition")
-        caused = self._caused(assignment, difference, set())
         self.log.info(
             "change carried out" if caused else "drift mended",
             action=difference.action,
