@@ -197,6 +197,8 @@ class Reconciler:
                     refused[difference.place] = _named(error, want, difference)
             await self._pause(pause)
         for difference in left:
+            if self._made_meanwhile(difference):
+                continue
             # Loading may fail later on, and may succeed when the sink has room again.
             if difference.kind != "load":
                 self._without_effect.add(difference.place)
@@ -312,10 +314,8 @@ class Reconciler:
     ) -> None:
         if difference.kind == "partition":
             async with self._partitions:
-                if difference.action is Action.DROP and any(
-                    p.name == difference.name for p in self._current().partitions
-                ):
-                    return  # the source has made one of that name meanwhile
+                if self._made_meanwhile(difference):
+                    return
                 await self._surely(assignment, want, difference)
             self._note_emptied(assignment, difference)
         else:
@@ -325,6 +325,14 @@ class Reconciler:
             "change carried out" if caused else "drift mended",
             action=difference.action,
             object=difference.text,
+        )
+
+    def _made_meanwhile(self, difference: ObjectDifference) -> bool:
+        """The source has made a partition of that name since the comparison began."""
+        return (
+            difference.kind == "partition"
+            and difference.action is Action.DROP
+            and any(p.name == difference.name for p in self._current().partitions)
         )
 
     async def _repair(

@@ -455,7 +455,11 @@ async def test_a_renamed_collection_keeps_its_rows_and_is_renamed_once(bench: Be
     await rename(sample, (here, "two"), other)
     await rename(third, (here, "one"))
     assert set(await bench.rows(sample)) == {3}
-    # Into another database and back.
+    # Into another database and back. What has its name in another database is not there.
+    there = replace(third, database=away.database)
+    with pytest.raises(UserError) as failed:
+        await opened(bench, there.want(), opened=True, sink_collection_id=mine)
+    assert failed.value.reason == "SINK_COLLECTION_MISSING"
     await rename(away, (here, "three"))
     await rename(away, (here, "three"))
     await opened(bench, away.want(), opened=True, sink_collection_id=mine)

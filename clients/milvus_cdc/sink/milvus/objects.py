@@ -94,9 +94,19 @@ class Objects:
             return there, want.name
         if sink_collection_id:
             renamed = await self._describe_id(want, sink_collection_id)
-            if renamed is not None:
+            if renamed is not None and await self._is_here(want, renamed):
                 return renamed, renamed.schema.name
         return None, "" if there is None else want.name
+
+    async def _is_here(self, want: Collection, found: Any) -> bool:
+        """Whether what has been found by its id is in the wanted database: 2.3.5 finds ids in all
+        of them and does not say in which.
+        """
+        name = found.schema.name
+        if name == want.name:
+            return False  # looked for under that name already
+        here = await self.describe(replace(want, name=name))
+        return here is not None and here.collectionID == found.collectionID
 
     async def describe(self, want: Collection) -> Any | None:
         """None when it does not exist, or its database. Raises UserError SINK_NAME_IS_ALIAS."""
@@ -252,7 +262,10 @@ class Objects:
         """
         if has_partition_key(parse(want)):
             return ()
-        there = set(await self._partitions(want))
+        try:
+            there = set(await self._partitions(want))
+        except Refusal as refusal:
+            raise self._client.error(refusal) from refusal
         made = []
         for partition in want.partitions:
             if partition.state is ObjectState.CREATED and partition.name not in there:
