@@ -12,18 +12,32 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import catchup, footprint, lag, metadata, steady
+from benchmarks import catchup, footprint, lag, metadata, reconcile, steady
 from benchmarks.rig import Rig
 from benchmarks.rows import Table, drop
 from benchmarks.table import Results
 from benchmarks.writers import best_direct
 from tests.servers.kafka import kafka_unavailable_reason
 
-PARTS = ("direct", "catchup", "crash", "steady", "lag", "memory", "idle", "list", "metadata")
+PARTS = (
+    "direct",
+    "catchup",
+    "crash",
+    "steady",
+    "lag",
+    "memory",
+    "idle",
+    "list",
+    "metadata",
+    "reconcile",
+)
 LAG_ROWS_PER_SECOND = 1_000
 IDLE_COLLECTIONS = 64
 LISTED_TASKS = 1_000
 MANY_COLLECTIONS = 10_000
+COMPARED_COLLECTIONS = 1_000
+LOADED_SHARE = 10
+"""One in so many is loaded: a server of this machine holds no more of them."""
 PROBE_SECONDS = 40
 FAST_TICK_MS = 50
 
@@ -38,7 +52,11 @@ def main() -> int:
         many = MANY_COLLECTIONS // 10 if options.quick else MANY_COLLECTIONS
         _say(f"metadata of {many:,} collections")
         results.metadata = metadata.measure(many)
-    for queue in options.queues if set(options.only) - {"metadata"} else ():
+    if "reconcile" in options.only:
+        compared = COMPARED_COLLECTIONS // 10 if options.quick else COMPARED_COLLECTIONS
+        _say(f"comparison of {compared:,} collections with a sink")
+        results.reconciled = reconcile.measure(compared, compared // LOADED_SHARE)
+    for queue in options.queues if set(options.only) - {"metadata", "reconcile"} else ():
         if queue == "kafka" and (reason := kafka_unavailable_reason()):
             _say(f"kafka left out: {reason}")
             continue

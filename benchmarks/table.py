@@ -14,6 +14,7 @@ from benchmarks.catchup import CatchUp, Crash
 from benchmarks.footprint import Idle, Listing, Stalled
 from benchmarks.lag import Lag
 from benchmarks.metadata import Metadata
+from benchmarks.reconcile import Reconciled
 from benchmarks.steady import Steady
 from benchmarks.usage import machine
 from benchmarks.writers import Direct
@@ -28,6 +29,8 @@ GOAL_IDLE = 5.0
 GOAL_LIST_MS = 100.0
 GOAL_LISTING_SECONDS = 10.0
 GOAL_CONTROLLER_MIB = 400.0
+GOAL_RECONCILE_SECONDS = 60.0
+GOAL_RECONCILE_CALLS = 5
 
 
 @dataclass(slots=True)
@@ -45,6 +48,7 @@ class Results:
     idle: dict[str, Idle] = field(default_factory=dict)
     listing: dict[str, Listing] = field(default_factory=dict)
     metadata: list[Metadata] = field(default_factory=list)
+    reconciled: Reconciled | None = None
 
     def ratio(self, run: CatchUp) -> float | None:
         """To plain pymilvus under the same conditions."""
@@ -163,6 +167,14 @@ class Results:
                 f"controller {_judged(seen.peak_mib, GOAL_CONTROLLER_MIB, 0)} MiB, "
                 f"one changed key {seen.change_cpu_ms:.0f} ms of CPU",
                 f"< {GOAL_LISTING_SECONDS:.0f} s, < {GOAL_CONTROLLER_MIB:.0f} MiB",
+            )
+        if (look := self.reconciled) is not None:
+            table.add_row(
+                f"comparison of {look.collections:,} unchanged collections, {look.loaded:,} loaded",
+                f"{_judged(look.seconds, GOAL_RECONCILE_SECONDS, 1)} s, "
+                f"{_judged(look.calls_most, GOAL_RECONCILE_CALLS, 0)} calls each at most, "
+                f"{look.calls:.1f} on average",
+                f"< {GOAL_RECONCILE_SECONDS:.0f} s, {GOAL_RECONCILE_CALLS} calls",
             )
         console.print(table)
 
