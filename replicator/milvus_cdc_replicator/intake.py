@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 import structlog
-from milvus_cdc.codec.messages import Tick
+from milvus_cdc.codec.messages import Delete, Message, Tick
 from milvus_cdc.errors import CdcError, RetryableError, UserError
 
 from milvus_cdc_replicator.connections import Connections
@@ -222,6 +222,8 @@ class Intake:
             message = item.message
             if isinstance(message, Tick):
                 lane.tick(message.ts, item.position)
+            elif self._shard_unknown(lane, message):
+                break
             elif (op := self._converter.op(message, item.position, item.order)) is not None:
                 lane.add(op)
             if lane.wants_reread:
@@ -229,6 +231,24 @@ class Intake:
         if (position := lane.take_reread()) is not None:
             self._unsubscribe(hub, subscription)
             self._subscribe(hub, lane, position)
+
+    def _shard_unknown(self, lane: Lane, message: Message) -> bool:
+        """A delete that names no shard is that of the collection's only one on its topic. With two
+        of them nobody can say whose: a guess could remove a newer row.
+        """
+        if not isinstance(message, Delete) or message.vchannel:
+            return False
+        if sum(each.pchannel == lane.pchannel for each in self._core.lanes.values()) == 1:
+            return False
+        self._fail(
+            UserError(
+                "DELETE_WITHOUT_SHARD",
+                f"topic {lane.pchannel} holds several shards of this collection, and a delete of "
+                "its source (Milvus 2.2) does not say of which; upgrade the source, or make the "
+                "collection with no more shards than rootCoord.dmlChannelNum there",
+            )
+        )
+        return True
 
     def _has_room(self, lane: Lane) -> bool:
         mine, writable = self._accounted

@@ -191,6 +191,8 @@ class PchannelHub:
                         return
                     entries = await reader.read(READ_BYTES, READ_WAIT_SECONDS)
                     attempt = 0
+                    if cursor not in self._cursors:
+                        return  # another has taken over what it had; a client may keep a cancel
                     if entries:
                         self._deliver(cursor, entries)
                         position = entries[-1].position
@@ -276,7 +278,6 @@ class PchannelHub:
         by_vchannel: dict[str, list[Item]] = defaultdict(list)
         by_collection: dict[int, list[Item]] = defaultdict(list)
         ticks: list[Item] = []
-        shards: dict[int, int] = {}
         wanted = {s.vchannel for s in cursor.subscribers}
         size = 0
         for entry in entries:
@@ -296,8 +297,6 @@ class PchannelHub:
                     by_collection[message.collection_id].append(
                         Item(message, entry.position, order)
                     )
-                    if message.collection_id not in shards:
-                        shards[message.collection_id] = self._shards_of(message.collection_id)
                 case Insert() | Delete():
                     if message.vchannel in wanted:
                         by_vchannel[message.vchannel].append(Item(message, entry.position, order))
@@ -313,9 +312,6 @@ class PchannelHub:
         cursor.next_order = last + 1
         self.end_order = max(self.end_order, last)
         for subscription in cursor.subscribers:
-            if shards.get(subscription.collection_id, 1) > 1:
-                subscription.on_error(_shard_unknown(self._pchannel, subscription.collection_id))
-                continue
             items = by_vchannel.get(subscription.vchannel, [])
             drops = by_collection.get(subscription.collection_id)
             if drops or items:
@@ -329,17 +325,6 @@ class PchannelHub:
                 subscription.position = entries[-1].position
             if items:
                 subscription.deliver(subscription.vchannel, items)
-
-    def _shards_of(self, collection_id: int) -> int:
-        """How many of its vchannels are read from this topic."""
-        return len(
-            {
-                subscription.vchannel
-                for cursor in self._cursors
-                for subscription in cursor.subscribers
-                if subscription.collection_id == collection_id
-            }
-        )
 
     def _interrupted(self, cursor: _Cursor, error: RetryableError) -> None:
         log.warning(
@@ -376,12 +361,3 @@ class PchannelHub:
         self._retire(cursor)
         for subscription in subscribers:
             subscription.on_error(error)
-
-
-def _shard_unknown(pchannel: str, collection_id: int) -> UserError:
-    return UserError(
-        "DELETE_WITHOUT_SHARD",
-        f"collection {collection_id} has several shards on topic {pchannel}, and a delete of this "
-        "source (Milvus 2.2) does not say of which: let rootCoord.dmlChannelNum there be at least "
-        "the number of shards, or upgrade it",
-    )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from milvus_cdc.errors import CdcError, RetryableError
+from milvus_cdc.milvus_protos import common_pb2
 from milvus_cdc.source.memory import MemoryReader, MemorySource
 from milvus_cdc_replicator.reader import NEAR_ENTRIES, Item, PchannelHub, Subscription
+from milvuscdc.internal import milvus_log_pb2 as log_pb2
 
 from tests.unit.replicator.test_runner import PCHANNEL, tick, until
 
@@ -92,4 +94,25 @@ async def test_a_reading_that_a_client_cancels_begins_anew_and_says_so() -> None
     assert follower.orders == [0, 1, 2]
     assert isinstance(follower.news[0], RetryableError)
     assert follower.news[-1] is None
+    await hub.close()
+
+
+def delete_without_shard(ts: int) -> bytes:
+    """As Milvus 2.2 writes it."""
+    return log_pb2.LogDelete(
+        base=log_pb2.LogBase(msg_type=common_pb2.Delete, timestamp=ts),
+        collection_id=7,
+        partition_id=-1,
+        int64_primary_keys=[1],
+        num_rows=1,
+        timestamps=[ts],
+    ).SerializeToString()
+
+
+async def test_a_delete_of_2_2_concerns_its_collections_only_shard_on_the_topic() -> None:
+    source = MemorySource()
+    hub = PchannelHub(source, PCHANNEL)
+    source.append(PCHANNEL, delete_without_shard(5))
+    follower = Follower(hub, 0)
+    await until(lambda: follower.orders == [0])
     await hub.close()

@@ -324,7 +324,10 @@ async def ask(client: MilvusClient) -> Capabilities:
         await client.call("Connect", milvus_pb2.ConnectRequest())
         return _LITE_2
     known = by_version(str(answer.version))
-    # A server that calls itself one thing and lacks another is believed in what it lacks.
+    if (2, 3) <= known.release <= (2, 6):
+        return known
+    # One that nobody has heard of, or that calls itself one thing and lacks another (databases came
+    # with 2.2.9), is believed in what it lacks.
     asked = {
         "upsert": ("Upsert", milvus_pb2.UpsertRequest()),
         "databases": ("ListDatabases", milvus_pb2.ListDatabasesRequest()),

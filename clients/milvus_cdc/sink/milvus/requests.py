@@ -28,6 +28,10 @@ DELETE_KEYS_MAX = 100_000
 DELETE_BYTES_MAX = 8 * 2**20
 
 _FIELDS_DATA = 5
+_IS_DYNAMIC = b"\x30\x01"
+"""`is_dynamic: true` of a FieldData. The log of 2.2 leaves it out (seen on 2.2.16), and without it
+a later Milvus takes the column for one that it must add itself.
+"""
 _INT64_MIN = -(2**63)
 _MSG_TYPES = {
     Op.INSERT: int(common_pb2.MsgType.Insert),
@@ -45,6 +49,8 @@ class MilvusTarget(CollectionTarget):
     """Nullable fields and those with a default: their request form differs from the log's."""
     defaulted: frozenset[int] = frozenset()
     """Fields with a default value: a request must call each of their rows valid or null."""
+    dynamic: frozenset[int] = frozenset()
+    """The field that holds what the schema does not name."""
     computed: frozenset[int] = frozenset()
     """Outputs of functions: the sink computes them and refuses to be given them."""
 
@@ -61,6 +67,7 @@ def target_of(want: Collection) -> MilvusTarget:
         partition_key=schemas.has_partition_key(schema),
         rewritten=defaulted | frozenset(f.fieldID for f in schema.fields if f.nullable),
         defaulted=defaulted,
+        dynamic=frozenset(f.fieldID for f in schema.fields if f.is_dynamic),
         computed=frozenset(f.fieldID for f in schema.fields if f.is_function_output),
     )
 
@@ -205,9 +212,10 @@ def _columns(target: MilvusTarget, chunks: tuple[RowChunk, ...]) -> Iterator[byt
         if len(parts) != len(chunks):
             raise _columns_differ(target, number)
         if len(parts) == 1 and number not in target.rewritten:
-            yield parts[0]
+            joined = parts[0]
         else:
-            yield concat(parts, mark_valid=number in target.defaulted)
+            joined = concat(parts, mark_valid=number in target.defaulted)
+        yield joined + _IS_DYNAMIC if number in target.dynamic else joined
 
 
 def _columns_differ(target: MilvusTarget, number: int) -> BugError:
