@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from milvus_cdc_controller.loop import ControlLoop
 
 PROBE_SECONDS = 10.0
+REACHED_SECONDS = 30.0
+"""So long a queue and a sink that a replicator has reached need no other look for the next task."""
 PLANNED_AT_ONCE = 500
 """Collections told to a replicator in one probe: a message stays far below gRPC's limits."""
 
@@ -50,6 +53,7 @@ class TaskService(rpc.TaskServiceServicer):
         self._loop = loop
         self._catalogues = catalogues
         self._hub = hub
+        self._reached: dict[tuple[bytes, bytes], float] = {}
 
     @unary
     async def CreateTask(self, request: pb.CreateTaskRequest) -> pb.CreateTaskResponse:
@@ -76,6 +80,12 @@ class TaskService(rpc.TaskServiceServicer):
         """Reads the source's metadata, has a replicator reach queue and sink; False when none is
         there.
         """
+        source = request.task.source.SerializeToString(deterministic=True)
+        sink = request.task.sink.SerializeToString(deterministic=True)
+        now = time.monotonic()
+        self._reached = {at: until for at, until in self._reached.items() if until > now}
+        if (source, sink) in self._reached and not request.validate_only:
+            return True
         try:
             catalogue = await self._catalogues.probe(request.task.source)
         except CdcError as error:
@@ -87,13 +97,14 @@ class TaskService(rpc.TaskServiceServicer):
         asked = planned if request.validate_only else []
         for first in range(0, max(1, len(asked)), PLANNED_AT_ONCE):
             probe = jobs.ProbeJob(
-                request.task.source.SerializeToString(deterministic=True),
-                request.task.sink.SerializeToString(deterministic=True),
+                source,
+                sink,
                 tuple(map(planned_spec, asked[first : first + PLANNED_AT_ONCE])),
                 present.carry(request.task.carry).index,
             )
             if not await self._probe(probe, required=request.validate_only):
                 return False
+        self._reached[source, sink] = time.monotonic() + REACHED_SECONDS
         return True
 
     async def _probe(self, probe: jobs.ProbeJob, *, required: bool) -> bool:

@@ -28,6 +28,7 @@ from milvus_cdc_replicator.spec import MetadataAssignment
 log = structlog.get_logger()
 
 RETRY_SECONDS = 2.0
+RESTING_SECONDS = 60.0
 CREDENTIAL_SECONDS = 10.0
 """How often a sink without a user is looked at, so that its roles follow soon."""
 _NEVER = frozenset({"SINK_UNSUPPORTED", "SINK_ROLE_IN_USE"})
@@ -84,6 +85,11 @@ class MetadataRunner:
             await self._owner
         if self._operations is not None:
             await self._operations.stop()
+
+    @property
+    def resting_seconds(self) -> float:
+        """Without news it reports this often."""
+        return RESTING_SECONDS
 
     @property
     def has_news(self) -> bool:

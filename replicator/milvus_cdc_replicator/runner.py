@@ -42,6 +42,8 @@ log = structlog.get_logger()
 
 HOUSEKEEPING_SECONDS = 1.0
 REST_SECONDS = 0.5
+RESTING_SECONDS = 3.0
+"""A checkpoint that skips no row may be this much older."""
 PARTITION_UNKNOWN_SECONDS = 30.0
 
 
@@ -181,6 +183,11 @@ class CollectionRunner:
     @property
     def failed(self) -> bool:
         return self._failure is not None
+
+    @property
+    def resting_seconds(self) -> float:
+        """Without news it reports this often."""
+        return RESTING_SECONDS
 
     @property
     def has_news(self) -> bool:

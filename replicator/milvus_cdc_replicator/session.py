@@ -47,8 +47,6 @@ PROTOCOL = 1
 HOUSEKEEPING_SECONDS = 0.2
 AFTER_BREAK_SECONDS = 10.0
 """Sinks are compared again within it: who was away may have missed something."""
-RESTING_SECONDS = 3.0
-"""Who has no news reports this often: a checkpoint that skips no row may be older."""
 RECONNECT_SECONDS = (0.1, 0.3, 1.0, 2.0)
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 * MIB),
@@ -288,11 +286,12 @@ class Replicator:
             self._connections.wake_readers()
 
     def _report_news(self) -> None:
-        long_ago = time.monotonic() - RESTING_SECONDS
+        now = time.monotonic()
         due = [
             assignment_id
             for assignment_id, runner in self._runners.items()
-            if runner.has_news or self._reported_at.get(assignment_id, long_ago) <= long_ago
+            if runner.has_news
+            or now - self._reported_at.get(assignment_id, 0) >= runner.resting_seconds
         ]
         if due:
             self._due.update(due)

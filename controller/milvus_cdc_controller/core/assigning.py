@@ -132,7 +132,7 @@ def settle(world: World) -> set[str]:
             if uid in world.tasks:
                 _settle_task(world, world.tasks[uid])
         if not world.dirty:
-            place_waiting(world)
+            place_waiting(world, looked_at)
     return looked_at
 
 
@@ -279,17 +279,23 @@ def _aim(world: World, task: TaskRecord, record: CollectionRecord) -> Collection
     return record
 
 
-def place_waiting(world: World) -> None:
-    """Finds owners for everything that is wanted and held by nobody."""
+def place_waiting(world: World, looked_at: set[str]) -> None:
+    """Finds owners for everything that is wanted and held by nobody: it is of a task just looked
+    at, or found none before.
+    """
     sessions = world.alive()
+    uids = (looked_at | world.unplaced) & world.tasks.keys()
     if not sessions:
+        world.unplaced = uids
         return
     # A process that still has it from an earlier epoch must let go (or its lease must end) first.
     stale = {key for known in world.sessions.values() for key, _ in known.stale}
     needs: list[Need] = []
-    for task in sorted(world.tasks.values(), key=lambda t: (t.create_time_ms, t.uid)):
+    waiting: set[str] = set()
+    for task in sorted((world.tasks[uid] for uid in uids), key=lambda t: (t.create_time_ms, t.uid)):
         if not task.active:
             continue
+        before = len(needs)
         key = metadata_assignment_id(task.uid)
         if key not in stale and not _held(world, key) and not metadata_wanted(world, task):
             needs.append(Need(key))
@@ -298,6 +304,9 @@ def place_waiting(world: World) -> None:
             if key not in stale and not _held(world, key) and not wanted(task, record):
                 logs = frozenset((task.spec.source_id, v.pchannel) for v in record.want.vchannels)
                 needs.append(Need(key, logs))
+        if len(needs) > before:
+            waiting.add(task.uid)
+    world.unplaced = waiting
     if not needs:
         return
     for assignment_id, instance in place(needs, _candidates(world, sessions)).items():

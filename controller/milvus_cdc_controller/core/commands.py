@@ -145,8 +145,9 @@ def _echo(world: World, spec: TaskSpec, own_uid: str) -> Refusal | None:
 
 
 def _overlap(world: World, spec: TaskSpec, own_uid: str) -> Refusal | None:
-    for task in world.tasks.values():
-        if task.uid == own_uid or task.spec.sink_id != spec.sink_id:
+    for uid in world.reach.candidates(spec):
+        task = world.tasks[uid]
+        if uid == own_uid:
             continue
         if spec.rename or task.spec.rename:
             pair = meeting(spec.naming, task.spec.naming)

@@ -15,6 +15,7 @@ from milvus_cdc_controller.core.collection import changed
 from milvus_cdc_controller.core.events import FlushSeen, ProgressReported
 from milvus_cdc_controller.core.metadata import (
     Facts,
+    alias_names,
     flushed_collections,
     holds_back_drop,
     wanted_metadata,
@@ -75,7 +76,7 @@ def metadata_reported(world: World, uid: str, event: ProgressReported) -> bool:
     if new == metadata:
         return False
     world.put_metadata(new)
-    if new.aliases_done and not metadata.aliases_done:
+    if alias_names(metadata) - alias_names(new):
         # Names that aliases held are free, for collections of other tasks too.
         sink_id = world.tasks[uid].spec.sink_id
         for task in world.tasks.values():

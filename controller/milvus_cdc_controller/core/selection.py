@@ -67,6 +67,11 @@ def matches(glob: str, text: str) -> bool:
 
 def intersect(a: str, b: str) -> bool:
     """Whether some text matches both globs."""
+    for left, right in zip(a, b, strict=False):
+        if left == "*" or right == "*":
+            break
+        if left != right and "?" not in (left, right):
+            return False
     reach = {(0, 0)}
     todo = [(0, 0)]
 

@@ -39,6 +39,7 @@ from milvus_cdc_controller.core.jobs import Job
 from milvus_cdc_controller.core.liveness import Leases, Session
 from milvus_cdc_controller.core.metadata import alias_names
 from milvus_cdc_controller.core.names import Claim, Names, alias_owner
+from milvus_cdc_controller.core.reach import Reach
 from milvus_cdc_controller.core.retention import Seen
 from milvus_cdc_controller.core.task import MetadataRecord, SourceRecord, TaskRecord
 
@@ -112,6 +113,10 @@ class World:
     observed: dict[str, Observed] = field(default_factory=dict)
     names: Names = field(default_factory=Names)
     """Kept true by `put_collection` and `drop_collection`."""
+    reach: Reach = field(default_factory=Reach)
+    """Kept true by `put_task` and `drop_task`."""
+    unplaced: set[str] = field(default_factory=set)
+    """Tasks something of which waits for a replicator with room."""
     sessions: dict[str, Session] = field(default_factory=dict)
     """By instance."""
     streams: dict[int, str] = field(default_factory=dict)
@@ -146,6 +151,7 @@ class World:
                 self.collections[record.uid] = {}
                 self.metadata[record.uid] = MetadataRecord(record.uid)
                 self.work[record.uid] = TaskWork()
+                self.reach.put(record.uid, record.spec)
         for record in held:
             match record:
                 case CollectionRecord() if record.task_uid in self.tasks:
@@ -190,6 +196,7 @@ class World:
             self.collections[task.uid] = {}
             self.metadata[task.uid] = MetadataRecord(task.uid)
             self.work[task.uid] = TaskWork()
+        self.reach.put(task.uid, task.spec)
         self.effects.append(Save(task_key(task.uid), task))
         self.effects.append(Publish(task.uid))
 
@@ -270,6 +277,8 @@ class World:
         if self.uid_by_name.get(task.spec.name) == task.uid:
             del self.uid_by_name[task.spec.name]
         self.dirty.discard(task.uid)
+        self.unplaced.discard(task.uid)
+        self.reach.drop(task.uid)
         self.effects.append(Forget(metadata_key(task.uid)))
         self.effects.append(Forget(task_key(task.uid)))
         self.effects.append(Publish(task.uid, deleted=task))

@@ -28,8 +28,7 @@ from milvus_cdc_replicator.core.source_clock import SourceClock
 from milvus_cdc_replicator.gate import WriteGate, boottime
 from milvus_cdc_replicator.reader import PchannelHub, Subscription
 from milvus_cdc_replicator.report import Report
-from milvus_cdc_replicator.runner import CollectionRunner
-from milvus_cdc_replicator.session import RESTING_SECONDS
+from milvus_cdc_replicator.runner import RESTING_SECONDS, CollectionRunner
 from milvus_cdc_replicator.settings import Limits
 from milvus_cdc_replicator.spec import CollectionAssignment, LaneStart
 from milvuscdc.internal import milvus_log_pb2 as log_pb2
