@@ -9,6 +9,7 @@ import grpc
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from milvuscdc.v1 import (
+    diff_pb2,
     fleet_service_pb2,
     fleet_service_pb2_grpc,
     task_pb2,
@@ -149,6 +150,26 @@ class FakeTasks(task_service_pb2_grpc.TaskServiceServicer):
         task = task_pb2.Task(name="tasks/late", state=task_pb2.TASK_STATE_PAUSED)
         yield event(type=event.TYPE_MODIFIED, task=task, revision=6)
         await refuse(context, grpc.StatusCode.OUT_OF_RANGE, "REVISION_COMPACTED", "too old")
+
+    async def DiffTask(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        self.requests.append(request)
+        await self._find(request.name, context)
+        answer = task_service_pb2.DiffTaskResponse
+        yield answer(progress=diff_pb2.DiffProgress(collections_done=1, collections_total=1))
+        if not self.equal:
+            yield answer(
+                difference=diff_pb2.ObjectDifference(
+                    action=diff_pb2.ObjectDifference.ACTION_DROP,
+                    kind="index",
+                    database="default",
+                    collection="c",
+                    name="odd",
+                    detail="the source has no such index",
+                )
+            )
+        yield answer(
+            verdict=diff_pb2.DiffVerdict(collections=1, differences=0 if self.equal else 1)
+        )
 
     async def VerifyTask(self, request: Any, context: Any) -> AsyncIterator[Any]:
         self.requests.append(request)

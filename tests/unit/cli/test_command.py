@@ -201,6 +201,22 @@ async def test_update_builds_the_mask_of_what_was_given(api: Api) -> None:
     assert list(request.update_mask.paths) == ["labels", "selection.exclude"]
     assert (await api.run("task", "update", "products-dr")).code == 2
 
+    ended = await api.run(
+        "task", "update", "products-dr", "--carry", "index=false", "--carry", "rbac=TRUE",
+        "--drift", "report",
+    )  # fmt: skip
+    assert ended.code == 0, ended
+    request = api.tasks.requests[-1]
+    assert list(request.update_mask.paths) == ["carry.index", "carry.rbac", "drift"]
+    assert (request.task.carry.index, request.task.carry.rbac) == (False, True)
+    assert request.task.drift == task_pb2.DRIFT_REPORT
+    patch = "carry: {rows: false}\ndrift: DRIFT_REPAIR\n"
+    assert (await api.run("task", "update", "products-dr", "-f", "-", text=patch)).code == 0
+    assert list(api.tasks.requests[-1].update_mask.paths) == ["carry.rows", "drift"]
+    for wrong in ("index", "index=maybe", "nothing=true"):
+        ended = await api.run("task", "update", "products-dr", "--carry", wrong)
+        assert (ended.code, wrong in ended.err) == (2, True)
+
 
 async def test_pause_resume_retry_and_delete(api: Api) -> None:
     await api.create()
@@ -220,6 +236,24 @@ async def test_resync_wants_a_yes(api: Api) -> None:
     assert len(api.tasks.requests) == 1
     assert (await api.run(*args, "--yes")).code == 0
     assert api.tasks.requests[-1].collection == "a.b"
+
+
+async def test_diff_names_what_differs_and_ends_with_it(api: Api) -> None:
+    await api.create()
+    ended = await api.run("task", "diff", "products-dr", "--collection", "default.c")
+    assert ended.code == 0, ended
+    assert ended.out.splitlines()[-1] == "no difference, 1 collections looked at"
+    assert list(api.tasks.requests[-1].collections) == ["default.c"]
+
+    api.tasks.equal = False
+    ended = await api.run("task", "diff", "products-dr")
+    assert ended.code == 1
+    for word in ("drop", "index", "default.c", "odd", "the source has no such index"):
+        assert word in ended.out
+    ended = await api.run("task", "diff", "products-dr", "-o", "json")
+    events = [json.loads(line) for line in ended.out.splitlines()]
+    assert (ended.code, events[-1]) == (1, {"verdict": {"collections": 1, "differences": 1}})
+    assert (await api.run("task", "diff", "nobody")).code == 3
 
 
 async def test_verify_ends_with_the_verdict(api: Api) -> None:
