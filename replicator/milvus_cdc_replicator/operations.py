@@ -41,7 +41,8 @@ log = structlog.get_logger()
 READ_BYTES = 1024 * 1024
 READ_WAIT_SECONDS = 2.0
 ABSENT_SECONDS = 5.0
-"""How often a channel that is not there is looked for."""
+ABSENT_SECONDS_MAX = 60.0
+"""How often a channel that is not there is looked for: a source that has none seldom gets one."""
 RETRY_SECONDS = 2.0
 CREDENTIAL_ATTEMPTS = 5
 _AT, _AFTER = b"\x00", b"\x01"
@@ -115,6 +116,7 @@ class OperationsReader:
         self._told = {s: n - done for s, n in self._told.items() if s > seq}
 
     async def _run(self) -> None:
+        absent = ABSENT_SECONDS
         while not self._halt.is_set():
             delay = RETRY_SECONDS
             try:
@@ -122,7 +124,8 @@ class OperationsReader:
                 if await self._begin(source):
                     await self._follow(source)
                 else:
-                    delay = ABSENT_SECONDS
+                    delay = absent
+                    absent = min(2 * absent, ABSENT_SECONDS_MAX)
             except (LogTruncatedError, LogResetError) as error:
                 self._missed = (
                     f"The queue lost part of {self.operations.channel}: flushes and changed "

@@ -1,4 +1,4 @@
-"""Tasks that could meet at a sink are found without looking at all; room that is free again is used."""
+"""Tasks that could meet at a sink are found without looking at all; freed room is used."""
 
 from __future__ import annotations
 
