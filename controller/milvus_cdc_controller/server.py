@@ -199,4 +199,5 @@ async def _observe(metrics: Metrics, loop: ControlLoop) -> None:
     alarm = RetentionAlarm()
     while True:
         metrics.observe(loop.controller.world, clock.now())
+        alarm.observe(loop.controller.world)
         await asyncio.sleep(OBSERVE_SECONDS)

@@ -211,8 +211,12 @@ class Sink(Protocol):
     async def close(self) -> None: ...
 
 
+EVERYTHING = Carry()
+"""What a task carries when it does not say."""
+
+
 async def reconcile(
-    sink: Sink, want: Collection, carry: Carry = Carry(), *, sink_collection_id: int = 0
+    sink: Sink, want: Collection, carry: Carry = EVERYTHING, *, sink_collection_id: int = 0
 ) -> tuple[ObjectDifference, ...]:
     """Compares and mends until nothing differs, thrice at most; what still differs then."""
     differences: tuple[ObjectDifference, ...] = ()
