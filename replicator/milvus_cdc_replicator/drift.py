@@ -46,7 +46,8 @@ Place = tuple[str, str]
 
 def without_dropped(want: Collection, resolved_ts: int, dropped: frozenset[int]) -> Collection:
     """Without the partitions whose drop is certainly done at the sink: their names are surplus
-    there. A drop that is on its way in the log keeps its partition's name.
+    there. A drop that is on its way in the log keeps its partition's name; one that was carried out
+    counts before the metadata, which is heard of later, shows it.
     """
     margin = ms_to_tso(DROP_MARGIN_MS)
 
@@ -56,7 +57,7 @@ def without_dropped(want: Collection, resolved_ts: int, dropped: frozenset[int])
     partitions = tuple(
         p
         for p in want.partitions
-        if p.state is ObjectState.CREATED or not done(p.partition_id, p.drop_ts)
+        if not done(p.partition_id, 0 if p.state is ObjectState.CREATED else p.drop_ts)
     )
     return want if len(partitions) == len(want.partitions) else replace(want, partitions=partitions)
 
@@ -328,12 +329,13 @@ class Reconciler:
         )
 
     def _made_meanwhile(self, difference: ObjectDifference) -> bool:
-        """The source has made a partition of that name since the comparison began."""
-        return (
-            difference.kind == "partition"
-            and difference.action is Action.DROP
-            and any(p.name == difference.name for p in self._current().partitions)
-        )
+        """The source has made a partition of that name since the comparison began, or its drop came
+        with the log.
+        """
+        if difference.kind != "partition":
+            return False
+        there = any(p.name == difference.name for p in self._current().partitions)
+        return there if difference.action is Action.DROP else not there
 
     async def _repair(
         self, assignment: CollectionAssignment, want: Collection, difference: ObjectDifference

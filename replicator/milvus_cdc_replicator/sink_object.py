@@ -179,7 +179,7 @@ class SinkObject:
             conditions=self.conditions,
             properties=self._properties,
             partitions=self._partitions,
-            current=lambda: self.placed,
+            current=self._wanted,
             every_seconds=self._reconcile_seconds,
             log=self._log,
         )

@@ -227,6 +227,18 @@ async def test_a_surplus_partition_is_kept_when_the_source_makes_it_meanwhile() 
     assert "p2" in bench.sink.partitions("default", "c")
 
 
+async def test_a_partition_dropped_by_the_log_meanwhile_is_not_made_again() -> None:
+    bench = Bench()
+    await bench.as_wanted()
+    del bench.sink._at("default", "c").partitions["p1"]
+    before = bench.want
+    left = tuple(p for p in WANT.partitions if p.name != "p1")
+    bench.want = replace(WANT, partitions=left)
+    await bench.reconciler.run(bench.assignment(), before)
+    assert ("partition", "p1") not in bench.tried
+    assert "p1" not in bench.sink.partitions("default", "c")
+
+
 async def test_a_partition_made_anew_is_said_to_be_empty() -> None:
     bench = Bench()
     await bench.as_wanted()
@@ -272,5 +284,7 @@ def test_a_partition_is_forgotten_once_its_drop_is_certainly_done() -> None:
     assert names(without_dropped(want, 0, frozenset({51}))) == ["_default"]
     unknown = replace(want, partitions=dropped.partitions)
     assert names(without_dropped(unknown, late, frozenset())) == ["_default", "p1"]
+    # The metadata is heard of later than the log: what was dropped with that is gone for good.
     alive = SAMPLE.want()
-    assert without_dropped(alive, late, frozenset({51})) is alive
+    assert without_dropped(alive, late, frozenset()) is alive
+    assert "p1" not in names(without_dropped(alive, 0, frozenset({51})))
