@@ -101,7 +101,8 @@ class KafkaServer(ManagedProcess):
         self._properties.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         tool = ["java", *_JVM, "-cp", self._classpath, "kafka.tools.StorageTool"]
-        _run([*tool, "format", "-t", cluster, "-c", str(self._properties)])
+        # As one word: an id may begin with a hyphen.
+        _run([*tool, "format", f"--cluster-id={cluster}", "-c", str(self._properties)])
 
 
 _JVM = ["-Xms64m", "-Xmx384m", "-XX:+UseSerialGC", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
