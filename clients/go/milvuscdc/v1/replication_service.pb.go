@@ -2680,7 +2680,8 @@ type Progress struct {
 	RowsUpserted int64 `protobuf:"varint,9,opt,name=rows_upserted,json=rowsUpserted,proto3" json:"rows_upserted,omitempty"`
 	RowsDeleted  int64 `protobuf:"varint,10,opt,name=rows_deleted,json=rowsDeleted,proto3" json:"rows_deleted,omitempty"`
 	RowsSkipped  int64 `protobuf:"varint,11,opt,name=rows_skipped,json=rowsSkipped,proto3" json:"rows_skipped,omitempty"`
-	// TSO of the newest tick read minus the oldest resolved, in milliseconds; -1 when unknown.
+	// Source time now minus the oldest resolved_ts of an open vchannel, in milliseconds, as TaskCollection.lag says;
+	// -1 before the first checkpoint.
 	LagMs      int64        `protobuf:"varint,12,opt,name=lag_ms,json=lagMs,proto3" json:"lag_ms,omitempty"`
 	Conditions []*Condition `protobuf:"bytes,13,rep,name=conditions,proto3" json:"conditions,omitempty"`
 	// The sink collection exists, fits, and belongs to this task.

@@ -1374,7 +1374,10 @@ type TaskCollection struct {
 	StateTime    *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=state_time,json=stateTime,proto3" json:"state_time,omitempty"`
 	// Source time up to which every row is durable in the sink.
 	CheckpointTime *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=checkpoint_time,json=checkpointTime,proto3" json:"checkpoint_time,omitempty"`
-	// Source time last seen in the log minus checkpoint_time.
+	// Source time now minus checkpoint_time, as the replicator last said: whether the rows in between have been
+	// read or not, so it grows while the sink stalls or reading is paused. A tick (0.2 s) or two where all is well.
+	// What time it is at the source is told by the newest tick read from its queue, and goes on from there with the
+	// replicator's own clock. Unset before the first checkpoint.
 	Lag          *durationpb.Duration `protobuf:"bytes,10,opt,name=lag,proto3" json:"lag,omitempty"`
 	RowsInserted int64                `protobuf:"varint,11,opt,name=rows_inserted,json=rowsInserted,proto3" json:"rows_inserted,omitempty"`
 	RowsUpserted int64                `protobuf:"varint,12,opt,name=rows_upserted,json=rowsUpserted,proto3" json:"rows_upserted,omitempty"`
