@@ -22,6 +22,7 @@ from tests.servers.kafka import kafka_unavailable_reason
 PARTS = (
     "direct",
     "catchup",
+    "discard",
     "crash",
     "steady",
     "lag",
@@ -112,7 +113,7 @@ def _measure(rig: Rig, options: argparse.Namespace, results: Results) -> None:
         tables: dict[Table, int] = {}
         for rows_per_insert in (1_000, 100):
             table = Table(f"bench_{dim}_{rows_per_insert}", dim)
-            if not {"catchup", "crash", "memory"} & set(parts):
+            if not {"catchup", "discard", "crash", "memory"} & set(parts):
                 continue
             _say(f"{key}: writing {rows:,} rows in {rows_per_insert}-row inserts")
             fill_rate = catchup.prepare(rig, table, rows, rows_per_insert)
@@ -121,6 +122,11 @@ def _measure(rig: Rig, options: argparse.Namespace, results: Results) -> None:
                 _say(f"{key}: catch-up")
                 results.catch_ups.append(
                     catchup.catch_up(rig, table, rows, rows_per_insert, fill_rate)
+                )
+            if "discard" in parts:
+                _say(f"{key}: catch-up whose requests are not sent")
+                results.discarded.append(
+                    catchup.catch_up(rig, table, rows, rows_per_insert, fill_rate, discarding=True)
                 )
             if "crash" in parts and rows_per_insert == 1_000:
                 _say(f"{key}: catch-up whose owner is killed")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from benchmarks import discarding as discarding_program
 from benchmarks.rig import Rig, wait_until, written
 from benchmarks.rows import Requests, Table, create, drop
 from benchmarks.usage import Meter, peak_mib
@@ -112,11 +113,21 @@ def follow(rig: Rig, task: str, table: Table, rows: int, started: float) -> Curv
     return curve
 
 
-def catch_up(rig: Rig, table: Table, rows: int, rows_per_insert: int, fill_rate: float) -> CatchUp:
-    """Replicates a prepared collection once, with a replicator made for it."""
+def catch_up(
+    rig: Rig,
+    table: Table,
+    rows: int,
+    rows_per_insert: int,
+    fill_rate: float,
+    *,
+    discarding: bool = False,
+) -> CatchUp:
+    """Replicates a prepared collection once, with a replicator made for it; `discarding`: up to
+    the finished requests, which are not sent.
+    """
     task = table.name.replace("_", "-")
     drop(rig.stack.sink.uri, table.name)
-    rig.fresh_replicator()
+    rig.fresh_replicator(*((discarding_program.__file__,) if discarding else ()))
     meter = Meter({**rig.services, **rig.servers})
     started = time.perf_counter()
     rig.create_task(task, [table.name])

@@ -50,20 +50,25 @@ class Rig:
         self.tasks = task_service_pb2_grpc.TaskServiceStub(self._channel)
         self._replicators = [self.replicator]
 
-    def _new_replicator(self) -> ReplicatorProcess:
+    def _new_replicator(self, *program: str | Path) -> ReplicatorProcess:
         name = f"replicator-{int(time.monotonic() * 1000)}"
-        return ReplicatorProcess(self.folder / name, self.controller.address, name)
+        return ReplicatorProcess(
+            self.folder / name,
+            self.controller.address,
+            name,
+            program=program or ("-m", "milvus_cdc_replicator.app"),
+        )
 
-    def fresh_replicator(self) -> ReplicatorProcess:
+    def fresh_replicator(self, *program: str | Path) -> ReplicatorProcess:
         """Stops the one that runs and starts another, so that its memory and counters are those
         of one measurement.
         """
         self.replicator.stop()
-        self.replicator = self.spare_replicator()
+        self.replicator = self.spare_replicator(*program)
         return self.replicator
 
-    def spare_replicator(self) -> ReplicatorProcess:
-        spare = self._new_replicator()
+    def spare_replicator(self, *program: str | Path) -> ReplicatorProcess:
+        spare = self._new_replicator(*program)
         self._replicators.append(spare)
         spare.start()
         return spare

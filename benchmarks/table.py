@@ -22,6 +22,7 @@ from benchmarks.writers import Direct
 JUDGED_DIM = 128
 GOAL_RATIO = {1_000: 0.8, 100: 0.6}
 GOAL_CPU = {1_000: 4.0, 100: 12.0}
+GOAL_CPU_DISCARDING = 3.0
 GOAL_CRASH = 0.9
 GOAL_P50, GOAL_P99 = 0.3, 0.7
 GOAL_MIB = 256.0
@@ -41,6 +42,8 @@ class Results:
     machine: str = field(default_factory=machine)
     direct: dict[str, tuple[Direct, Direct]] = field(default_factory=dict)
     catch_ups: list[CatchUp] = field(default_factory=list)
+    discarded: list[CatchUp] = field(default_factory=list)
+    """Whose requests were not sent."""
     crashes: dict[str, Crash] = field(default_factory=dict)
     steady: list[Steady] = field(default_factory=list)
     lags: list[Lag] = field(default_factory=list)
@@ -95,6 +98,19 @@ class Results:
                 "" if ratio is None else _judged(ratio, goal, at_least=True),
                 "" if goal is None else f">= {goal}",
                 _cpu(run.cpu_per_million, cpu_goal),
+                _judged(run.peak_mib, GOAL_MIB, digits=0),
+            )
+        for run in self.discarded:
+            judged = run.dim == JUDGED_DIM and run.rows_per_insert == 1_000
+            table.add_row(
+                f"requests not sent, {run.rows_per_insert}-row inserts",
+                run.queue,
+                str(run.dim),
+                f"{run.rate:,.0f}",
+                f"{run.inner_rate:,.0f}",
+                "",
+                "",
+                _cpu(run.cpu_per_million, GOAL_CPU_DISCARDING if judged else None),
                 _judged(run.peak_mib, GOAL_MIB, digits=0),
             )
         for stream in self.steady:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class ReplicatorProcess(ManagedProcess):
         *,
         env: Mapping[str, str] | None = None,
         wait_connected: bool = True,
+        program: Sequence[str | Path] = ("-m", "milvus_cdc_replicator.app"),
         **settings: Any,
     ) -> None:
         port, metrics_port = free_port(), free_port()
@@ -105,7 +106,7 @@ class ReplicatorProcess(ManagedProcess):
         service = "replicator" if wait_connected else ""
         super().__init__(
             name,
-            [sys.executable, "-m", "milvus_cdc_replicator.app", "--config", config],
+            [sys.executable, *program, "--config", config],
             folder,
             env={**os.environ, **(env or {})},
             ports=[port, metrics_port],
