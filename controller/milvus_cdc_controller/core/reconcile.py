@@ -154,7 +154,7 @@ def reconcile(
                 )
         if new != record:
             saved.append(new)
-    unknown = [c for c in read.values() if c.collection_id not in records]
+    unknown = [c for c in read.values() if c.collection_id not in records and id(c) not in known]
     for collection in sorted(unknown, key=lambda c: (c.create_ts, c.collection_id)):
         if collection.state is ObjectState.DROPPED:
             continue

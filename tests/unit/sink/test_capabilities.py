@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from milvus_cdc.errors import UserError
 from milvus_cdc.milvus_protos import schema_pb2
-from milvus_cdc.model import Collection, Index, Partition
+from milvus_cdc.model import Collection, Index, Load, LoadKind, Partition
 from milvus_cdc.sink.milvus import capabilities
 from milvus_cdc.sink.milvus.capabilities import Capabilities, by_version
 
@@ -95,3 +95,9 @@ def test_a_key_that_could_not_be_deleted_again_is_refused(key: str) -> None:
     with pytest.raises(UserError, match="UNSUPPORTED_BY_SINK"):
         LITE_2.check_keys("default.c", ("plain", key))
     by_version("v2.3.5").check_keys("default.c", (key,))
+
+
+def test_a_server_that_loads_collections_whole_serves_all_of_one() -> None:
+    want = replace(collection(), load=Load(LoadKind.PARTITIONS, (7,), 1))
+    assert by_version("v2.3.5").loadable(want) is want
+    assert by_version("milvus_lite-3.2.2").loadable(want).load == Load(LoadKind.COLLECTION, (), 1)

@@ -33,7 +33,7 @@ from milvus_cdc.codec.messages import Keys
 from milvus_cdc.errors import CdcError, UserError
 from milvus_cdc.milvus_client import MilvusClient, Refusal
 from milvus_cdc.milvus_protos import milvus_pb2, schema_pb2
-from milvus_cdc.model import Collection, Index, ObjectState
+from milvus_cdc.model import Collection, Index, LoadKind, ObjectState
 from milvus_cdc.sink.milvus import schema as schemas
 
 DEFAULT_PARTITION = "_default"
@@ -81,6 +81,8 @@ class Capabilities:
     """`count(*)` counts rows."""
     load: bool = True
     """Collections are loaded and released; False: always loaded."""
+    load_partitions: bool = True
+    """Single partitions, too; False: always all of a collection."""
     replicas: bool = True
     index_names: bool = True
     timestamps: bool = True
@@ -109,6 +111,14 @@ class Capabilities:
         """Of Milvus itself; (0, 0) for a server that counts otherwise."""
         numbers = re.match(r"v?(\d+)\.(\d+)", self.version)
         return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+
+    def loadable(self, want: Collection) -> Collection:
+        """With a load state that the server can have: a collection of which the source serves some
+        partitions is served whole.
+        """
+        if self.load_partitions or want.load.kind is not LoadKind.PARTITIONS:
+            return want
+        return replace(want, load=replace(want.load, kind=LoadKind.COLLECTION, partition_ids=()))
 
     # ---- what it cannot hold
 
@@ -246,6 +256,7 @@ _LITE_3 = Capabilities(
     version="",
     rbac=False,
     upsert=False,
+    load_partitions=False,
     replicas=False,
     index_names=False,
     timestamps=False,

@@ -70,6 +70,7 @@ class Objects:
     ) -> tuple[ObjectDifference, ...]:
         known = await self._capabilities()
         carry = replace(carry, load=carry.load and known.load)
+        want = known.loadable(want)
         there, name = await self.find(want, sink_collection_id)
         if there is None:
             why = "another collection has its name" if name else "is gone, its rows with it"
@@ -300,6 +301,8 @@ class Objects:
         """Whether all of the collection had to be released: 2.2 knows no partitions of one that was
         loaded whole.
         """
+        if not (await self._capabilities()).load_partitions:
+            return False  # it drops a partition that serves
         try:
             await self._ask("ReleasePartitions", want, partition_names=[partition])
         except Refusal as refusal:
@@ -393,6 +396,7 @@ class Objects:
     # ---- load state
 
     async def _mend_load(self, want: Collection) -> None:
+        want = (await self._capabilities()).loadable(want)
         match want.load.kind:
             case LoadKind.NONE:
                 await self._release(want)
