@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import pytest
-from milvuscdc.v1 import task_pb2
+from milvuscdc.v1 import task_pb2, task_service_pb2
 from pymilvus import DataType, MilvusClient
 
 from tests.e2e.carries import Carries
 from tests.e2e.load import SHAPES, Load, Shape, create_collection, make_row, new_key
-from tests.e2e.pair import Pair
+from tests.e2e.pair import Pair, error_info
 from tests.e2e.versions import Route
 from tests.servers import EtcdServer, KafkaServer, MilvusLiteServer, MilvusServer, Stack
 
@@ -74,6 +75,23 @@ def _shapes(prefix: str) -> dict[str, Shape]:
     }
 
 
+def _check_validation(
+    pair: Pair, sink: MilvusServer | MilvusLiteServer, version: str, prefix: str
+) -> None:
+    """What the sink cannot hold is named before anything is made."""
+    task = pair.task(f"default.{prefix}_*", f"{prefix}.*")
+    request = task_service_pb2.CreateTaskRequest(task=task, validate_only=True)
+    if version == "Milvus 2.3.5":
+        pair.tasks.CreateTask(request, timeout=60)
+    else:
+        with pytest.raises(grpc.RpcError) as refused:
+            pair.tasks.CreateTask(request, timeout=60)
+        assert error_info(refused.value).reason == "UNSUPPORTED_BY_SINK"
+        assert prefix in str(refused.value.details())
+    there = MilvusClient(uri=sink.uri).list_collections()
+    assert not [name for name in there if name.startswith(prefix)]
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("sink", SINKS, indirect=True)
 def test_a_sink_gets_everything_it_can_hold_and_refuses_the_rest_by_name(
@@ -92,6 +110,7 @@ def test_a_sink_gets_everything_it_can_hold_and_refuses_the_rest_by_name(
     other.create()
     route = Route(nats_stack.etcd, nats_stack.source, sink)
     with Pair(route, tmp_path) as pair:
+        _check_validation(pair, sink, version, prefix)
         load.start()
         other.start()
         pair.create(f"default.{prefix}_*", f"{prefix}.*")
