@@ -115,6 +115,9 @@ def rows_of(write: Write) -> list[tuple[int, str]]:
     return [row for op in write.ops for row in op.payload.rows]
 
 
+LIVES = 200
+
+
 def run(seed: int, lanes: int, steps: int, crash_rate: float, forget_rate: float) -> None:
     rng = random.Random(seed)
     logs: dict[str, list[Entry]] = {}
@@ -129,7 +132,7 @@ def run(seed: int, lanes: int, steps: int, crash_rate: float, forget_rate: float
         7, 1, "default", "c", b"", lanes, 0, 1, partitions=(Partition(70, "_default", 1),)
     )
     limits = WriteLimits(rows_per_request=8, bytes_per_request=1 << 20, in_flight=3)
-    for _ in range(200):
+    for life in range(LIVES):
         core = AssignmentCore(
             want,
             [
@@ -150,7 +153,8 @@ def run(seed: int, lanes: int, steps: int, crash_rate: float, forget_rate: float
         at = {v: int.from_bytes(s.read_from, "little") for v, s in store.items()}
         in_flight: dict[int, tuple[Write, WriteKind, bool]] = {}
         while True:
-            if rng.random() < crash_rate:
+            # Who forgets all the time may need longer than a life: the last one is long.
+            if rng.random() < crash_rate and life < LIVES - 1:
                 for write, kind, applied in in_flight.values():
                     if not applied and rng.random() < 0.5:
                         sink.apply(kind, rows_of(write))
