@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
+
 from tests.servers.ports import can_listen, listening_ports
 
 # The child asks for KILL on its parent's death and then becomes the server under the same pid.
@@ -152,6 +154,11 @@ class ManagedProcess:
     def pause(self) -> None:
         """SIGSTOP: connections stay open, nothing answers."""
         self._signal(signal.SIGSTOP)
+        # On a busy machine it may still run for a moment after the signal was sent.
+        deadline = time.monotonic() + 10
+        while psutil.Process(self.pid).status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < deadline, f"{self.name} does not stop"
+            time.sleep(0.01)
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
