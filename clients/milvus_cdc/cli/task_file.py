@@ -14,11 +14,11 @@ from buf.validate import validate_pb2
 from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
-from milvuscdc.v1 import task_pb2
+from milvuscdc.v1 import secret_pb2, task_pb2
 
 from milvus_cdc.errors import UserError
 
-_SECRET = task_pb2.Secret.DESCRIPTOR.full_name
+_SECRET = secret_pb2.Secret.DESCRIPTOR.full_name
 _NULL = "tag:yaml.org,2002:null"
 _MERGE = "tag:yaml.org,2002:merge"
 

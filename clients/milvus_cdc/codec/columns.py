@@ -31,7 +31,7 @@ _DIM, _SPARSE = 1, 6
 _SPARSE_DIM = 2
 
 
-class _Layout(Enum):
+class Layout(Enum):
     """How rows lie in the data of a column."""
 
     VARINTS = auto()
@@ -43,30 +43,32 @@ class _Layout(Enum):
     """A fixed number of bytes per row in one byte string (of several, protobuf keeps the last)."""
 
 
-_LAYOUTS: dict[tuple[int, int], tuple[_Layout, Callable[[int], int]]] = {
-    (_SCALARS, 1): (_Layout.VARINTS, lambda dim: 0),  # bool
-    (_SCALARS, 2): (_Layout.VARINTS, lambda dim: 0),  # int8 to int32
-    (_SCALARS, _LONG_DATA): (_Layout.VARINTS, lambda dim: 0),
-    (_SCALARS, 4): (_Layout.FIXED, lambda dim: 4),  # float
-    (_SCALARS, 5): (_Layout.FIXED, lambda dim: 8),  # double
-    (_SCALARS, _STRING_DATA): (_Layout.DELIMITED, lambda dim: 0),
-    (_SCALARS, 7): (_Layout.DELIMITED, lambda dim: 0),  # bytes
-    (_SCALARS, 8): (_Layout.DELIMITED, lambda dim: 0),  # array
-    (_SCALARS, 9): (_Layout.DELIMITED, lambda dim: 0),  # json
-    (_SCALARS, 10): (_Layout.DELIMITED, lambda dim: 0),  # geometry
-    (_SCALARS, 11): (_Layout.VARINTS, lambda dim: 0),  # timestamptz
-    (_SCALARS, 12): (_Layout.DELIMITED, lambda dim: 0),  # geometry as text
-    (_VECTORS, 2): (_Layout.FIXED, lambda dim: dim * 4),  # float
-    (_VECTORS, 3): (_Layout.BYTES, lambda dim: dim // 8),  # binary
-    (_VECTORS, 4): (_Layout.BYTES, lambda dim: dim * 2),  # float16
-    (_VECTORS, 5): (_Layout.BYTES, lambda dim: dim * 2),  # bfloat16
-    (_VECTORS, _SPARSE): (_Layout.DELIMITED, lambda dim: 0),
-    (_VECTORS, 7): (_Layout.BYTES, lambda dim: dim),  # int8
+_LAYOUTS: dict[tuple[int, int], tuple[Layout, Callable[[int], int]]] = {
+    (_SCALARS, 1): (Layout.VARINTS, lambda dim: 0),  # bool
+    (_SCALARS, 2): (Layout.VARINTS, lambda dim: 0),  # int8 to int32
+    (_SCALARS, _LONG_DATA): (Layout.VARINTS, lambda dim: 0),
+    (_SCALARS, 4): (Layout.FIXED, lambda dim: 4),  # float
+    (_SCALARS, 5): (Layout.FIXED, lambda dim: 8),  # double
+    (_SCALARS, _STRING_DATA): (Layout.DELIMITED, lambda dim: 0),
+    (_SCALARS, 7): (Layout.DELIMITED, lambda dim: 0),  # bytes
+    (_SCALARS, 8): (Layout.DELIMITED, lambda dim: 0),  # array
+    (_SCALARS, 9): (Layout.DELIMITED, lambda dim: 0),  # json
+    (_SCALARS, 10): (Layout.DELIMITED, lambda dim: 0),  # geometry
+    (_SCALARS, 11): (Layout.VARINTS, lambda dim: 0),  # timestamptz
+    (_SCALARS, 12): (Layout.DELIMITED, lambda dim: 0),  # geometry as text
+    (_VECTORS, 2): (Layout.FIXED, lambda dim: dim * 4),  # float
+    (_VECTORS, 3): (Layout.BYTES, lambda dim: dim // 8),  # binary
+    (_VECTORS, 4): (Layout.BYTES, lambda dim: dim * 2),  # float16
+    (_VECTORS, 5): (Layout.BYTES, lambda dim: dim * 2),  # bfloat16
+    (_VECTORS, _SPARSE): (Layout.DELIMITED, lambda dim: 0),
+    (_VECTORS, 7): (Layout.BYTES, lambda dim: dim),  # int8
 }
 
 
 @dataclass(frozen=True, slots=True)
-class _Column:
+class Column:
+    """One column taken apart, its data still bytes."""
+
     head: bytes
     """Type, name, id and flags as they came."""
     valid: bytes
@@ -80,7 +82,7 @@ class _Column:
     """Packed values or byte string without framing; DELIMITED: the whole message of the rows."""
 
     @property
-    def layout(self) -> _Layout:
+    def layout(self) -> Layout:
         return _LAYOUTS[self.group, self.kind][0]
 
     @property
@@ -120,16 +122,16 @@ def concat(columns: Sequence[bytes], *, mark_valid: bool = False) -> bytes:
     `mark_valid` is for fields with a default value: a request must call each row valid or null
     (milvus `fillWithDefaultValue`), while the log, with defaults filled in, says nothing.
     """
-    parts = [_request_form(_parse(column)) for column in columns]
+    parts = [_request_form(parse(column)) for column in columns]
     merged = _merged(parts)
     if mark_valid and not merged.valid:
-        merged = replace(merged, valid=b"\x01" * sum(map(_count, parts)))
+        merged = replace(merged, valid=b"\x01" * sum(map(count_rows, parts)))
     return _serialize(merged, [part.data for part in parts])
 
 
 def select_rows(column: bytes, keep: Sequence[int]) -> bytes:
     """The rows at the indexes `keep`, in that order, in the form of a write request."""
-    parsed = _request_form(_parse(column))
+    parsed = _request_form(parse(column))
     rows = np.asarray(keep, np.int64)
     if parsed.valid:
         valid = np.frombuffer(parsed.valid, np.uint8)
@@ -145,15 +147,16 @@ def select_rows(column: bytes, keep: Sequence[int]) -> bytes:
 
 def num_rows(column: bytes) -> int:
     """Rows of a column, nulls included."""
-    parsed = _parse(column)
-    return len(parsed.valid) or _count(parsed)
+    parsed = parse(column)
+    return len(parsed.valid) or count_rows(parsed)
 
 
 def _undecodable(column: bytes, error: Exception) -> BugError:
     return BugError("UNDECODABLE_COLUMN", f"{error}; column begins {column[:48].hex() or '(none)'}")
 
 
-def _parse(column: bytes) -> _Column:
+def parse(column: bytes) -> Column:
+    """Where everything lies in it. Raises BugError UNDECODABLE_COLUMN or UNSUPPORTED_COLUMN."""
     try:
         try:
             return _parse_canonical(column)
@@ -169,7 +172,7 @@ class _NotCanonicalError(BadWireError):
     pass
 
 
-def _parse_canonical(column: bytes) -> _Column:
+def _parse_canonical(column: bytes) -> Column:
     head_parts: list[bytes] = []
     valid_parts: list[bytes] = []
     group = kind = dim = group_start = group_end = 0
@@ -207,31 +210,31 @@ def _parse_canonical(column: bytes) -> _Column:
         else:
             kind, data_start, data_end = number, start, end
     if not kind:
-        return _Column(head, valid, group=0, kind=0, dim=dim, data=b"")
+        return Column(head, valid, group=0, kind=0, dim=dim, data=b"")
     layout = _LAYOUTS[group, kind][0]
     view = memoryview(column)
     data: bytes | memoryview = view[data_start:data_end]
-    if layout is _Layout.DELIMITED and group == _VECTORS:
+    if layout is Layout.DELIMITED and group == _VECTORS:
         dim = max(dim, _sparse_dim(data))
-    elif layout in (_Layout.VARINTS, _Layout.FIXED):
+    elif layout in (Layout.VARINTS, Layout.FIXED):
         packed = []
         for number, wire, start, end in walk(column, data_start, data_end):
             if number != 1 or wire != LEN:
                 raise _NotCanonicalError("the numbers are not packed")
             packed.append(view[start:end])
         data = packed[0] if len(packed) == 1 else b"".join(packed)
-    return _Column(head, valid, group, kind, dim, data)
+    return Column(head, valid, group, kind, dim, data)
 
 
-def _serialize(column: _Column, pieces: Sequence[bytes | memoryview]) -> bytes:
+def _serialize(column: Column, pieces: Sequence[bytes | memoryview]) -> bytes:
     """The column with the data of all `pieces`."""
     parts: list[bytes | memoryview] = [column.head]
     if column.group:
         content = list(pieces)
         layout = column.layout
-        if layout in (_Layout.VARINTS, _Layout.FIXED):
+        if layout in (Layout.VARINTS, Layout.FIXED):
             content = delimited(1, *pieces) if any(pieces) else []
-        elif layout is _Layout.DELIMITED and column.group == _VECTORS and column.dim:
+        elif layout is Layout.DELIMITED and column.group == _VECTORS and column.dim:
             # Of a value said several times the last one counts.
             content.append(bytes((_SPARSE_DIM << 3,)) + encode_varint(column.dim))
         inner = delimited(column.kind, *content)
@@ -243,7 +246,7 @@ def _serialize(column: _Column, pieces: Sequence[bytes | memoryview]) -> bytes:
     return b"".join(parts)
 
 
-def _merged(parts: Sequence[_Column]) -> _Column:
+def _merged(parts: Sequence[Column]) -> Column:
     """What holds for all parts together; its `data` is that of the first alone."""
     first = next((part for part in parts if part.group), parts[0])
     dims_differ = first.group == _VECTORS and first.kind == _SPARSE
@@ -263,7 +266,7 @@ def _merged(parts: Sequence[_Column]) -> _Column:
             )
     valid = b""
     if any(part.valid for part in parts):
-        valid = b"".join(part.valid or b"\x01" * _count(part) for part in parts)
+        valid = b"".join(part.valid or b"\x01" * count_rows(part) for part in parts)
     return replace(first, valid=valid, dim=max(part.dim for part in parts))
 
 
@@ -278,10 +281,10 @@ def _sparse_dim(data: bytes | memoryview) -> int:
     )
 
 
-def _ends(column: _Column) -> NDArray[np.int64]:
+def _ends(column: Column) -> NDArray[np.int64]:
     """Where each row's bytes end in `data`, for the layouts without gaps."""
     size = len(column.data)
-    if column.layout is _Layout.VARINTS:
+    if column.layout is Layout.VARINTS:
         ends = np.flatnonzero(np.frombuffer(column.data, np.uint8) < 0x80) + 1
         if size and (not len(ends) or ends[-1] != size):
             raise _undecodable(column.head, BadWireError("the last number is cut off"))
@@ -295,15 +298,16 @@ def _ends(column: _Column) -> NDArray[np.int64]:
     return np.arange(width, size + 1, width, dtype=np.int64)
 
 
-def _count(column: _Column) -> int:
+def count_rows(column: Column) -> int:
+    """Values it holds; nulls may have none."""
     if not column.group:
         return 0
-    if column.layout is _Layout.DELIMITED:
+    if column.layout is Layout.DELIMITED:
         return len(_delimited_rows(column)[0])
     return len(_ends(column))
 
 
-def _delimited_rows(column: _Column) -> tuple[list[tuple[int, int]], list[bytes | memoryview]]:
+def _delimited_rows(column: Column) -> tuple[list[tuple[int, int]], list[bytes | memoryview]]:
     """Where each row begins and ends, and the fields that are no rows (an array's element type)."""
     data = column.data
     rows: list[tuple[int, int]] = []
@@ -328,11 +332,11 @@ def _check_rows(rows: NDArray[np.int64], count: int) -> None:
         raise BugError("ROW_OUT_OF_RANGE", f"row {int(rows.max())} of a column of {count} rows")
 
 
-def _take(column: _Column, rows: NDArray[np.int64]) -> _Column:
+def _take(column: Column, rows: NDArray[np.int64]) -> Column:
     if not column.group:
         _check_rows(rows, 0)
         return column
-    if column.layout is _Layout.DELIMITED:
+    if column.layout is Layout.DELIMITED:
         places, others = _delimited_rows(column)
         _check_rows(rows, len(places))
         chosen = (places[row] for row in rows.tolist())
@@ -340,7 +344,7 @@ def _take(column: _Column, rows: NDArray[np.int64]) -> _Column:
         return replace(column, data=data)
     ends = _ends(column)
     _check_rows(rows, len(ends))
-    if column.layout is _Layout.VARINTS:
+    if column.layout is Layout.VARINTS:
         starts = np.concatenate((np.zeros(1, np.int64), ends[:-1]))[rows].tolist()
         spans = zip(starts, ends[rows].tolist(), strict=True)
         return replace(column, data=b"".join([column.data[start:end] for start, end in spans]))
@@ -348,11 +352,11 @@ def _take(column: _Column, rows: NDArray[np.int64]) -> _Column:
     return replace(column, data=table[rows].tobytes())
 
 
-def _request_form(column: _Column) -> _Column:
+def _request_form(column: Column) -> Column:
     """Without the placeholders of null rows."""
     if not column.valid or b"\x00" not in column.valid or not column.group:
         return column
-    count = _count(column)
+    count = count_rows(column)
     valid = np.frombuffer(column.valid, np.uint8)
     if count == int(valid.sum()):
         return column
@@ -372,7 +376,7 @@ def _leaf(column: bytes) -> tuple[bytes, int]:
         if len(inner) == 1 and inner[0][1] == LEN:
             number, _, start, end = inner[0]
             return column[start:end], number
-    canonical = _parse(column)
+    canonical = parse(column)
     raise BugError(
         "UNSUPPORTED_COLUMN", f"a primary key column of kind {canonical.group}.{canonical.kind}"
     )

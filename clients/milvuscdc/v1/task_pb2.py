@@ -27,9 +27,14 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.api import resource_pb2 as google_dot_api_dot_resource__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from milvuscdc.v1 import format_pb2 as milvuscdc_dot_v1_dot_format__pb2
+from milvuscdc.v1 import secret_pb2 as milvuscdc_dot_v1_dot_secret__pb2
+from milvuscdc.v1 import sink_file_pb2 as milvuscdc_dot_v1_dot_sink__file__pb2
+from milvuscdc.v1 import sink_kafka_pb2 as milvuscdc_dot_v1_dot_sink__kafka__pb2
+from milvuscdc.v1 import sink_postgres_pb2 as milvuscdc_dot_v1_dot_sink__postgres__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17milvuscdc/v1/task.proto\x12\x0cmilvuscdc.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xce\x08\n\x04Task\x12@\n\x04name\x18\x01 \x01(\tB2\xe2\x41\x01\x08\xbaH+r)2\'^tasks/[a-z]([a-z0-9-]{0,61}[a-z0-9])?$\x12\x11\n\x03uid\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x18\n\ngeneration\x18\x04 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12!\n\x13observed_generation\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12l\n\x06labels\x18\x06 \x03(\x0b\x32\x1e.milvuscdc.v1.Task.LabelsEntryB<\xbaH9\x9a\x01\x36\x10@\"+r)2\'^[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?$*\x05r\x03\x18\xff\x01\x12\x31\n\x06source\x18\x07 \x01(\x0b\x32\x14.milvuscdc.v1.SourceB\x0b\xe2\x41\x02\x02\x05\xbaH\x03\xc8\x01\x01\x12-\n\x04sink\x18\x08 \x01(\x0b\x32\x12.milvuscdc.v1.SinkB\x0b\xe2\x41\x02\x02\x05\xbaH\x03\xc8\x01\x01\x12\x36\n\tselection\x18\t \x01(\x0b\x32\x17.milvuscdc.v1.SelectionB\n\xe2\x41\x01\x02\xbaH\x03\xc8\x01\x01\x12/\n\x05start\x18\n \x01(\x0b\x32\x13.milvuscdc.v1.StartB\x0b\xe2\x41\x02\x02\x05\xbaH\x03\xc8\x01\x01\x12\x1c\n\x0e\x61\x64opt_existing\x18\x0b \x01(\x08\x42\x04\xe2\x41\x01\x05\x12\x35\n\x06rename\x18\x0c \x03(\x0b\x32\x16.milvuscdc.v1.NameRuleB\r\xe2\x41\x01\x05\xbaH\x06\x92\x01\x03\x10\xe8\x07\x12\"\n\x05\x63\x61rry\x18\r \x01(\x0b\x32\x13.milvuscdc.v1.Carry\x12,\n\x05\x64rift\x18\x0e \x01(\x0e\x32\x13.milvuscdc.v1.DriftB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12,\n\x05state\x18\x14 \x01(\x0e\x32\x17.milvuscdc.v1.TaskStateB\x04\xe2\x41\x01\x03\x12\x14\n\x06reason\x18\x15 \x01(\tB\x04\xe2\x41\x01\x03\x12\x15\n\x07message\x18\x16 \x01(\tB\x04\xe2\x41\x01\x03\x12\x34\n\nstate_time\x18\x17 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x18 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x19 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x32\n\x08progress\x18\x1a \x01(\x0b\x32\x1a.milvuscdc.v1.TaskProgressB\x04\xe2\x41\x01\x03\x12\x31\n\nconditions\x18\x1b \x03(\x0b\x32\x17.milvuscdc.v1.ConditionB\x04\xe2\x41\x01\x03\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01:1\xea\x41.\n\x11milvuscdc.io/Task\x12\x0ctasks/{task}*\x05tasks2\x04task\"X\n\x08NameRule\x12&\n\x04\x66rom\x18\x01 \x01(\tB\x18\xbaH\x15r\x13\x18\x80\x04\x32\x0e^[^.]+\\.[^.]+$\x12$\n\x02to\x18\x02 \x01(\tB\x18\xbaH\x15r\x13\x18\x80\x04\x32\x0e^[^.]+\\.[^.]+$\"\xb7\x01\n\x05\x43\x61rry\x12\x11\n\x04rows\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x13\n\x06schema\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\x12\n\x05index\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x11\n\x04load\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12\x11\n\x04rbac\x18\x05 \x01(\x08H\x04\x88\x01\x01\x12\x12\n\x05\x66lush\x18\x06 \x01(\x08H\x05\x88\x01\x01\x42\x07\n\x05_rowsB\t\n\x07_schemaB\x08\n\x06_indexB\x07\n\x05_loadB\x07\n\x05_rbacB\x08\n\x06_flush\"\xc8\x01\n\x0cTaskProgress\x12\x13\n\x0b\x63ollections\x18\x01 \x01(\x05\x12\x1b\n\x13\x63ollections_running\x18\x02 \x01(\x05\x12\x1a\n\x12\x63ollections_failed\x18\x03 \x01(\x05\x12&\n\x03lag\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rrows_inserted\x18\x05 \x01(\x03\x12\x15\n\rrows_upserted\x18\x06 \x01(\x03\x12\x14\n\x0crows_deleted\x18\x07 \x01(\x03\"h\n\x06Secret\x12\x34\n\x03\x65nv\x18\x01 \x01(\tB%\xbaH\"r 2\x1e^[A-Za-z_][A-Za-z0-9_]{0,127}$H\x00\x12\x1a\n\x04\x66ile\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 H\x00\x42\x0c\n\x03ref\x12\x05\xbaH\x02\x08\x01\"\xcc\x01\n\x06Source\x12\x30\n\x04\x65tcd\x18\x01 \x01(\x0b\x32\x1a.milvuscdc.v1.EtcdMetadataB\x06\xbaH\x03\xc8\x01\x01\x12\'\n\x04nats\x18\x02 \x01(\x0b\x32\x17.milvuscdc.v1.NatsQueueH\x00\x12)\n\x05kafka\x18\x03 \x01(\x0b\x32\x18.milvuscdc.v1.KafkaQueueH\x00\x12,\n\x06milvus\x18\n \x01(\x0b\x32\x1c.milvuscdc.v1.MilvusEndpointB\x0e\n\x05queue\x12\x05\xbaH\x02\x08\x01\"\x85\x01\n\x0c\x45tcdMetadata\x12\x37\n\tendpoints\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\x08\x01\x10\x10\"\x18r\x16\x32\x14^[^/\\s]+:[0-9]{1,5}$\x12\x1b\n\troot_path\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12\x1f\n\rmeta_sub_path\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\"<\n\tNatsQueue\x12/\n\x03url\x18\x01 \x01(\tB\"\xbaH\x1fr\x1d\x32\x1b^nats://[^/\\s]+:[0-9]{1,5}$\"C\n\nKafkaQueue\x12\x35\n\x07\x62rokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\x08\x01\x10@\"\x18r\x16\x32\x14^[^/\\s]+:[0-9]{1,5}$\"k\n\x0eMilvusEndpoint\x12\x34\n\x03uri\x18\x01 \x01(\tB\'\xbaH$r\"2 ^https?://[^/\\s]+(:[0-9]{1,5})?$\x12#\n\x05token\x18\x02 \x01(\x0b\x32\x14.milvuscdc.v1.Secret\"E\n\x04Sink\x12.\n\x06milvus\x18\x01 \x01(\x0b\x32\x1c.milvuscdc.v1.MilvusEndpointH\x00\x42\r\n\x04kind\x12\x05\xbaH\x02\x08\x01\"s\n\tSelection\x12\x33\n\x07include\x18\x01 \x03(\tB\"\xbaH\x1f\x92\x01\x1c\x08\x01\x10\xe8\x07\"\x15r\x13\x18\x80\x04\x32\x0e^[^.]+\\.[^.]+$\x12\x31\n\x07\x65xclude\x18\x02 \x03(\tB \xbaH\x1d\x92\x01\x1a\x10\xe8\x07\"\x15r\x13\x18\x80\x04\x32\x0e^[^.]+\\.[^.]+$\"h\n\x05Start\x12*\n\x08\x65\x61rliest\x18\x01 \x01(\x0b\x32\x16.milvuscdc.v1.EarliestH\x00\x12&\n\x06latest\x18\x02 \x01(\x0b\x32\x14.milvuscdc.v1.LatestH\x00\x42\x0b\n\x02\x61t\x12\x05\xbaH\x02\x08\x01\"\n\n\x08\x45\x61rliest\"\x08\n\x06Latest\"\xae\x05\n\x0eTaskCollection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tabase\x18\x02 \x01(\t\x12\x12\n\ncollection\x18\x03 \x01(\t\x12\x15\n\rcollection_id\x18\x04 \x01(\x03\x12,\n\x05state\x18\x05 \x01(\x0e\x32\x1d.milvuscdc.v1.CollectionState\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\x12.\n\nstate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0f\x63heckpoint_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x03lag\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rrows_inserted\x18\x0b \x01(\x03\x12\x15\n\rrows_upserted\x18\x0c \x01(\x03\x12\x14\n\x0crows_deleted\x18\r \x01(\x03\x12\x14\n\x0crows_skipped\x18\x0e \x01(\x03\x12\x12\n\nreplicator\x18\x0f \x01(\t\x12\r\n\x05\x65poch\x18\x10 \x01(\x03\x12\x31\n\tvchannels\x18\x11 \x03(\x0b\x32\x1e.milvuscdc.v1.VchannelProgress\x12+\n\nconditions\x18\x12 \x03(\x0b\x32\x17.milvuscdc.v1.Condition\x12\x15\n\rsink_database\x18\x13 \x01(\t\x12\x17\n\x0fsink_collection\x18\x14 \x01(\t:h\xea\x41\x65\n\x1bmilvuscdc.io/TaskCollection\x12%tasks/{task}/collections/{collection}*\x0ftaskCollections2\x0etaskCollection\"*\n\tCondition\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xd9\x01\n\x10VchannelProgress\x12\x10\n\x08vchannel\x18\x01 \x01(\t\x12\x11\n\tread_from\x18\x02 \x01(\x0c\x12\x13\n\x0bresolved_ts\x18\x03 \x01(\x04\x12\x12\n\nhorizon_ts\x18\x04 \x01(\x04\x12\x0e\n\x06\x63losed\x18\x05 \x01(\x08\x12\x31\n\x0eretention_left\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x14retention_left_bytes\x18\x07 \x01(\x03\x12\x16\n\x0eread_from_text\x18\x08 \x01(\t*B\n\x05\x44rift\x12\x15\n\x11\x44RIFT_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x44RIFT_REPAIR\x10\x01\x12\x10\n\x0c\x44RIFT_REPORT\x10\x02*\xb8\x01\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13TASK_STATE_CREATING\x10\x01\x12\x16\n\x12TASK_STATE_RUNNING\x10\x02\x12\x17\n\x13TASK_STATE_RETRYING\x10\x03\x12\x15\n\x11TASK_STATE_PAUSED\x10\x04\x12\x15\n\x11TASK_STATE_FAILED\x10\x05\x12\x17\n\x13TASK_STATE_DELETING\x10\x06*\xe7\x01\n\x0f\x43ollectionState\x12 \n\x1c\x43OLLECTION_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43OLLECTION_STATE_PENDING\x10\x01\x12\x1c\n\x18\x43OLLECTION_STATE_RUNNING\x10\x02\x12\x1d\n\x19\x43OLLECTION_STATE_RETRYING\x10\x03\x12\x1b\n\x17\x43OLLECTION_STATE_PAUSED\x10\x04\x12\x1b\n\x17\x43OLLECTION_STATE_FAILED\x10\x05\x12\x1d\n\x19\x43OLLECTION_STATE_DROPPING\x10\x06\x42Y\n\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17milvuscdc/v1/task.proto\x12\x0cmilvuscdc.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\"\xce\x08\n\x04Task\x12@\n\x04name\x18\x01 \x01(\tB2\xe2\x41\x01\x08\xbaH+r)2\'^tasks/[a-z]([a-z0-9-]{0,61}[a-z0-9])?$\x12\x11\n\x03uid\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x18\n\ngeneration\x18\x04 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12!\n\x13observed_generation\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12l\n\x06labels\x18\x06 \x03(\x0b\x32\x1e.milvuscdc.v1.Task.LabelsEntryB<\xbaH9\x9a\x01\x36\x10@\"+r)2\'^[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?$*\x05r\x03\x18\xff\x01\x12\x31\n\x06source\x18\x07 \x01(\x0b\x32\x14.milvuscdc.v1.SourceB\x0b\xe2\x41\x02\x02\x05\xbaH\x03\xc8\x01\x01\x12-\n\x04sink\x18\x08 \x01(\x0b\x32\x12.milvuscdc.v1.SinkB\x0b\xe2\x41\x02\x02\x05\xbaH\x03\xc8\x01\x01\x12\x36\n\tselection\x18\t \x01(\x0b\x32\x17.milvuscdc.v1.SelectionB\n\xe2\x41\x01\x02\xbaH\x03\xc8\x01\x01\x12/\n\x05start\x18\n \x01(\x0b\x32\x13.milvuscdc.v1.StartB\x0b\xe2\x41\x02\x02\x05\xbaH\x03\xc8\x01\x01\x12\x1c\n\x0e\x61\x64opt_existing\x18\x0b \x01(\x08\x42\x04\xe2\x41\x01\x05\x12\x35\n\x06rename\x18\x0c \x03(\x0b\x32\x16.milvuscdc.v1.NameRuleB\r\xe2\x41\x01\x05\xbaH\x06\x92\x01\x03\x10\xe8\x07\x12\"\n\x05\x63\x61rry\x18\r \x01(\x0b\x32\x13.milvuscdc.v1.Carry\x12,\n\x05\x64rift\x18\x0e \x01(\x0e\x32\x13.milvuscdc.v1.DriftB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12,\n\x05state\x18\x14 \x01(\x0e\x32\x17.milvuscdc.v1.TaskStateB\x04\xe2\x41\x01\x03\x12\x14\n\x06reason\x18\x15 \x01(\tB\x04\xe2\x41\x01\x03\x12\x15\n\x07message\x18\x16 \x01(\tB\x04\xe2\x41\x01\x03\x12\x34\n\nstate_time\x18\x17 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x18 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x19 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x32\n\x08progress\x18\x1a \x01(\x0b\x32\x1a.milvuscdc.v1.TaskProgressB\x04\xe2\x41\x01\x03\x12\x31\n\nconditions\x18\x1b \x03(\x0b\x32\x17.milvuscdc.v1.ConditionB\x04\xe2\x41\x01\x03\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01:1\xea\x41.\n\x11milvuscdc.io/Task\x12\x0ctasks/{task}*\x05tasks2\x04task\"X\n\x08NameRule\x12&\n\x04\x66rom\x18\x01 \x01(\tB\x18\xbaH\x15r\x13\x18\x80\x04\x32\x0e^[^.]+\\.[^.]+$\x12$\n\x02to\x18\x02 \x01(\tB\x18\xbaH\x15r\x13\x18\x80\x04\x32\x0e^[^.]+\\.[^.]+$\"\xb7\x01\n\x05\x43\x61rry\x12\x11\n\x04rows\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x13\n\x06schema\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\x12\n\x05index\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x11\n\x04load\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12\x11\n\x04rbac\x18\x05 \x01(\x08H\x04\x88\x01\x01\x12\x12\n\x05\x66lush\x18\x06 \x01(\x08H\x05\x88\x01\x01\x42\x07\n\x05_rowsB\t\n\x07_schemaB\x08\n\x06_indexB\x07\n\x05_loadB\x07\n\x05_rbacB\x08\n\x06_flush\"\xc8\x01\n\x0cTaskProgress\x12\x13\n\x0b\x63ollections\x18\x01 \x01(\x05\x12\x1b\n\x13\x63ollections_running\x18\x02 \x01(\x05\x12\x1a\n\x12\x63ollections_failed\x18\x03 \x01(\x05\x12&\n\x03lag\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rrows_inserted\x18\x05 \x01(\x03\x12\x15\n\rrows_upserted\x18\x06 \x01(\x03\x12\x14\n\x0crows_deleted\x18\x07 \x01(\x03\"\xcc\x01\n\x06Source\x12\x30\n\x04\x65tcd\x18\x01 \x01(\x0b\x32\x1a.milvuscdc.v1.EtcdMetadataB\x06\xbaH\x03\xc8\x01\x01\x12\'\n\x04nats\x18\x02 \x01(\x0b\x32\x17.milvuscdc.v1.NatsQueueH\x00\x12)\n\x05kafka\x18\x03 \x01(\x0b\x32\x18.milvuscdc.v1.KafkaQueueH\x00\x12,\n\x06milvus\x18\n \x01(\x0b\x32\x1c.milvuscdc.v1.MilvusEndpointB\x0e\n\x05queue\x12\x05\xbaH\x02\x08\x01\"\x85\x01\n\x0c\x45tcdMetadata\x12\x37\n\tendpoints\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\x08\x01\x10\x10\"\x18r\x16\x32\x14^[^/\\s]+:[0-9]{1,5}$\x12\x1b\n\troot_path\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12\x1f\n\rmeta_sub_path\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\"<\n\tNatsQueue\x12/\n\x03url\x18\x01 \x01(\tB\"\xbaH\x1fr\x1d\x32\x1b^nats://[^/\\s]+:[0-9]{1,5}$\"C\n\nKafkaQueue\x12\x35\n\x07\x62rokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\x08\x01\x10@\"\x18r\x16\x32\x14^[^/\\s]+:[0-9]{1,5}$\"k\n\x0eMilvusEndpoint\x12\x34\n\x03uri\x18\x01 \x01(\tB\'\xbaH$r\"2 ^https?://[^/\\s]+(:[0-9]{1,5})?$\x12#\n\x05token\x18\x02 \x01(\x0b\x32\x14.milvuscdc.v1.Secret\"\xf0\x01\n\x04Sink\x12.\n\x06milvus\x18\x01 \x01(\x0b\x32\x1c.milvuscdc.v1.MilvusEndpointH\x00\x12(\n\x05kafka\x18\x02 \x01(\x0b\x32\x17.milvuscdc.v1.KafkaSinkH\x00\x12\'\n\x05\x66iles\x18\x03 \x01(\x0b\x32\x16.milvuscdc.v1.FileSinkH\x00\x12.\n\x08postgres\x18\x04 \x01(\x0b\x32\x1a.milvuscdc.v1.PostgresSinkH\x00\x12&\n\x06plugin\x18\x0f \x01(\x0b\x32\x14.milvuscdc.v1.PluginH\x00\x42\r\n\x04kind\x12\x05\xbaH\x02\x08\x01\"s\n\tSelection\x12\x33\n\x07include\x18\x01 \x03(\tB\"\xbaH\x1f\x92\x01\x1c\x08\x01\x10\xe8\x07\"\x15r\x13\x18\x80\x04\x32\x0e^[^.]+\\.[^.]+$\x12\x31\n\x07\x65xclude\x18\x02 \x03(\tB \xbaH\x1d\x92\x01\x1a\x10\xe8\x07\"\x15r\x13\x18\x80\x04\x32\x0e^[^.]+\\.[^.]+$\"h\n\x05Start\x12*\n\x08\x65\x61rliest\x18\x01 \x01(\x0b\x32\x16.milvuscdc.v1.EarliestH\x00\x12&\n\x06latest\x18\x02 \x01(\x0b\x32\x14.milvuscdc.v1.LatestH\x00\x42\x0b\n\x02\x61t\x12\x05\xbaH\x02\x08\x01\"\n\n\x08\x45\x61rliest\"\x08\n\x06Latest\"\xae\x05\n\x0eTaskCollection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tabase\x18\x02 \x01(\t\x12\x12\n\ncollection\x18\x03 \x01(\t\x12\x15\n\rcollection_id\x18\x04 \x01(\x03\x12,\n\x05state\x18\x05 \x01(\x0e\x32\x1d.milvuscdc.v1.CollectionState\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\x12.\n\nstate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0f\x63heckpoint_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x03lag\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rrows_inserted\x18\x0b \x01(\x03\x12\x15\n\rrows_upserted\x18\x0c \x01(\x03\x12\x14\n\x0crows_deleted\x18\r \x01(\x03\x12\x14\n\x0crows_skipped\x18\x0e \x01(\x03\x12\x12\n\nreplicator\x18\x0f \x01(\t\x12\r\n\x05\x65poch\x18\x10 \x01(\x03\x12\x31\n\tvchannels\x18\x11 \x03(\x0b\x32\x1e.milvuscdc.v1.VchannelProgress\x12+\n\nconditions\x18\x12 \x03(\x0b\x32\x17.milvuscdc.v1.Condition\x12\x15\n\rsink_database\x18\x13 \x01(\t\x12\x17\n\x0fsink_collection\x18\x14 \x01(\t:h\xea\x41\x65\n\x1bmilvuscdc.io/TaskCollection\x12%tasks/{task}/collections/{collection}*\x0ftaskCollections2\x0etaskCollection\"*\n\tCondition\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xd9\x01\n\x10VchannelProgress\x12\x10\n\x08vchannel\x18\x01 \x01(\t\x12\x11\n\tread_from\x18\x02 \x01(\x0c\x12\x13\n\x0bresolved_ts\x18\x03 \x01(\x04\x12\x12\n\nhorizon_ts\x18\x04 \x01(\x04\x12\x0e\n\x06\x63losed\x18\x05 \x01(\x08\x12\x31\n\x0eretention_left\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x14retention_left_bytes\x18\x07 \x01(\x03\x12\x16\n\x0eread_from_text\x18\x08 \x01(\t*B\n\x05\x44rift\x12\x15\n\x11\x44RIFT_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x44RIFT_REPAIR\x10\x01\x12\x10\n\x0c\x44RIFT_REPORT\x10\x02*\xb8\x01\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13TASK_STATE_CREATING\x10\x01\x12\x16\n\x12TASK_STATE_RUNNING\x10\x02\x12\x17\n\x13TASK_STATE_RETRYING\x10\x03\x12\x15\n\x11TASK_STATE_PAUSED\x10\x04\x12\x15\n\x11TASK_STATE_FAILED\x10\x05\x12\x17\n\x13TASK_STATE_DELETING\x10\x06*\xe7\x01\n\x0f\x43ollectionState\x12 \n\x1c\x43OLLECTION_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43OLLECTION_STATE_PENDING\x10\x01\x12\x1c\n\x18\x43OLLECTION_STATE_RUNNING\x10\x02\x12\x1d\n\x19\x43OLLECTION_STATE_RETRYING\x10\x03\x12\x1b\n\x17\x43OLLECTION_STATE_PAUSED\x10\x04\x12\x1b\n\x17\x43OLLECTION_STATE_FAILED\x10\x05\x12\x1d\n\x19\x43OLLECTION_STATE_DROPPING\x10\x06\x42Y\n\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -85,12 +90,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NAMERULE'].fields_by_name['from']._serialized_options = b'\272H\025r\023\030\200\0042\016^[^.]+\\.[^.]+$'
   _globals['_NAMERULE'].fields_by_name['to']._loaded_options = None
   _globals['_NAMERULE'].fields_by_name['to']._serialized_options = b'\272H\025r\023\030\200\0042\016^[^.]+\\.[^.]+$'
-  _globals['_SECRET'].oneofs_by_name['ref']._loaded_options = None
-  _globals['_SECRET'].oneofs_by_name['ref']._serialized_options = b'\272H\002\010\001'
-  _globals['_SECRET'].fields_by_name['env']._loaded_options = None
-  _globals['_SECRET'].fields_by_name['env']._serialized_options = b'\272H\"r 2\036^[A-Za-z_][A-Za-z0-9_]{0,127}$'
-  _globals['_SECRET'].fields_by_name['file']._loaded_options = None
-  _globals['_SECRET'].fields_by_name['file']._serialized_options = b'\272H\007r\005\020\001\030\200 '
   _globals['_SOURCE'].oneofs_by_name['queue']._loaded_options = None
   _globals['_SOURCE'].oneofs_by_name['queue']._serialized_options = b'\272H\002\010\001'
   _globals['_SOURCE'].fields_by_name['etcd']._loaded_options = None
@@ -117,48 +116,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_START'].oneofs_by_name['at']._serialized_options = b'\272H\002\010\001'
   _globals['_TASKCOLLECTION']._loaded_options = None
   _globals['_TASKCOLLECTION']._serialized_options = b'\352Ae\n\033milvuscdc.io/TaskCollection\022%tasks/{task}/collections/{collection}*\017taskCollections2\016taskCollection'
-  _globals['_DRIFT']._serialized_start=3737
-  _globals['_DRIFT']._serialized_end=3803
-  _globals['_TASKSTATE']._serialized_start=3806
-  _globals['_TASKSTATE']._serialized_end=3990
-  _globals['_COLLECTIONSTATE']._serialized_start=3993
-  _globals['_COLLECTIONSTATE']._serialized_end=4224
-  _globals['_TASK']._serialized_start=196
-  _globals['_TASK']._serialized_end=1298
-  _globals['_TASK_LABELSENTRY']._serialized_start=1202
-  _globals['_TASK_LABELSENTRY']._serialized_end=1247
-  _globals['_NAMERULE']._serialized_start=1300
-  _globals['_NAMERULE']._serialized_end=1388
-  _globals['_CARRY']._serialized_start=1391
-  _globals['_CARRY']._serialized_end=1574
-  _globals['_TASKPROGRESS']._serialized_start=1577
-  _globals['_TASKPROGRESS']._serialized_end=1777
-  _globals['_SECRET']._serialized_start=1779
-  _globals['_SECRET']._serialized_end=1883
-  _globals['_SOURCE']._serialized_start=1886
-  _globals['_SOURCE']._serialized_end=2090
-  _globals['_ETCDMETADATA']._serialized_start=2093
-  _globals['_ETCDMETADATA']._serialized_end=2226
-  _globals['_NATSQUEUE']._serialized_start=2228
-  _globals['_NATSQUEUE']._serialized_end=2288
-  _globals['_KAFKAQUEUE']._serialized_start=2290
-  _globals['_KAFKAQUEUE']._serialized_end=2357
-  _globals['_MILVUSENDPOINT']._serialized_start=2359
-  _globals['_MILVUSENDPOINT']._serialized_end=2466
-  _globals['_SINK']._serialized_start=2468
-  _globals['_SINK']._serialized_end=2537
-  _globals['_SELECTION']._serialized_start=2539
-  _globals['_SELECTION']._serialized_end=2654
-  _globals['_START']._serialized_start=2656
-  _globals['_START']._serialized_end=2760
-  _globals['_EARLIEST']._serialized_start=2762
-  _globals['_EARLIEST']._serialized_end=2772
-  _globals['_LATEST']._serialized_start=2774
-  _globals['_LATEST']._serialized_end=2782
-  _globals['_TASKCOLLECTION']._serialized_start=2785
-  _globals['_TASKCOLLECTION']._serialized_end=3471
-  _globals['_CONDITION']._serialized_start=3473
-  _globals['_CONDITION']._serialized_end=3515
-  _globals['_VCHANNELPROGRESS']._serialized_start=3518
-  _globals['_VCHANNELPROGRESS']._serialized_end=3735
+  _globals['_DRIFT']._serialized_start=3952
+  _globals['_DRIFT']._serialized_end=4018
+  _globals['_TASKSTATE']._serialized_start=4021
+  _globals['_TASKSTATE']._serialized_end=4205
+  _globals['_COLLECTIONSTATE']._serialized_start=4208
+  _globals['_COLLECTIONSTATE']._serialized_end=4439
+  _globals['_TASK']._serialized_start=345
+  _globals['_TASK']._serialized_end=1447
+  _globals['_TASK_LABELSENTRY']._serialized_start=1351
+  _globals['_TASK_LABELSENTRY']._serialized_end=1396
+  _globals['_NAMERULE']._serialized_start=1449
+  _globals['_NAMERULE']._serialized_end=1537
+  _globals['_CARRY']._serialized_start=1540
+  _globals['_CARRY']._serialized_end=1723
+  _globals['_TASKPROGRESS']._serialized_start=1726
+  _globals['_TASKPROGRESS']._serialized_end=1926
+  _globals['_SOURCE']._serialized_start=1929
+  _globals['_SOURCE']._serialized_end=2133
+  _globals['_ETCDMETADATA']._serialized_start=2136
+  _globals['_ETCDMETADATA']._serialized_end=2269
+  _globals['_NATSQUEUE']._serialized_start=2271
+  _globals['_NATSQUEUE']._serialized_end=2331
+  _globals['_KAFKAQUEUE']._serialized_start=2333
+  _globals['_KAFKAQUEUE']._serialized_end=2400
+  _globals['_MILVUSENDPOINT']._serialized_start=2402
+  _globals['_MILVUSENDPOINT']._serialized_end=2509
+  _globals['_SINK']._serialized_start=2512
+  _globals['_SINK']._serialized_end=2752
+  _globals['_SELECTION']._serialized_start=2754
+  _globals['_SELECTION']._serialized_end=2869
+  _globals['_START']._serialized_start=2871
+  _globals['_START']._serialized_end=2975
+  _globals['_EARLIEST']._serialized_start=2977
+  _globals['_EARLIEST']._serialized_end=2987
+  _globals['_LATEST']._serialized_start=2989
+  _globals['_LATEST']._serialized_end=2997
+  _globals['_TASKCOLLECTION']._serialized_start=3000
+  _globals['_TASKCOLLECTION']._serialized_end=3686
+  _globals['_CONDITION']._serialized_start=3688
+  _globals['_CONDITION']._serialized_end=3730
+  _globals['_VCHANNELPROGRESS']._serialized_start=3733
+  _globals['_VCHANNELPROGRESS']._serialized_end=3950
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,11 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from milvuscdc.v1 import format_pb2 as _format_pb2
+from milvuscdc.v1 import secret_pb2 as _secret_pb2
+from milvuscdc.v1 import sink_file_pb2 as _sink_file_pb2
+from milvuscdc.v1 import sink_kafka_pb2 as _sink_kafka_pb2
+from milvuscdc.v1 import sink_postgres_pb2 as _sink_postgres_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -386,34 +391,6 @@ class TaskProgress(_message.Message):
 Global___TaskProgress: _TypeAlias = TaskProgress  # noqa: Y015
 
 @_typing.final
-class Secret(_message.Message):
-    """A reference to a secret. Secrets never travel in a request: the process that connects resolves the reference."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ENV_FIELD_NUMBER: _builtins.int
-    FILE_FIELD_NUMBER: _builtins.int
-    env: _builtins.str
-    """Name of an environment variable of the replicator."""
-    file: _builtins.str
-    """Path of a file on the replicator; surrounding white space is not part of the secret."""
-    def __init__(
-        self,
-        *,
-        env: _builtins.str = ...,
-        file: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["env", b"env", "file", b"file", "ref", b"ref"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["env", b"env", "file", b"file", "ref", b"ref"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_ref: _TypeAlias = _typing.Literal["env", "file"]  # noqa: Y015
-    _WhichOneofArgType_ref: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_ref) -> _WhichOneofReturnType_ref | None: ...
-
-Global___Secret: _TypeAlias = Secret  # noqa: Y015
-
-@_typing.final
 class Source(_message.Message):
     """The Milvus cluster that is followed."""
 
@@ -542,14 +519,14 @@ class MilvusEndpoint(_message.Message):
     uri: _builtins.str
     """`http://host:port` or `https://host:port`."""
     @_builtins.property
-    def token(self) -> Global___Secret:
+    def token(self) -> _secret_pb2.Secret:
         """`user:password` or an API key; none when absent."""
 
     def __init__(
         self,
         *,
         uri: _builtins.str = ...,
-        token: Global___Secret | None = ...,
+        token: _secret_pb2.Secret | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -566,20 +543,44 @@ class Sink(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MILVUS_FIELD_NUMBER: _builtins.int
+    KAFKA_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    POSTGRES_FIELD_NUMBER: _builtins.int
+    PLUGIN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def milvus(self) -> Global___MilvusEndpoint:
         """Another Milvus, written through its ordinary public API ("apply mode"): it stays writable and serving."""
+
+    @_builtins.property
+    def kafka(self) -> _sink_kafka_pb2.KafkaSink:
+        """Records on Kafka topics."""
+
+    @_builtins.property
+    def files(self) -> _sink_file_pb2.FileSink:
+        """Parquet or JSON lines in a folder or an S3-compatible store."""
+
+    @_builtins.property
+    def postgres(self) -> _sink_postgres_pb2.PostgresSink:
+        """Tables of a PostgreSQL with pgvector."""
+
+    @_builtins.property
+    def plugin(self) -> _format_pb2.Plugin:
+        """A sink of an installed package (entry point group `milvus_cdc.sinks`)."""
 
     def __init__(
         self,
         *,
         milvus: Global___MilvusEndpoint | None = ...,
+        kafka: _sink_kafka_pb2.KafkaSink | None = ...,
+        files: _sink_file_pb2.FileSink | None = ...,
+        postgres: _sink_postgres_pb2.PostgresSink | None = ...,
+        plugin: _format_pb2.Plugin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "milvus", b"milvus"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "kafka", b"kafka", "kind", b"kind", "milvus", b"milvus", "plugin", b"plugin", "postgres", b"postgres"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "milvus", b"milvus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "kafka", b"kafka", "kind", b"kind", "milvus", b"milvus", "plugin", b"plugin", "postgres", b"postgres"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["milvus"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["milvus", "kafka", "files", "postgres", "plugin"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

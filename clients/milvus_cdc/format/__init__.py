@@ -1,0 +1,51 @@
+"""The seam for formats: changes and schema changes as key, value and headers.
+
+A format knows nothing of where its records go; Kafka and JSON lines use the same ones. Formats
+register under the entry point group `milvus_cdc.formats`, see `milvus_cdc.sink.plugin`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from milvus_cdc.rows import Changes, Table
+from milvus_cdc.sink.writer import SchemaChange
+
+
+@dataclass(slots=True)
+class Record:
+    """What one row, key or schema change becomes."""
+
+    key: bytes | None
+    value: bytes | None
+    """None: a tombstone."""
+    headers: tuple[tuple[str, bytes], ...] = ()
+    """Those of the format itself (for example `content-type`); a sink adds its own."""
+
+
+class Format(Protocol):
+    """Configured once per task. `encode` may run in any thread, one collection's calls in order."""
+
+    @property
+    def content_type(self) -> str:
+        """Media type of the values, for example `application/json`."""
+        ...
+
+    async def prepare(self, table: Table) -> None:
+        """Before the first rows of a collection: whatever takes a connection (registering a
+        schema). Raises RetryableError or UserError.
+        """
+        ...
+
+    def encode(self, table: Table, changes: Changes) -> list[Record]:
+        """One record per row, or per key of a delete, in order. Raises UserError ROW_NOT_ENCODABLE
+        when a value has no form in this format.
+        """
+        ...
+
+    def encode_schema(self, change: SchemaChange | None, table: Table) -> Record:
+        """A change of schema as an event; None for the collection's creation."""
+        ...
+
+    async def close(self) -> None: ...
