@@ -10,6 +10,9 @@ import pytest
 from tests.e2e.carries import Carries
 from tests.servers import EtcdServer, Stack, kafka_unavailable_reason
 
+SHARED_STACKS = pytest.StashKey[list[Stack]]()
+"""Those that run now, for whoever cleans up in them."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -33,9 +36,16 @@ def etcd_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer
 
 
 @pytest.fixture(scope="session")
-def nats_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A source Milvus on its own NATS and a sink Milvus; each test takes a database of its own."""
+def nats_stack(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stack]:
+    """A source Milvus on its own NATS and a sink Milvus; each test takes a database of its own.
+
+    Who kills its servers takes a stack of his own: a Milvus that lost its session goes on working
+    at it for minutes.
+    """
     with Stack(tmp_path_factory.mktemp("nats-stack")) as stack:
+        request.config.stash.setdefault(SHARED_STACKS, []).append(stack)
         yield stack
 
 
@@ -49,7 +59,10 @@ def kafka_available() -> None:
 
 
 @pytest.fixture(scope="session")
-def kafka_stack(tmp_path_factory: pytest.TempPathFactory, kafka_available: None) -> Iterator[Stack]:
+def kafka_stack(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, kafka_available: None
+) -> Iterator[Stack]:
     """Like `nats_stack`, on a Kafka broker."""
     with Stack(tmp_path_factory.mktemp("kafka-stack"), mq="kafka") as stack:
+        request.config.stash.setdefault(SHARED_STACKS, []).append(stack)
         yield stack
