@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from milvuscdc.v1 import secret_pb2 as milvuscdc_dot_v1_dot_secret__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n milvuscdc/v1/sink_postgres.proto\x12\x0cmilvuscdc.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x19milvuscdc/v1/secret.proto\"\xfc\x01\n\x0cPostgresSink\x12\x18\n\x04host\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x19\n\x04port\x18\x02 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xff\xff\x03(\x00\x12\x1b\n\x08\x64\x61tabase\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?\x12\x17\n\x04user\x18\x04 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?\x12&\n\x08password\x18\x05 \x01(\x0b\x32\x14.milvuscdc.v1.Secret\x12&\n\x03tls\x18\x06 \x01(\x0b\x32\x19.milvuscdc.v1.PostgresTls\x12\x18\n\x06schema\x18\x07 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12\x17\n\x05table\x18\x08 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\"\x9f\x01\n\x0bPostgresTls\x12\x35\n\x04mode\x18\x01 \x01(\x0e\x32\x1d.milvuscdc.v1.PostgresTlsModeB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x19\n\x07\x63\x61_file\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \x12\"\n\x10\x63\x65rtificate_file\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \x12\x1a\n\x08key_file\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 *\x97\x01\n\x0fPostgresTlsMode\x12!\n\x1dPOSTGRES_TLS_MODE_UNSPECIFIED\x10\x00\x12\x1d\n\x19POSTGRES_TLS_MODE_REQUIRE\x10\x01\x12\x1f\n\x1bPOSTGRES_TLS_MODE_VERIFY_CA\x10\x02\x12!\n\x1dPOSTGRES_TLS_MODE_VERIFY_FULL\x10\x03\x42Y\n\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n milvuscdc/v1/sink_postgres.proto\x12\x0cmilvuscdc.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x19milvuscdc/v1/secret.proto\"\xe7\x03\n\x0cPostgresSink\x12-\n\x04host\x18\x01 \x01(\tB\x1f\xbaH\x1cr\x1a\x32\x18^[A-Za-z0-9._:-]{1,255}$\x12\x19\n\x04port\x18\x02 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xff\xff\x03(\x00\x12\x1b\n\x08\x64\x61tabase\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?\x12\x17\n\x04user\x18\x04 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?\x12&\n\x08password\x18\x05 \x01(\x0b\x32\x14.milvuscdc.v1.Secret\x12&\n\x03tls\x18\x06 \x01(\x0b\x32\x19.milvuscdc.v1.PostgresTls\x12\x18\n\x06schema\x18\x07 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12\x17\n\x05table\x18\x08 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12\"\n\x11\x63heckpoint_schema\x18\t \x01(\tB\x07\xbaH\x04r\x02\x18?\x12\"\n\x0fmax_connections\x18\n \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18@(\x00\x12\x45\n\x0esparse_vectors\x18\x0b \x01(\x0e\x32#.milvuscdc.v1.PostgresSparseVectorsB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x45\n\x0enul_characters\x18\x0c \x01(\x0e\x32#.milvuscdc.v1.PostgresNulCharactersB\x08\xbaH\x05\x82\x01\x02\x10\x01\"\x9f\x01\n\x0bPostgresTls\x12\x35\n\x04mode\x18\x01 \x01(\x0e\x32\x1d.milvuscdc.v1.PostgresTlsModeB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x19\n\x07\x63\x61_file\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \x12\"\n\x10\x63\x65rtificate_file\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \x12\x1a\n\x08key_file\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 *\x8a\x01\n\x15PostgresSparseVectors\x12\'\n#POSTGRES_SPARSE_VECTORS_UNSPECIFIED\x10\x00\x12!\n\x1dPOSTGRES_SPARSE_VECTORS_JSONB\x10\x01\x12%\n!POSTGRES_SPARSE_VECTORS_SPARSEVEC\x10\x02*\x87\x01\n\x15PostgresNulCharacters\x12\'\n#POSTGRES_NUL_CHARACTERS_UNSPECIFIED\x10\x00\x12\"\n\x1ePOSTGRES_NUL_CHARACTERS_REFUSE\x10\x01\x12!\n\x1dPOSTGRES_NUL_CHARACTERS_STRIP\x10\x02*\x97\x01\n\x0fPostgresTlsMode\x12!\n\x1dPOSTGRES_TLS_MODE_UNSPECIFIED\x10\x00\x12\x1d\n\x19POSTGRES_TLS_MODE_REQUIRE\x10\x01\x12\x1f\n\x1bPOSTGRES_TLS_MODE_VERIFY_CA\x10\x02\x12!\n\x1dPOSTGRES_TLS_MODE_VERIFY_FULL\x10\x03\x42Y\n\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,7 +35,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017io.milvuscdc.v1P\001ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1'
   _globals['_POSTGRESSINK'].fields_by_name['host']._loaded_options = None
-  _globals['_POSTGRESSINK'].fields_by_name['host']._serialized_options = b'\272H\007r\005\020\001\030\377\001'
+  _globals['_POSTGRESSINK'].fields_by_name['host']._serialized_options = b'\272H\034r\0322\030^[A-Za-z0-9._:-]{1,255}$'
   _globals['_POSTGRESSINK'].fields_by_name['port']._loaded_options = None
   _globals['_POSTGRESSINK'].fields_by_name['port']._serialized_options = b'\272H\010\032\006\030\377\377\003(\000'
   _globals['_POSTGRESSINK'].fields_by_name['database']._loaded_options = None
@@ -46,6 +46,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_POSTGRESSINK'].fields_by_name['schema']._serialized_options = b'\272H\005r\003\030\377\001'
   _globals['_POSTGRESSINK'].fields_by_name['table']._loaded_options = None
   _globals['_POSTGRESSINK'].fields_by_name['table']._serialized_options = b'\272H\005r\003\030\377\001'
+  _globals['_POSTGRESSINK'].fields_by_name['checkpoint_schema']._loaded_options = None
+  _globals['_POSTGRESSINK'].fields_by_name['checkpoint_schema']._serialized_options = b'\272H\004r\002\030?'
+  _globals['_POSTGRESSINK'].fields_by_name['max_connections']._loaded_options = None
+  _globals['_POSTGRESSINK'].fields_by_name['max_connections']._serialized_options = b'\272H\006\032\004\030@(\000'
+  _globals['_POSTGRESSINK'].fields_by_name['sparse_vectors']._loaded_options = None
+  _globals['_POSTGRESSINK'].fields_by_name['sparse_vectors']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_POSTGRESSINK'].fields_by_name['nul_characters']._loaded_options = None
+  _globals['_POSTGRESSINK'].fields_by_name['nul_characters']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_POSTGRESTLS'].fields_by_name['mode']._loaded_options = None
   _globals['_POSTGRESTLS'].fields_by_name['mode']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_POSTGRESTLS'].fields_by_name['ca_file']._loaded_options = None
@@ -54,10 +62,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_POSTGRESTLS'].fields_by_name['certificate_file']._serialized_options = b'\272H\005r\003\030\200 '
   _globals['_POSTGRESTLS'].fields_by_name['key_file']._loaded_options = None
   _globals['_POSTGRESTLS'].fields_by_name['key_file']._serialized_options = b'\272H\005r\003\030\200 '
-  _globals['_POSTGRESTLSMODE']._serialized_start=524
-  _globals['_POSTGRESTLSMODE']._serialized_end=675
+  _globals['_POSTGRESSPARSEVECTORS']._serialized_start=759
+  _globals['_POSTGRESSPARSEVECTORS']._serialized_end=897
+  _globals['_POSTGRESNULCHARACTERS']._serialized_start=900
+  _globals['_POSTGRESNULCHARACTERS']._serialized_end=1035
+  _globals['_POSTGRESTLSMODE']._serialized_start=1038
+  _globals['_POSTGRESTLSMODE']._serialized_end=1189
   _globals['_POSTGRESSINK']._serialized_start=107
-  _globals['_POSTGRESSINK']._serialized_end=359
-  _globals['_POSTGRESTLS']._serialized_start=362
-  _globals['_POSTGRESTLS']._serialized_end=521
+  _globals['_POSTGRESSINK']._serialized_end=594
+  _globals['_POSTGRESTLS']._serialized_start=597
+  _globals['_POSTGRESTLS']._serialized_end=756
 # @@protoc_insertion_point(module_scope)

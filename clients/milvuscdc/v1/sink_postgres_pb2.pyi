@@ -18,6 +18,58 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _PostgresSparseVectors:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PostgresSparseVectorsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PostgresSparseVectors.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POSTGRES_SPARSE_VECTORS_UNSPECIFIED: _PostgresSparseVectors.ValueType  # 0
+    """As POSTGRES_SPARSE_VECTORS_JSONB."""
+    POSTGRES_SPARSE_VECTORS_JSONB: _PostgresSparseVectors.ValueType  # 1
+    """A jsonb object {"index": value}: holds every one."""
+    POSTGRES_SPARSE_VECTORS_SPARSEVEC: _PostgresSparseVectors.ValueType  # 2
+    """pgvector's `sparsevec(1000000000)`, which can be searched: indices below that, at most 16000 elements that are not zero.
+    A row beyond that stops its collection with ROW_NOT_STORABLE.
+    """
+
+class PostgresSparseVectors(_PostgresSparseVectors, metaclass=_PostgresSparseVectorsEnumTypeWrapper):
+    """How a sparse vector is held."""
+
+POSTGRES_SPARSE_VECTORS_UNSPECIFIED: PostgresSparseVectors.ValueType  # 0
+"""As POSTGRES_SPARSE_VECTORS_JSONB."""
+POSTGRES_SPARSE_VECTORS_JSONB: PostgresSparseVectors.ValueType  # 1
+"""A jsonb object {"index": value}: holds every one."""
+POSTGRES_SPARSE_VECTORS_SPARSEVEC: PostgresSparseVectors.ValueType  # 2
+"""pgvector's `sparsevec(1000000000)`, which can be searched: indices below that, at most 16000 elements that are not zero.
+A row beyond that stops its collection with ROW_NOT_STORABLE.
+"""
+Global___PostgresSparseVectors: _TypeAlias = PostgresSparseVectors  # noqa: Y015
+
+class _PostgresNulCharacters:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PostgresNulCharactersEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PostgresNulCharacters.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POSTGRES_NUL_CHARACTERS_UNSPECIFIED: _PostgresNulCharacters.ValueType  # 0
+    """As POSTGRES_NUL_CHARACTERS_REFUSE."""
+    POSTGRES_NUL_CHARACTERS_REFUSE: _PostgresNulCharacters.ValueType  # 1
+    """Such a row stops its collection with ROW_NOT_STORABLE."""
+    POSTGRES_NUL_CHARACTERS_STRIP: _PostgresNulCharacters.ValueType  # 2
+    """It is left out of values; a key with it is refused all the same."""
+
+class PostgresNulCharacters(_PostgresNulCharacters, metaclass=_PostgresNulCharactersEnumTypeWrapper):
+    """What becomes of U+0000 in strings and JSON, which no PostgreSQL text holds."""
+
+POSTGRES_NUL_CHARACTERS_UNSPECIFIED: PostgresNulCharacters.ValueType  # 0
+"""As POSTGRES_NUL_CHARACTERS_REFUSE."""
+POSTGRES_NUL_CHARACTERS_REFUSE: PostgresNulCharacters.ValueType  # 1
+"""Such a row stops its collection with ROW_NOT_STORABLE."""
+POSTGRES_NUL_CHARACTERS_STRIP: PostgresNulCharacters.ValueType  # 2
+"""It is left out of values; a key with it is refused all the same."""
+Global___PostgresNulCharacters: _TypeAlias = PostgresNulCharacters  # noqa: Y015
+
 class _PostgresTlsMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -59,7 +111,12 @@ class PostgresSink(_message.Message):
     TLS_FIELD_NUMBER: _builtins.int
     SCHEMA_FIELD_NUMBER: _builtins.int
     TABLE_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_SCHEMA_FIELD_NUMBER: _builtins.int
+    MAX_CONNECTIONS_FIELD_NUMBER: _builtins.int
+    SPARSE_VECTORS_FIELD_NUMBER: _builtins.int
+    NUL_CHARACTERS_FIELD_NUMBER: _builtins.int
     host: _builtins.str
+    """A name or an address, of the server itself or of a proxy that keeps a session on one connection."""
     port: _builtins.int
     """5432 when 0."""
     database: _builtins.str
@@ -69,10 +126,18 @@ class PostgresSink(_message.Message):
     `{database}` and `{collection}` when empty.
     """
     table: _builtins.str
+    checkpoint_schema: _builtins.str
+    """Schema of the sink's own tables: checkpoints, and which table is whose. `milvus_cdc` when empty."""
+    max_connections: _builtins.int
+    """Connections of one replicator, shared by all collections of this sink. 4 when 0."""
+    sparse_vectors: Global___PostgresSparseVectors.ValueType
+    nul_characters: Global___PostgresNulCharacters.ValueType
     @_builtins.property
     def password(self) -> _secret_pb2.Secret: ...
     @_builtins.property
-    def tls(self) -> Global___PostgresTls: ...
+    def tls(self) -> Global___PostgresTls:
+        """Not encrypted when unset."""
+
     def __init__(
         self,
         *,
@@ -84,10 +149,14 @@ class PostgresSink(_message.Message):
         tls: Global___PostgresTls | None = ...,
         schema: _builtins.str = ...,
         table: _builtins.str = ...,
+        checkpoint_schema: _builtins.str = ...,
+        max_connections: _builtins.int = ...,
+        sparse_vectors: Global___PostgresSparseVectors.ValueType = ...,
+        nul_characters: Global___PostgresNulCharacters.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["password", b"password", "tls", b"tls"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["database", b"database", "host", b"host", "password", b"password", "port", b"port", "schema", b"schema", "table", b"table", "tls", b"tls", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_schema", b"checkpoint_schema", "database", b"database", "host", b"host", "max_connections", b"max_connections", "nul_characters", b"nul_characters", "password", b"password", "port", b"port", "schema", b"schema", "sparse_vectors", b"sparse_vectors", "table", b"table", "tls", b"tls", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -103,7 +172,7 @@ class PostgresTls(_message.Message):
     KEY_FILE_FIELD_NUMBER: _builtins.int
     mode: Global___PostgresTlsMode.ValueType
     ca_file: _builtins.str
-    """PEM files on the replicator."""
+    """PEM files on the replicator. Without an authority that of the replicator's system counts."""
     certificate_file: _builtins.str
     key_file: _builtins.str
     def __init__(
