@@ -32,9 +32,11 @@ class Format(Protocol):
         """Media type of the values, for example `application/json`."""
         ...
 
-    async def prepare(self, table: Table) -> None:
-        """Before the first rows of a collection: whatever takes a connection (registering a
-        schema). Raises RetryableError or UserError.
+    async def prepare(self, table: Table, topic: str = "", schema_topic: str = "") -> None:
+        """Before the first rows of a collection, and again when its name, its fields or its topic
+        have changed: whatever takes a connection (registering a schema). `topic` is where its
+        records go and `schema_topic` where its schema changes go, empty where there is none. Raises
+        RetryableError or UserError.
         """
         ...
 

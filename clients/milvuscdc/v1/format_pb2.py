@@ -27,7 +27,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from milvuscdc.v1 import secret_pb2 as milvuscdc_dot_v1_dot_secret__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19milvuscdc/v1/format.proto\x12\x0cmilvuscdc.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x19milvuscdc/v1/secret.proto\"\xe3\x02\n\x06\x46ormat\x12+\n\tflat_json\x18\x01 \x01(\x0b\x32\x16.milvuscdc.v1.FlatJsonH\x00\x12\x33\n\rdebezium_json\x18\x02 \x01(\x0b\x32\x1a.milvuscdc.v1.DebeziumJsonH\x00\x12:\n\x11\x63loud_events_json\x18\x03 \x01(\x0b\x32\x1d.milvuscdc.v1.CloudEventsJsonH\x00\x12(\n\x04\x61vro\x18\x04 \x01(\x0b\x32\x18.milvuscdc.v1.AvroFormatH\x00\x12\x30\n\x08protobuf\x18\x05 \x01(\x0b\x32\x1c.milvuscdc.v1.ProtobufFormatH\x00\x12/\n\x0blegacy_json\x18\x06 \x01(\x0b\x32\x18.milvuscdc.v1.LegacyJsonH\x00\x12&\n\x06plugin\x18\x0f \x01(\x0b\x32\x14.milvuscdc.v1.PluginH\x00\x42\x06\n\x04kind\"K\n\x06Plugin\x12\x18\n\x04name\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\'\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\"^\n\nJsonValues\x12\x37\n\x07vectors\x18\x01 \x01(\x0e\x32\x1c.milvuscdc.v1.VectorEncodingB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x17\n\x0fint64_as_string\x18\x02 \x01(\x08\"4\n\x08\x46latJson\x12(\n\x06values\x18\x01 \x01(\x0b\x32\x18.milvuscdc.v1.JsonValues\"M\n\x0c\x44\x65\x62\x65ziumJson\x12(\n\x06values\x18\x01 \x01(\x0b\x32\x18.milvuscdc.v1.JsonValues\x12\x13\n\x0bwith_schema\x18\x02 \x01(\x08\"U\n\x0f\x43loudEventsJson\x12(\n\x06values\x18\x01 \x01(\x0b\x32\x18.milvuscdc.v1.JsonValues\x12\x18\n\x06source\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\"\x0c\n\nLegacyJson\"\xc0\x01\n\x0eSchemaRegistry\x12\x30\n\x03url\x18\x01 \x01(\tB#\xbaH r\x1e\x32\x1c^https?://[^/\\s]+(/[^\\s]*)?$\x12\x1a\n\x08username\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12&\n\x08password\x18\x03 \x01(\x0b\x32\x14.milvuscdc.v1.Secret\x12\x38\n\x07subject\x18\x04 \x01(\x0e\x32\x1d.milvuscdc.v1.SubjectStrategyB\x08\xbaH\x05\x82\x01\x02\x10\x01\"|\n\nAvroFormat\x12\x36\n\x08registry\x18\x01 \x01(\x0b\x32\x1c.milvuscdc.v1.SchemaRegistryB\x06\xbaH\x03\xc8\x01\x01\x12\x36\n\x07vectors\x18\x02 \x01(\x0e\x32\x1b.milvuscdc.v1.BinaryVectorsB\x08\xbaH\x05\x82\x01\x02\x10\x01\"\x80\x01\n\x0eProtobufFormat\x12\x36\n\x08registry\x18\x01 \x01(\x0b\x32\x1c.milvuscdc.v1.SchemaRegistryB\x06\xbaH\x03\xc8\x01\x01\x12\x36\n\x07vectors\x18\x02 \x01(\x0e\x32\x1b.milvuscdc.v1.BinaryVectorsB\x08\xbaH\x05\x82\x01\x02\x10\x01*h\n\x0eVectorEncoding\x12\x1f\n\x1bVECTOR_ENCODING_UNSPECIFIED\x10\x00\x12\x19\n\x15VECTOR_ENCODING_ARRAY\x10\x01\x12\x1a\n\x16VECTOR_ENCODING_BASE64\x10\x02*\x8f\x01\n\x0fSubjectStrategy\x12 \n\x1cSUBJECT_STRATEGY_UNSPECIFIED\x10\x00\x12\x1a\n\x16SUBJECT_STRATEGY_TOPIC\x10\x01\x12\x1b\n\x17SUBJECT_STRATEGY_RECORD\x10\x02\x12!\n\x1dSUBJECT_STRATEGY_TOPIC_RECORD\x10\x03*c\n\rBinaryVectors\x12\x1e\n\x1a\x42INARY_VECTORS_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42INARY_VECTORS_BYTES\x10\x01\x12\x18\n\x14\x42INARY_VECTORS_ARRAY\x10\x02\x42Y\n\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19milvuscdc/v1/format.proto\x12\x0cmilvuscdc.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x19milvuscdc/v1/secret.proto\"\xe3\x02\n\x06\x46ormat\x12+\n\tflat_json\x18\x01 \x01(\x0b\x32\x16.milvuscdc.v1.FlatJsonH\x00\x12\x33\n\rdebezium_json\x18\x02 \x01(\x0b\x32\x1a.milvuscdc.v1.DebeziumJsonH\x00\x12:\n\x11\x63loud_events_json\x18\x03 \x01(\x0b\x32\x1d.milvuscdc.v1.CloudEventsJsonH\x00\x12(\n\x04\x61vro\x18\x04 \x01(\x0b\x32\x18.milvuscdc.v1.AvroFormatH\x00\x12\x30\n\x08protobuf\x18\x05 \x01(\x0b\x32\x1c.milvuscdc.v1.ProtobufFormatH\x00\x12/\n\x0blegacy_json\x18\x06 \x01(\x0b\x32\x18.milvuscdc.v1.LegacyJsonH\x00\x12&\n\x06plugin\x18\x0f \x01(\x0b\x32\x14.milvuscdc.v1.PluginH\x00\x42\x06\n\x04kind\"K\n\x06Plugin\x12\x18\n\x04name\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\'\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\"^\n\nJsonValues\x12\x37\n\x07vectors\x18\x01 \x01(\x0e\x32\x1c.milvuscdc.v1.VectorEncodingB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x17\n\x0fint64_as_string\x18\x02 \x01(\x08\"4\n\x08\x46latJson\x12(\n\x06values\x18\x01 \x01(\x0b\x32\x18.milvuscdc.v1.JsonValues\"M\n\x0c\x44\x65\x62\x65ziumJson\x12(\n\x06values\x18\x01 \x01(\x0b\x32\x18.milvuscdc.v1.JsonValues\x12\x13\n\x0bwith_schema\x18\x02 \x01(\x08\"_\n\x0f\x43loudEventsJson\x12(\n\x06values\x18\x01 \x01(\x0b\x32\x18.milvuscdc.v1.JsonValues\x12\"\n\x06source\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[!-~]*$\"\x0c\n\nLegacyJson\"\xf0\x01\n\x0eSchemaRegistry\x12\x30\n\x03url\x18\x01 \x01(\tB#\xbaH r\x1e\x32\x1c^https?://[^/\\s]+(/[^\\s]*)?$\x12\x1a\n\x08username\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12&\n\x08password\x18\x03 \x01(\x0b\x32\x14.milvuscdc.v1.Secret\x12\x38\n\x07subject\x18\x04 \x01(\x0e\x32\x1d.milvuscdc.v1.SubjectStrategyB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x13\n\x0blookup_only\x18\x05 \x01(\x08\x12\x19\n\x07\x63\x61_file\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \"|\n\nAvroFormat\x12\x36\n\x08registry\x18\x01 \x01(\x0b\x32\x1c.milvuscdc.v1.SchemaRegistryB\x06\xbaH\x03\xc8\x01\x01\x12\x36\n\x07vectors\x18\x02 \x01(\x0e\x32\x1b.milvuscdc.v1.BinaryVectorsB\x08\xbaH\x05\x82\x01\x02\x10\x01\"\x80\x01\n\x0eProtobufFormat\x12\x36\n\x08registry\x18\x01 \x01(\x0b\x32\x1c.milvuscdc.v1.SchemaRegistryB\x06\xbaH\x03\xc8\x01\x01\x12\x36\n\x07vectors\x18\x02 \x01(\x0e\x32\x1b.milvuscdc.v1.BinaryVectorsB\x08\xbaH\x05\x82\x01\x02\x10\x01*h\n\x0eVectorEncoding\x12\x1f\n\x1bVECTOR_ENCODING_UNSPECIFIED\x10\x00\x12\x19\n\x15VECTOR_ENCODING_ARRAY\x10\x01\x12\x1a\n\x16VECTOR_ENCODING_BASE64\x10\x02*\x8f\x01\n\x0fSubjectStrategy\x12 \n\x1cSUBJECT_STRATEGY_UNSPECIFIED\x10\x00\x12\x1a\n\x16SUBJECT_STRATEGY_TOPIC\x10\x01\x12\x1b\n\x17SUBJECT_STRATEGY_RECORD\x10\x02\x12!\n\x1dSUBJECT_STRATEGY_TOPIC_RECORD\x10\x03*c\n\rBinaryVectors\x12\x1e\n\x1a\x42INARY_VECTORS_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42INARY_VECTORS_BYTES\x10\x01\x12\x18\n\x14\x42INARY_VECTORS_ARRAY\x10\x02\x42Y\n\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,13 +40,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JSONVALUES'].fields_by_name['vectors']._loaded_options = None
   _globals['_JSONVALUES'].fields_by_name['vectors']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_CLOUDEVENTSJSON'].fields_by_name['source']._loaded_options = None
-  _globals['_CLOUDEVENTSJSON'].fields_by_name['source']._serialized_options = b'\272H\005r\003\030\377\001'
+  _globals['_CLOUDEVENTSJSON'].fields_by_name['source']._serialized_options = b'\272H\017r\r\030\377\0012\010^[!-~]*$'
   _globals['_SCHEMAREGISTRY'].fields_by_name['url']._loaded_options = None
   _globals['_SCHEMAREGISTRY'].fields_by_name['url']._serialized_options = b'\272H r\0362\034^https?://[^/\\s]+(/[^\\s]*)?$'
   _globals['_SCHEMAREGISTRY'].fields_by_name['username']._loaded_options = None
   _globals['_SCHEMAREGISTRY'].fields_by_name['username']._serialized_options = b'\272H\005r\003\030\377\001'
   _globals['_SCHEMAREGISTRY'].fields_by_name['subject']._loaded_options = None
   _globals['_SCHEMAREGISTRY'].fields_by_name['subject']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_SCHEMAREGISTRY'].fields_by_name['ca_file']._loaded_options = None
+  _globals['_SCHEMAREGISTRY'].fields_by_name['ca_file']._serialized_options = b'\272H\005r\003\030\200 '
   _globals['_AVROFORMAT'].fields_by_name['registry']._loaded_options = None
   _globals['_AVROFORMAT'].fields_by_name['registry']._serialized_options = b'\272H\003\310\001\001'
   _globals['_AVROFORMAT'].fields_by_name['vectors']._loaded_options = None
@@ -55,12 +57,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROTOBUFFORMAT'].fields_by_name['registry']._serialized_options = b'\272H\003\310\001\001'
   _globals['_PROTOBUFFORMAT'].fields_by_name['vectors']._loaded_options = None
   _globals['_PROTOBUFFORMAT'].fields_by_name['vectors']._serialized_options = b'\272H\005\202\001\002\020\001'
-  _globals['_VECTORENCODING']._serialized_start=1346
-  _globals['_VECTORENCODING']._serialized_end=1450
-  _globals['_SUBJECTSTRATEGY']._serialized_start=1453
-  _globals['_SUBJECTSTRATEGY']._serialized_end=1596
-  _globals['_BINARYVECTORS']._serialized_start=1598
-  _globals['_BINARYVECTORS']._serialized_end=1697
+  _globals['_VECTORENCODING']._serialized_start=1404
+  _globals['_VECTORENCODING']._serialized_end=1508
+  _globals['_SUBJECTSTRATEGY']._serialized_start=1511
+  _globals['_SUBJECTSTRATEGY']._serialized_end=1654
+  _globals['_BINARYVECTORS']._serialized_start=1656
+  _globals['_BINARYVECTORS']._serialized_end=1755
   _globals['_FORMAT']._serialized_start=130
   _globals['_FORMAT']._serialized_end=485
   _globals['_PLUGIN']._serialized_start=487
@@ -72,13 +74,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DEBEZIUMJSON']._serialized_start=714
   _globals['_DEBEZIUMJSON']._serialized_end=791
   _globals['_CLOUDEVENTSJSON']._serialized_start=793
-  _globals['_CLOUDEVENTSJSON']._serialized_end=878
-  _globals['_LEGACYJSON']._serialized_start=880
-  _globals['_LEGACYJSON']._serialized_end=892
-  _globals['_SCHEMAREGISTRY']._serialized_start=895
-  _globals['_SCHEMAREGISTRY']._serialized_end=1087
-  _globals['_AVROFORMAT']._serialized_start=1089
-  _globals['_AVROFORMAT']._serialized_end=1213
-  _globals['_PROTOBUFFORMAT']._serialized_start=1216
-  _globals['_PROTOBUFFORMAT']._serialized_end=1344
+  _globals['_CLOUDEVENTSJSON']._serialized_end=888
+  _globals['_LEGACYJSON']._serialized_start=890
+  _globals['_LEGACYJSON']._serialized_end=902
+  _globals['_SCHEMAREGISTRY']._serialized_start=905
+  _globals['_SCHEMAREGISTRY']._serialized_end=1145
+  _globals['_AVROFORMAT']._serialized_start=1147
+  _globals['_AVROFORMAT']._serialized_end=1271
+  _globals['_PROTOBUFFORMAT']._serialized_start=1274
+  _globals['_PROTOBUFFORMAT']._serialized_end=1402
 # @@protoc_insertion_point(module_scope)

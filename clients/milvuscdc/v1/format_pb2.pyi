@@ -82,7 +82,7 @@ class _BinaryVectorsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BinaryV
     BINARY_VECTORS_BYTES: _BinaryVectors.ValueType  # 1
     """Bytes, little-endian."""
     BINARY_VECTORS_ARRAY: _BinaryVectors.ValueType  # 2
-    """An array of numbers."""
+    """An array of numbers; of a sparse vector an array of index and value. Binary vectors stay bytes."""
 
 class BinaryVectors(_BinaryVectors, metaclass=_BinaryVectorsEnumTypeWrapper):
     """How a vector looks in Avro and Protobuf."""
@@ -92,7 +92,7 @@ BINARY_VECTORS_UNSPECIFIED: BinaryVectors.ValueType  # 0
 BINARY_VECTORS_BYTES: BinaryVectors.ValueType  # 1
 """Bytes, little-endian."""
 BINARY_VECTORS_ARRAY: BinaryVectors.ValueType  # 2
-"""An array of numbers."""
+"""An array of numbers; of a sparse vector an array of index and value. Binary vectors stay bytes."""
 Global___BinaryVectors: _TypeAlias = BinaryVectors  # noqa: Y015
 
 @_typing.final
@@ -110,7 +110,7 @@ class Format(_message.Message):
     PLUGIN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def flat_json(self) -> Global___FlatJson:
-        """One JSON object per row with the fields as they are; a delete has no value but a tombstone's."""
+        """One JSON object per row with the fields as they are; a delete is its key without a value, a tombstone."""
 
     @_builtins.property
     def debezium_json(self) -> Global___DebeziumJson:
@@ -195,7 +195,7 @@ class JsonValues(_message.Message):
     INT64_AS_STRING_FIELD_NUMBER: _builtins.int
     vectors: Global___VectorEncoding.ValueType
     int64_as_string: _builtins.bool
-    """Int64 as strings, for readers whose numbers are 64-bit floats (JavaScript)."""
+    """Int64 as strings, also in keys, for readers whose numbers are 64-bit floats (JavaScript)."""
     def __init__(
         self,
         *,
@@ -261,7 +261,7 @@ class CloudEventsJson(_message.Message):
     VALUES_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """The `source` attribute's beginning; `/milvus-cdc` when empty."""
+    """The `source` attribute's beginning, a URI reference; `/milvus-cdc` when empty."""
     @_builtins.property
     def values(self) -> Global___JsonValues: ...
     def __init__(
@@ -303,10 +303,16 @@ class SchemaRegistry(_message.Message):
     USERNAME_FIELD_NUMBER: _builtins.int
     PASSWORD_FIELD_NUMBER: _builtins.int
     SUBJECT_FIELD_NUMBER: _builtins.int
+    LOOKUP_ONLY_FIELD_NUMBER: _builtins.int
+    CA_FILE_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """`http://host:port` or `https://host:port`, a path may follow."""
     username: _builtins.str
     subject: Global___SubjectStrategy.ValueType
+    lookup_only: _builtins.bool
+    """Schemas are looked up and never registered: somebody else keeps them."""
+    ca_file: _builtins.str
+    """PEM file of the authorities to trust for https, on the replicator; the usual public ones when empty."""
     @_builtins.property
     def password(self) -> _secret_pb2.Secret: ...
     def __init__(
@@ -316,10 +322,12 @@ class SchemaRegistry(_message.Message):
         username: _builtins.str = ...,
         password: _secret_pb2.Secret | None = ...,
         subject: Global___SubjectStrategy.ValueType = ...,
+        lookup_only: _builtins.bool = ...,
+        ca_file: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["password", b"password"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["password", b"password", "subject", b"subject", "url", b"url", "username", b"username"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ca_file", b"ca_file", "lookup_only", b"lookup_only", "password", b"password", "subject", b"subject", "url", b"url", "username", b"username"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
