@@ -87,7 +87,7 @@ def fixed_bytes(column: pa.Array) -> bytes:
         data = column.buffers()[1]
         if data is None:
             return bytes(len(column) * width)
-        return data.slice(column.offset * width, len(column) * width).to_pybytes()
+        return bytes(data.slice(column.offset * width, len(column) * width))
     return numbers(column).tobytes()
 
 

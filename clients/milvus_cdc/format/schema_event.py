@@ -6,7 +6,7 @@ full name at the sink, so the events of one collection stay in order.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -14,7 +14,39 @@ from milvus_cdc.format import Record
 from milvus_cdc.rows import Field, Table
 from milvus_cdc.sink.writer import SchemaChange
 
-CREATE_COLLECTION = "CREATE_COLLECTION"
+CREATE_COLLECTION: Final = "CREATE_COLLECTION"
+KEY_TYPES: Final[dict[str, type]] = {"database": str, "collection": str}
+"""Of the key where it is a record."""
+FIELD_TYPES: Final[dict[str, type]] = {
+    "field_id": int,
+    "name": str,
+    "type": str,
+    "element_type": str,
+    "dim": int,
+    "max_length": int,
+    "max_capacity": int,
+    "nullable": bool,
+    "primary_key": bool,
+    "partition_key": bool,
+    "auto_id": bool,
+    "dynamic": bool,
+    "description": str,
+}
+"""Of an item of `fields`."""
+EVENT_TYPES: Final[dict[str, type]] = {
+    "change": str,
+    "database": str,
+    "collection": str,
+    "source_database": str,
+    "source_collection": str,
+    "source_collection_id": int,
+    "partition": str,
+    "renamed_from_database": str,
+    "renamed_from_collection": str,
+    "schema_version": int,
+    "description": str,
+}
+"""Of the event, apart from `fields`."""
 
 
 def event(change: SchemaChange | None, table: Table) -> dict[str, Any]:
@@ -52,6 +84,11 @@ def _field(field: Field) -> dict[str, Any]:
         "dynamic": field.dynamic,
         "description": field.description,
     }
+
+
+def key(table: Table) -> dict[str, str]:
+    """Where the key is a record."""
+    return {"database": table.database, "collection": table.collection}
 
 
 def json_record(change: SchemaChange | None, table: Table) -> Record:
