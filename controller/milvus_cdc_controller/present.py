@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from google.protobuf import timestamp_pb2
+from google.protobuf import json_format, timestamp_pb2
 from milvus_cdc.model import Carry, Drift, Import, split_assignment_id, tso_to_ms
 from milvus_cdc.source.registry import position_text
 from milvuscdc.v1 import fleet_service_pb2, task_pb2
@@ -72,8 +72,24 @@ def source_id(source: task_pb2.Source) -> str:
 
 
 def sink_id(sink: task_pb2.Sink) -> str:
-    """The same for two tasks that write to the same place."""
-    return f"milvus {endpoint_id(sink.milvus.uri)}"
+    """The same for two tasks that write to the same place; for sinks other than a Milvus, in the
+    same manner: what decides about names there belongs to the place.
+    """
+    match sink.WhichOneof("kind"):
+        case "milvus":
+            return f"milvus {endpoint_id(sink.milvus.uri)}"
+        case "kafka":
+            brokers = ",".join(sorted(broker.lower() for broker in sink.kafka.brokers))
+            return f"kafka {brokers} {sink.kafka.topic}"
+        case "files":
+            return f"files {sink.files.uri.rstrip('/')} {sink.files.s3.endpoint}"
+        case "postgres":
+            to = sink.postgres
+            place = f"{to.host.lower()}:{to.port or 5432}/{to.database}"
+            return f"postgres {place} {to.schema} {to.table}"
+        case _:
+            config = json_format.MessageToJson(sink.plugin.config, indent=None, sort_keys=True)
+            return f"plugin {sink.plugin.name} {config}"
 
 
 def endpoint_id(uri: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from milvus_cdc.model import ms_to_tso
+from milvuscdc.v1 import sink_kafka_pb2, task_pb2
 from milvuscdc.v1 import task_service_pb2 as pb
 
 from milvus_cdc_controller import clock
@@ -36,6 +37,14 @@ async def set_positions(
             field="etag",
         )
     _refuse(refuse_task(world, task))
+    if holds_checkpoints(task_pb2.Sink.FromString(task.spec.sink)):
+        raise ApiError(
+            "FAILED_PRECONDITION",
+            "SINK_HOLDS_CHECKPOINTS",
+            f"{task.spec.name}'s sink stores its positions together with the rows, so that each "
+            "change takes effect once; they cannot be set. `milvus-cdc task resync` begins anew.",
+            field="sink",
+        )
     if request.WhichOneof("to") == "positions":
         targets = _by_place(loop, task, request)
     else:
@@ -63,6 +72,17 @@ async def set_positions(
         lambda at, call: ev.SetPositions(at, call, task.spec.name, task.etag, result.located)
     )
     return set_task, result.located
+
+
+def holds_checkpoints(sink: task_pb2.Sink) -> bool:
+    """The sink's own checkpoints count, so far as its kind tells; of a plugin nobody knows."""
+    match sink.WhichOneof("kind"):
+        case "kafka":
+            return sink.kafka.delivery == sink_kafka_pb2.KAFKA_DELIVERY_EXACTLY_ONCE
+        case "files" | "postgres":
+            return True
+        case _:
+            return False
 
 
 def _refuse(refusal: Refusal | None) -> None:

@@ -31,6 +31,14 @@ async def verify(
     loop: ControlLoop, task: TaskRecord, request: pb.VerifyTaskRequest
 ) -> AsyncIterator[pb.VerifyTaskResponse]:
     records = chosen(loop, task, list(request.collections))
+    kind = task_pb2.Sink.FromString(task.spec.sink).WhichOneof("kind")
+    if kind != "milvus":
+        raise ApiError(
+            "FAILED_PRECONDITION",
+            "SINK_NOT_COMPARABLE",
+            f"{task.spec.name} writes to {kind}, which verify cannot read; it compares two Milvus.",
+            field="sink",
+        )
     if not task_pb2.Source.FromString(task.spec.source).HasField("milvus"):
         raise ApiError(
             "FAILED_PRECONDITION",

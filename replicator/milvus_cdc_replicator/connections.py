@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from milvus_cdc.errors import CdcError
 from milvus_cdc.milvus_client import MilvusClient
 from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.sink import Sink
-from milvus_cdc.sink.milvus import MilvusSink
+from milvus_cdc.sink.registry import open_milvus, open_writer, resolve
+from milvus_cdc.sink.writer import Writer
+from milvus_cdc.sink.writer_sink import Origin, WriterSink
 from milvus_cdc.source import LogSource
 from milvus_cdc.source.registry import open_source
 from milvuscdc.v1 import task_pb2
@@ -27,31 +30,30 @@ class Connections:
     def __init__(self, secrets: SecretResolver) -> None:
         self._secrets = secrets
         self._sinks: dict[bytes, Sink] = {}
+        self._writers: dict[bytes, Writer] = {}
         self._sources: dict[object, LogSource] = {}
         self._source_clients: dict[bytes, MilvusClient] = {}
         self._hubs: dict[tuple[object, str], PchannelHub] = {}
         self._clocks: dict[object, SourceClock] = {}
         self._lock = asyncio.Lock()
 
-    async def sink(self, spec: task_pb2.Sink) -> Sink:
-        """Raises UserError for a secret that cannot be resolved."""
+    async def sink(self, spec: task_pb2.Sink, origin: Callable[[], Origin] | None = None) -> Sink:
+        """`origin` says whose rows go there, when any do. Raises as `registry.open_sink`."""
         key = spec.SerializeToString(deterministic=True)
         async with self._lock:
-            sink = self._sinks.get(key)
-            if sink is None:
-                token = self.token(spec.milvus, "sink.milvus.token")
-                sink = self._sinks[key] = MilvusSink(spec.milvus.uri, token)
-            return sink
+            if spec.WhichOneof("kind") == "milvus":
+                sink = self._sinks.get(key)
+                if sink is None:
+                    sink = self._sinks[key] = open_milvus(spec.milvus, self._secrets)
+                return sink
+            writer = self._writers.get(key)
+            if writer is None:
+                writer = self._writers[key] = open_writer(spec, self._secrets)
+            return WriterSink(writer, origin)
 
     def token(self, endpoint: task_pb2.MilvusEndpoint, field: str) -> str | None:
         """The endpoint's resolved token."""
-        match endpoint.token.WhichOneof("ref"):
-            case "env":
-                return self._secrets.env(endpoint.token.env, field=field)
-            case "file":
-                return self._secrets.file(endpoint.token.file, field=field)
-            case _:
-                return None
+        return resolve(self._secrets, endpoint.token, field)
 
     async def source_client(self, spec: task_pb2.MilvusEndpoint) -> MilvusClient:
         """The source's public API. Raises UserError for a secret that cannot be resolved."""
@@ -104,6 +106,9 @@ class Connections:
         for sink in self._sinks.values():
             with contextlib.suppress(CdcError):
                 await sink.close()
+        for writer in self._writers.values():
+            with contextlib.suppress(CdcError):
+                await writer.close()
         for client in self._source_clients.values():
             await client.close()
         for source in self._sources.values():

@@ -10,7 +10,9 @@ import numpy as np
 from milvus_cdc.codec.columns import field_id, key_values
 from milvus_cdc.codec.messages import Delete, DropCollection, DropPartition, Insert, Keys, Message
 from milvus_cdc.errors import BugError
-from milvus_cdc.sink import DeleteBatch, Op, RowBatch, RowChunk
+from milvus_cdc.rows import ChangeOp, Changes
+from milvus_cdc.sink import AnyBatch, DeleteBatch, Op, RowBatch, RowChunk
+from milvus_cdc.sink.writer import Batch, Checkpoint
 
 from milvus_cdc_replicator.core.ops import Key, LogOp, Rank, Write, WriteKind
 
@@ -74,8 +76,14 @@ class Converter:
             case _:
                 return None
 
-    def batch(self, write: Write, *, as_upsert: bool) -> RowBatch | DeleteBatch:
+    def batch(self, write: Write, *, as_upsert: bool) -> AnyBatch:
         """The request for one write; `as_upsert` after an attempt whose outcome is unknown."""
+        if write.kind is WriteKind.CHANGES:
+            marks = write.marks.values()
+            return Batch(
+                tuple(_changes(op) for op in write.ops),
+                tuple(Checkpoint(m.vchannel, m.read_from, m.resolved_ts) for m in marks),
+            )
         if write.kind is WriteKind.DELETE:
             return DeleteBatch(write.partition, _join_keys(op.payload.keys for op in write.ops))
         if write.kind is WriteKind.INSERT and not as_upsert:
@@ -114,6 +122,31 @@ class Converter:
             f"an insert of collection {message.collection_id} has no column for the primary key "
             f"(field id {self._key_field_id})",
         )
+
+
+def _changes(op: LogOp) -> Changes:
+    message = op.payload
+    if isinstance(message, Delete):
+        return Changes(
+            ChangeOp.DELETE,
+            op.ts,
+            message.vchannel,
+            op.order,
+            message.partition_name,
+            op.rows,
+            delete_keys=message.keys,
+            size=op.size,
+        )
+    return Changes(
+        ChangeOp.UPDATE if op.replaces else ChangeOp.CREATE,
+        op.ts,
+        message.vchannel,
+        op.order,
+        message.partition_name,
+        op.rows,
+        columns=message.columns,
+        size=op.size,
+    )
 
 
 def _as_list(keys: Keys) -> list[Key]:

@@ -162,6 +162,11 @@ class Intake:
         if held < before_held:
             self._on_room()
 
+    @property
+    def has_memory(self) -> bool:
+        """Reading need not wait for what is unfinished."""
+        return self._budget.may_read and self._held()[0] < self._limit_bytes
+
     def _held(self) -> tuple[int, int]:
         """Bytes of everything not durable, and of the part that writing makes room for."""
         writable = self._core.staged_bytes + self._core.sequencer.held_bytes

@@ -10,6 +10,7 @@ from milvus_cdc.errors import BugError, CdcError, RetryableError, UserError
 from milvus_cdc.milvus_client import MilvusClient
 from milvus_cdc.milvus_protos import milvus_pb2
 from milvus_cdc.sink import Sink
+from milvus_cdc.sink.writer_sink import WriterSink
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import task_pb2
 
@@ -98,7 +99,7 @@ class JobRunner:
 
     async def _probe(self, job: pb.ProbeJob) -> pb.ProbeResult:
         sink = await self._connections.sink(job.sink)
-        with _blame("sink.milvus"):
+        with _blame(f"sink.{job.sink.WhichOneof('kind')}"):
             sink_version = await sink.probe()
         await _check_planned(sink, job)
         source = await self._connections.source(job.source)
@@ -149,11 +150,13 @@ class JobRunner:
 async def _check_planned(sink: Sink, job: pb.ProbeJob) -> None:
     """Raises UserError UNSUPPORTED_BY_SINK naming what the sink cannot hold."""
     refused = []
-    for spec in job.collections:
-        want = collection_of(spec)
-        refused += [
-            f"{want.full_name}: {why}" for why in await sink.violations(want, indexes=job.indexes)
-        ]
+    wants = list(map(collection_of, job.collections))
+    if isinstance(sink, WriterSink):
+        refused = await sink.violations_together(wants)
+    else:
+        for want in wants:
+            found = await sink.violations(want, indexes=job.indexes)
+            refused += [f"{want.full_name}: {why}" for why in found]
     if refused:
         more = (
             f"; and {len(refused) - VIOLATIONS_NAMED} more"

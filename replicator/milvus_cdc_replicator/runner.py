@@ -19,7 +19,8 @@ from typing import Any
 
 import structlog
 from milvus_cdc.errors import BugError, CdcError
-from milvus_cdc.model import ObjectState, tso_to_ms
+from milvus_cdc.model import ObjectState, split_assignment_id, tso_to_ms
+from milvus_cdc.sink.writer_sink import Origin
 
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.connections import Connections
@@ -39,6 +40,11 @@ from milvus_cdc_replicator.source_properties import SourceProperties
 from milvus_cdc_replicator.spec import CollectionAssignment
 
 log = structlog.get_logger()
+
+
+def _nothing() -> None:
+    """An event that makes the owner look again."""
+
 
 HOUSEKEEPING_SECONDS = 1.0
 REST_SECONDS = 0.5
@@ -91,6 +97,7 @@ class CollectionRunner:
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._resting: asyncio.TimerHandle | None = None
+        self._linger: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._owner: asyncio.Task[None] | None = None
         self._stopping = False
@@ -261,7 +268,8 @@ class CollectionRunner:
 
     async def _run(self) -> None:
         try:
-            await self._object.open(await self._connections.sink(self.assignment.sink))
+            sink = await self._connections.sink(self.assignment.sink, self._origin)
+            await self._object.open(sink)
             if not self._stopping and self._failure is None:
                 self._act()
                 await self._intake.open()
@@ -284,10 +292,14 @@ class CollectionRunner:
                 self._timer.cancel()
             if self._resting is not None:
                 self._resting.cancel()
+            if self._linger is not None:
+                self._linger.cancel()
             while self._tasks:
                 await asyncio.wait(self._tasks)
             self._drain()  # what became durable meanwhile is part of the last word
             self._intake.account(final=self._failure is not None)
+            with contextlib.suppress(CdcError):
+                await self._object.release()
             self._ended = True
             if self._failure is not None:
                 self._notify(self.assignment.assignment_id)
@@ -328,6 +340,7 @@ class CollectionRunner:
                     )
         if not self._core.waiting_partitions:
             self._waiting_since = None
+        self._mind_lingering()
         self._intake.relieve()
         self._intake.account()
         self._object.act()
@@ -337,6 +350,32 @@ class CollectionRunner:
             if wanted != self._asked_horizons:
                 self._asked_horizons = wanted
                 self._notify(self.assignment.assignment_id)
+
+    def _mind_lingering(self) -> None:
+        """An unfinished request goes out when its time has come, or its memory is needed."""
+        sequencer = self._core.sequencer
+        if not sequencer.lingering:
+            return
+        if not self._intake.has_memory or self._object.waits:
+            sequencer.hurry()
+            self._post(_nothing)
+        elif self._linger is None:
+            loop = asyncio.get_running_loop()
+            self._linger = loop.call_later(self._object.linger_seconds, self._lingered)
+
+    def _lingered(self) -> None:
+        self._linger = None
+        self._post(self._core.sequencer.hurry)
+
+    def _origin(self) -> Origin:
+        assignment = self.assignment
+        return Origin(
+            assignment.task,
+            split_assignment_id(assignment.assignment_id)[0],
+            assignment.source_database,
+            assignment.source_collection,
+            assignment.epoch,
+        )
 
     def _tell_awaited(self) -> None:
         """Who rests reports seldom; what an alias waits for is told at once."""

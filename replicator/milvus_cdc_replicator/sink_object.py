@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,11 +19,13 @@ import structlog
 from milvus_cdc.errors import UserError
 from milvus_cdc.model import Collection, Drift, ObjectState, ms_to_tso
 from milvus_cdc.sink import Opened, Sink
+from milvus_cdc.sink.writer import Capabilities, Checkpoint
 
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.convert import Converter
 from milvus_cdc_replicator.core.assignment import AssignmentCore
 from milvus_cdc_replicator.core.ops import Write
+from milvus_cdc_replicator.core.sequencer import WriteLimits
 from milvus_cdc_replicator.drift import Reconciler, note_emptied, without_dropped
 from milvus_cdc_replicator.gate import WriteGate
 from milvus_cdc_replicator.sink_work import SinkWork, Troubles
@@ -96,6 +98,8 @@ class SinkObject:
         self.opened: tuple[int, bool, int] | None = None
         """(sink collection id, adopted, horizon TSO)."""
         self.conditions: dict[str, str] = {}
+        self.linger_seconds = 0.0
+        """How long an unfinished request waits for more."""
         self.renamed_to: tuple[str, str] | None = None
         self.dropped = False
         self.flushed_ts = 0
@@ -231,9 +235,33 @@ class SinkObject:
             note_emptied(self.conditions, sorted(known.intersection(opened.created_partitions)))
         if opened.writes_in_flight:
             self._core.sequencer.limit_in_flight(opened.writes_in_flight)
+        if opened.writer is not None:
+            self._arrange(opened.writer, opened.checkpoints)
         self._core.mark_opened(existing_until)
         self._log.info("collection opened", adopted=opened.adopted)
         self._changed()
+
+    def _arrange(self, writer: Capabilities, checkpoints: Iterable[Checkpoint]) -> None:
+        """As the sink wants its batches, from where it says that it is."""
+        self.linger_seconds = writer.linger_seconds
+        self._core.sequencer.arrange(
+            WriteLimits(
+                writer.rows_per_batch,
+                writer.bytes_per_batch,
+                1 if writer.own_checkpoint else writer.in_flight,
+                ordered=True,
+                atomic=writer.own_checkpoint,
+                lingers=writer.linger_seconds > 0,
+            )
+        )
+        for known in checkpoints:
+            if (lane := self._core.lanes.get(known.vchannel)) is not None:
+                lane.resume(known.read_from, known.resolved_ts)
+
+    async def release(self) -> None:
+        """Nothing is written any more by this owner."""
+        if self._sink is not None and self._core.opened:
+            await self._sink.release(self._sink.target(self.placed))
 
     async def _open_at(self, sink: Sink, place: Collection) -> Opened:
         applied = self._assignment.applied

@@ -59,6 +59,8 @@ class CollectionAssignment:
     """Rows at or below it come before the rename."""
     source_database: str = ""
     """Its database at the source."""
+    source_collection: str = ""
+    """Its name there."""
     carry: Carry = field(default_factory=Carry)
     drift: Drift = Drift.REPAIR
     applied: Applied | None = None
@@ -184,6 +186,7 @@ def from_assign(message: pb.Assign) -> Assignment:
         ),
         rename_ts=spec.rename_ts,
         source_database=spec.source_database,
+        source_collection=spec.source_collection,
         carry=carry_of(message.carry),
         drift=_drift(message.drift),
         applied=_applied(spec.applied) if spec.HasField("applied") else None,

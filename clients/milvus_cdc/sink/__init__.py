@@ -14,8 +14,10 @@ from typing import Protocol
 
 from milvus_cdc.codec.messages import Keys
 from milvus_cdc.model import Carry, Collection
+from milvus_cdc.rows import Table
 from milvus_cdc.sink.differences import ObjectDifference
 from milvus_cdc.sink.metadata import CredentialChange, MetadataDiff, MetadataWish
+from milvus_cdc.sink.writer import Batch, Capabilities, Checkpoint
 
 
 class Op(StrEnum):
@@ -62,6 +64,9 @@ class DeleteBatch:
     keys: Keys
 
 
+AnyBatch = RowBatch | DeleteBatch | Batch
+
+
 @dataclass(frozen=True, slots=True)
 class CollectionTarget:
     """Where a collection's rows go, and what the sink must know to address them."""
@@ -72,6 +77,8 @@ class CollectionTarget:
     """Name of the primary key field."""
     partition_key: bool
     """It has a partition key: writes name no partition."""
+    table: Table | None = None
+    """The same for a writer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,10 @@ class Opened:
     """Which were missing."""
     writes_in_flight: int = 0
     """Most writes that this sink takes at once for one collection; 0 = as many as come."""
+    writer: Capabilities | None = None
+    """It takes changes in order, as `Batch`, and is like this."""
+    checkpoints: tuple[Checkpoint, ...] = ()
+    """What it holds itself, with `writer.own_checkpoint`."""
 
 
 class Sink(Protocol):
@@ -194,6 +205,10 @@ class Sink(Protocol):
         """
         ...
 
+    async def release(self, target: CollectionTarget) -> None:
+        """This process writes no more of the collection for now."""
+        ...
+
     async def flush(self, want: Collection) -> None:
         """Asks the sink to seal what it has of the collection; does not wait for the end of it."""
         ...
@@ -201,7 +216,7 @@ class Sink(Protocol):
     def target(self, want: Collection) -> CollectionTarget: ...
 
     async def write(
-        self, target: CollectionTarget, batch: RowBatch | DeleteBatch, timeout_seconds: float
+        self, target: CollectionTarget, batch: AnyBatch, timeout_seconds: float
     ) -> None:
         """Durable when it returns. The deadline of everything it sends ends within
         `timeout_seconds`.

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from milvus_cdc.codec.columns import concat, field_id, select_rows
-from milvus_cdc.errors import RetryableError, UserError
+from milvus_cdc.errors import BugError, RetryableError, UserError
 from milvus_cdc.milvus_protos import schema_pb2
 from milvus_cdc.model import Carry, Collection, LoadKind, ObjectState
 from milvus_cdc.sink import (
+    AnyBatch,
     CollectionTarget,
     DeleteBatch,
     Op,
@@ -41,6 +42,7 @@ from milvus_cdc.sink.differences import (
 from milvus_cdc.sink.memory_metadata import MemoryMetadata
 from milvus_cdc.sink.metadata import CredentialChange, MetadataDiff, MetadataWish
 from milvus_cdc.sink.milvus import schema as schemas
+from milvus_cdc.sink.writer import Batch
 
 Row = dict[str, Any]
 """Cells by field name: plain values; bytes for JSON, vectors (as they lie in memory) and arrays
@@ -137,6 +139,9 @@ class MemorySink:
 
     async def probe(self) -> str:
         return "memory"
+
+    async def release(self, target: CollectionTarget) -> None:
+        pass
 
     async def close(self) -> None:
         pass
@@ -315,8 +320,10 @@ class MemorySink:
         )
 
     async def write(
-        self, target: CollectionTarget, batch: RowBatch | DeleteBatch, timeout_seconds: float
+        self, target: CollectionTarget, batch: AnyBatch, timeout_seconds: float
     ) -> None:
+        if isinstance(batch, Batch):
+            raise BugError("FOREIGN_TARGET", "a batch of another sink")
         if timeout_seconds <= 0:
             raise RetryableError("SINK_TIMEOUT", "no time left to send it")
         # A real sink answers later: what runs beside this write gets its turn.

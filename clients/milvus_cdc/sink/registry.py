@@ -10,22 +10,17 @@ from milvus_cdc.sink import Sink
 from milvus_cdc.sink.writer import Writer
 
 
-def open_sink(spec: task_pb2.Sink, secrets: SecretResolver) -> Sink:
-    """No I/O yet. Raises UserError for a secret that cannot be resolved, a plugin that is not
-    there, or settings that contradict each other.
-    """
-    if spec.WhichOneof("kind") == "milvus":
-        from milvus_cdc.sink.milvus import MilvusSink
+def open_milvus(spec: task_pb2.MilvusEndpoint, secrets: SecretResolver) -> Sink:
+    """No I/O yet. Raises UserError for a secret that cannot be resolved."""
+    from milvus_cdc.sink.milvus import MilvusSink
 
-        token = resolve(secrets, spec.milvus.token, "sink.milvus.token")
-        return MilvusSink(spec.milvus.uri, token)
-    from milvus_cdc.sink.writer_sink import WriterSink
-
-    return WriterSink(open_writer(spec, secrets))
+    return MilvusSink(spec.uri, resolve(secrets, spec.token, "sink.milvus.token"))
 
 
 def open_writer(spec: task_pb2.Sink, secrets: SecretResolver) -> Writer:
-    """Of every kind but `milvus`. Raises as `open_sink`."""
+    """Of every kind but `milvus`; no I/O yet. Raises UserError for a secret that cannot be
+    resolved, a plugin that is not there, or settings that contradict each other.
+    """
     match spec.WhichOneof("kind"):
         case "kafka":
             from milvus_cdc.sink.kafka import KafkaWriter

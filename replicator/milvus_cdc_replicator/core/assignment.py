@@ -132,13 +132,24 @@ class AssignmentCore:
         write = self.sequencer.done(write_id)
         for op in write.ops:
             self._settle(op)
-        if write.kind is WriteKind.INSERT:
+        if write.kind is WriteKind.CHANGES:
+            self._count(write)
+        elif write.kind is WriteKind.INSERT:
             self.counters.rows_inserted += write.rows
         elif write.kind is WriteKind.UPSERT:
             self.counters.rows_upserted += write.rows
         else:
             self.counters.rows_deleted += write.rows
         return write
+
+    def _count(self, write: Write) -> None:
+        for op in write.ops:
+            if op.rank is Rank.DELETE:
+                self.counters.rows_deleted += op.rows
+            elif op.replaces:
+                self.counters.rows_upserted += op.rows
+            else:
+                self.counters.rows_inserted += op.rows
 
     def partition_created(self, partition_id: int) -> None:
         self._partitions.creating.discard(partition_id)
@@ -165,6 +176,8 @@ class AssignmentCore:
                 effects.extend(self._pump(lane))
                 if self._partitions.dropping is not None:
                     break
+        if self.sequencer.lingering and self._awaited():
+            self.sequencer.hurry()
         effects.extend(StartWrite(write) for write in self.sequencer.start())
         if self.sequencer.backlog == 0 and self._partitions.dropping is None:
             effects.extend(self._ready_drop())
@@ -242,20 +255,17 @@ class AssignmentCore:
             op = lane.staged[0]
             if op.rank is Rank.MARKER:
                 if op.drops_collection:
-                    lane.take()
-                    lane.durable(op)
+                    self._leave_out(lane)
                     continue
                 if self._partitions.holders.get(op.partition) != op.partition_id:
                     # Never at the sink, or dropped already to make room for its successor.
                     self._partitions.dropped.add(op.partition_id)
-                    lane.take()
-                    lane.durable(op)
+                    self._leave_out(lane)
                     continue
                 return []
             if not self.carries_rows:
-                lane.take()
+                self._leave_out(lane)
                 self.left_out = True
-                lane.durable(op)
                 continue
             if op.ts > lane.horizon_ts:
                 return []
@@ -268,14 +278,31 @@ class AssignmentCore:
                         op.partition_id
                     ):
                         return []
-                    lane.take()
+                    self._leave_out(lane)
                     self.counters.rows_skipped += op.rows
-                    lane.durable(op)
                     continue
             lane.take()
             self._lane_of[id(op)] = lane
-            self.sequencer.add(self._kind(lane, op), self._partition_name(op), op)
+            partition = self._partition_name(op)
+            self.sequencer.add(self._kind(lane, op), partition, op, lane.vchannel)
+            self._mark(lane, op)
         return []
+
+    def _awaited(self) -> bool:
+        """A drop waits for what is unfinished."""
+        return any(
+            lane.ended or (lane.staged and lane.staged[0].rank is Rank.MARKER)
+            for lane in self.lanes.values()
+        )
+
+    def _leave_out(self, lane: Lane) -> None:
+        op = lane.take()
+        self._mark(lane, op)
+        lane.durable(op)
+
+    def _mark(self, lane: Lane, op: LogOp) -> None:
+        if (mark := lane.mark_after(op)) is not None:
+            self.sequencer.mark(mark)
 
     def _admit(self, op: LogOp) -> list[Effect] | None:
         """None = write it; an empty list = wait or leave out; effects = do these first."""

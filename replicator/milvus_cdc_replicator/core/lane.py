@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from milvus_cdc_replicator.core.ops import Key, LogOp, Rank, TickBatch
+from milvus_cdc_replicator.core.ops import Key, LogOp, Mark, Rank, TickBatch
 from milvus_cdc_replicator.core.survey import Portion, Survey
 
 
@@ -49,6 +49,8 @@ class Lane:
         """The collection's drop was read: nothing after it matters."""
         self.buffered_bytes = 0
         self.staged_bytes = 0
+        self.taken_from = read_from
+        """At or before the first message that is still staged or not yet released."""
         self.duplicates = 0
         self._start_ts = resolved_ts
         self._buffer: list[LogOp] = []
@@ -185,11 +187,35 @@ class Lane:
         self.buffered_bytes = sum(op.size for op in self._buffer)
         self._push(batch)
 
+    def resume(self, read_from: bytes, resolved_ts: int) -> None:
+        """Before anything is read: the sink itself says that it is further than was known here."""
+        assert not self._batches
+        assert not self._buffer
+        if resolved_ts > self.resolved_ts:
+            self.read_from = self.taken_from = read_from
+            self.resolved_ts = self.released_ts = self._start_ts = resolved_ts
+
     def take(self) -> LogOp:
         """The next staged operation leaves."""
         op = self.staged.popleft()
         self.staged_bytes -= op.size
+        batch = op.batch
+        assert batch is not None
+        if not self.staged or self.staged[0].batch is not batch:
+            self.taken_from = batch.read_from
         return op
+
+    def mark_after(self, op: LogOp) -> Mark | None:
+        """The place between `op`, just taken, and everything else; None inside of a timestamp."""
+        batch = op.batch
+        assert batch is not None
+        following = self.staged[0] if self.staged else None
+        if following is None or following.batch is not batch:
+            return Mark(self.vchannel, batch.read_from, batch.ts)
+        if following.ts > op.ts:
+            return Mark(self.vchannel, self.taken_from, op.ts)
+        # A drop waits for everything before it, and must be read again should this owner end.
+        return Mark(self.vchannel, self.taken_from, op.ts - 1) if _is_marker(following) else None
 
     def end_of_log(self) -> None:
         """The collection is dropped and its log holds no more: what no tick released yet went
@@ -227,6 +253,10 @@ class Lane:
             self.read_from = batch.read_from
         if self.ended and not self._batches:
             self.closed = True
+
+
+def _is_marker(op: LogOp) -> bool:
+    return op.rank is Rank.MARKER
 
 
 def _log_order(op: LogOp) -> int:

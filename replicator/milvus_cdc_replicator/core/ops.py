@@ -67,10 +67,23 @@ class TickBatch:
     outstanding: int
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Everything of a vchannel at or below `resolved_ts` is taken; `read_from` lies at or before
+    the first message that is not.
+    """
+
+    vchannel: str
+    read_from: bytes
+    resolved_ts: int
+
+
 class WriteKind(StrEnum):
     INSERT = "INSERT"
     UPSERT = "UPSERT"
     DELETE = "DELETE"
+    CHANGES = "CHANGES"
+    """Whatever came, in order."""
 
 
 @dataclass(slots=True, eq=False)
@@ -83,12 +96,17 @@ class Write:
     ops: list[LogOp] = field(default_factory=list)
     rows: int = 0
     size: int = 0
+    marks: dict[str, Mark] = field(default_factory=dict)
+    """By vchannel: how far it stands when this is durable, where the sink is to remember that."""
+    inserts_only: bool = True
     _keys: set[Key] | None = None
 
     def append(self, op: LogOp) -> None:
         self.ops.append(op)
         self.rows += op.rows
         self.size += op.size
+        if op.replaces or op.rank is not Rank.INSERT:
+            self.inserts_only = False
         if self._keys is not None:
             self._keys.update(op.keys())
 

@@ -30,7 +30,7 @@ class Connections:
     def __init__(self, source: MemorySource, sink: MemorySink) -> None:
         self._source, self._sink = source, sink
 
-    async def sink(self, _spec: object) -> MemorySink:
+    async def sink(self, _spec: object, _origin: object = None) -> MemorySink:
         return self._sink
 
     async def source(self, _spec: object) -> MemorySource:

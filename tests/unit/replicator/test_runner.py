@@ -49,7 +49,7 @@ class Connections:
     def clock(self, _spec: object) -> SourceClock:
         return self._clock
 
-    async def sink(self, _spec: object) -> MemorySink:
+    async def sink(self, _spec: object, _origin: object = None) -> MemorySink:
         return self._sink
 
     async def hub(self, _spec: object, _pchannel: str) -> PchannelHub:

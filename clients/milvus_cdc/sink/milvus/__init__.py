@@ -18,7 +18,7 @@ from milvus_cdc.errors import BugError, RetryableError, UnknownOutcomeError, Use
 from milvus_cdc.milvus_client import MessageTooLargeError, MilvusClient, Refusal
 from milvus_cdc.milvus_protos import common_pb2, milvus_pb2
 from milvus_cdc.model import Carry, Collection
-from milvus_cdc.sink import CollectionTarget, DeleteBatch, Op, Opened, RowBatch
+from milvus_cdc.sink import AnyBatch, CollectionTarget, DeleteBatch, Op, Opened, RowBatch
 from milvus_cdc.sink.differences import ObjectDifference
 from milvus_cdc.sink.metadata import CredentialChange, MetadataDiff, MetadataWish
 from milvus_cdc.sink.milvus import capabilities as able
@@ -27,6 +27,7 @@ from milvus_cdc.sink.milvus import schema as schemas
 from milvus_cdc.sink.milvus.metadata import Metadata
 from milvus_cdc.sink.milvus.objects import DDL_SECONDS, Objects
 from milvus_cdc.sink.milvus.renaming import rename
+from milvus_cdc.sink.writer import Batch
 
 __all__ = ["MilvusSink"]
 
@@ -45,6 +46,9 @@ class MilvusSink:
             drop_database=self.drop_database,
         )
         self._writers: dict[tuple[str, str], asyncio.Lock] = {}
+
+    async def release(self, target: CollectionTarget) -> None:
+        """It holds nothing for a collection."""
 
     async def close(self) -> None:
         await self._client.close()
@@ -291,10 +295,10 @@ class MilvusSink:
         return requests.target_of(want)
 
     async def write(
-        self, target: CollectionTarget, batch: RowBatch | DeleteBatch, timeout_seconds: float
+        self, target: CollectionTarget, batch: AnyBatch, timeout_seconds: float
     ) -> None:
-        if not isinstance(target, requests.MilvusTarget):
-            raise BugError("FOREIGN_TARGET", "a target of another sink")
+        if not isinstance(target, requests.MilvusTarget) or isinstance(batch, Batch):
+            raise BugError("FOREIGN_TARGET", "a target or batch of another sink")
         deadline = time.monotonic() + timeout_seconds
         known = await self.capabilities()
         if known.unsafe_in_keys:
