@@ -108,6 +108,8 @@ class Table:
     description: str = ""
     schema_version: int = 1
     """Up to Milvus 2.5 the schema of a collection never changes."""
+    schema: bytes = b""
+    """Serialized schema.CollectionSchema of the source; empty where a table was made by hand."""
 
     @property
     def full_name(self) -> str:
@@ -248,4 +250,5 @@ def table_of(
         collection=collection.name,
         fields=fields_of(collection.schema),
         description=schema_pb2.CollectionSchema.FromString(collection.schema).description,
+        schema=collection.schema,
     )

@@ -77,6 +77,8 @@ class SchemaChange:
     partition: str = ""
     renamed_from: tuple[str, str] = ("", "")
     """(database, collection) that it had at the sink."""
+    ts: int = 0
+    """TSO of the change at the source; 0 where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
