@@ -8,7 +8,13 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.carries import Carries
-from tests.servers import EtcdServer, Stack, kafka_unavailable_reason
+from tests.servers import (
+    EtcdServer,
+    PostgresServer,
+    Stack,
+    kafka_unavailable_reason,
+    postgres_unavailable_reason,
+)
 
 SHARED_STACKS = pytest.StashKey[list[Stack]]()
 """Those that run now, for whoever cleans up in them."""
@@ -66,3 +72,21 @@ def kafka_stack(
     with Stack(tmp_path_factory.mktemp("kafka-stack"), mq="kafka") as stack:
         request.config.stash.setdefault(SHARED_STACKS, []).append(stack)
         yield stack
+
+
+@pytest.fixture(scope="session")
+def postgres_available() -> None:
+    """Without PostgreSQL and pgvector: skipped, in CI a failure."""
+    if reason := postgres_unavailable_reason():
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def postgres_server(
+    tmp_path_factory: pytest.TempPathFactory, postgres_available: None
+) -> Iterator[PostgresServer]:
+    """Each test takes a database of its own; who kills it takes a server of his own."""
+    with PostgresServer(tmp_path_factory.mktemp("postgres")) as server:
+        yield server

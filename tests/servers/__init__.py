@@ -5,6 +5,7 @@ from tests.servers.kafka import KafkaServer, kafka_unavailable_reason
 from tests.servers.lite import MilvusLiteServer
 from tests.servers.milvus import MilvusServer
 from tests.servers.ports import free_port
+from tests.servers.postgres import PostgresServer, postgres_unavailable_reason
 from tests.servers.process import ManagedProcess, ServerStartError
 from tests.servers.stack import Stack
 
@@ -14,8 +15,10 @@ __all__ = [
     "ManagedProcess",
     "MilvusLiteServer",
     "MilvusServer",
+    "PostgresServer",
     "ServerStartError",
     "Stack",
     "free_port",
     "kafka_unavailable_reason",
+    "postgres_unavailable_reason",
 ]
