@@ -21,7 +21,7 @@ class Record:
     value: bytes | None
     """None: a tombstone."""
     headers: tuple[tuple[str, bytes], ...] = ()
-    """Those of the format itself (for example `content-type`); a sink adds its own."""
+    """Those of the format itself; a sink adds its own, `content-type` among them."""
 
 
 class Format(Protocol):
@@ -29,7 +29,9 @@ class Format(Protocol):
 
     @property
     def content_type(self) -> str:
-        """Media type of the values, for example `application/json`."""
+        """Media type of the values, for example `application/json`; a sink whose records have
+        headers writes it as `content-type`.
+        """
         ...
 
     async def prepare(self, table: Table, topic: str = "", schema_topic: str = "") -> None:

@@ -52,7 +52,7 @@ class AvroFormat:
         self._registry = registry
         self._arrays = arrays
         self._frames: dict[Table, tuple[bytes, bytes]] = {}
-        self._event_frames = (b"", b"")
+        self._event_frames: dict[Table, tuple[bytes, bytes]] = {}
 
     async def prepare(self, table: Table, topic: str = "", schema_topic: str = "") -> None:
         name = schema_names.namespace(table)
@@ -60,7 +60,7 @@ class AvroFormat:
         value = await self._register(topic or name, value_schema(table, self._arrays), "value")
         self._frames[table] = (key, value)
         if schema_topic:
-            self._event_frames = (
+            self._event_frames[table] = (
                 await self._register(schema_topic, EVENT_KEY, "key"),
                 await self._register(schema_topic, EVENT, "value"),
             )
@@ -89,9 +89,9 @@ class AvroFormat:
         return records
 
     def encode_schema(self, change: SchemaChange | None, table: Table) -> Record:
-        key_frame, value_frame = self._event_frames
-        if not key_frame:
-            raise BugError("NOT_PREPARED", "no schema has been registered for schema changes")
+        if table not in self._event_frames:
+            raise BugError("NOT_PREPARED", f"no schema for the changes of {table.full_name}")
+        key_frame, value_frame = self._event_frames[table]
         key, value = io.BytesIO(), io.BytesIO()
         fastavro.schemaless_writer(key, EVENT_KEY, schema_event.key(table))
         fastavro.schemaless_writer(value, EVENT, schema_event.event(change, table))

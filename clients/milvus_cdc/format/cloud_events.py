@@ -1,9 +1,9 @@
 """CloudEvents 1.0 in structured mode: one JSON object with the event's attributes and `data`.
 
 Facts: CloudEvents specification 1.0.2, JSON format and Kafka protocol binding (the `content-type`
-header tells structured mode). `id` is where the row stands in the source's log, so a record that
-comes again after a failure has the same one. Extension attributes are strings: CloudEvents'
-integers have 32 bits.
+header, which the sink makes of `content_type`, tells structured mode). `id` is where the row stands
+in the source's log, so a record that comes again after a failure has the same one. Extension
+attributes are strings: CloudEvents' integers have 32 bits.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ _SCHEMA_TYPE = "io.milvuscdc.schema.changed"
 
 
 class CloudEventsJson:
-    content_type = "application/cloudevents+json"
+    content_type = "application/cloudevents+json; charset=UTF-8"
 
     def __init__(self, style: JsonStyle = PLAIN, source: str = "") -> None:
         self._style = style
         self._source = source or DEFAULT_SOURCE
-        self._headers = (("content-type", f"{self.content_type}; charset=UTF-8".encode()),)
 
     async def prepare(self, table: Table, topic: str = "", schema_topic: str = "") -> None:
         pass
@@ -67,8 +66,7 @@ class CloudEventsJson:
                 values = assemble.join_rows([*start, data, b"}"])
             else:
                 values = json_rows.objects(table, batch, self._style, before=start, after=[b"}"])
-            pairs = zip(keys, values, strict=True)
-            records += [Record(key, value, self._headers) for key, value in pairs]
+            records += map(Record, keys, values)
         return records
 
     def encode_schema(self, change: SchemaChange | None, table: Table) -> Record:
@@ -85,7 +83,7 @@ class CloudEventsJson:
             "subject": table.full_name,
             "data": schema_event.event(change, table),
         }
-        return Record(orjson.dumps(table.full_name), orjson.dumps(value), self._headers)
+        return Record(orjson.dumps(table.full_name), orjson.dumps(value))
 
     def _source_of(self, table: Table) -> str:
         """A URI reference: where the row lives at the source."""

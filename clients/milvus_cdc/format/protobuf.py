@@ -19,6 +19,7 @@ Numbers in bytes are little-endian.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Final
 
@@ -67,7 +68,7 @@ class ProtobufFormat:
         self._registry = registry
         self._arrays = arrays
         self._frames: dict[Table, tuple[bytes, bytes]] = {}
-        self._event_frames = (b"", b"")
+        self._event_frames: dict[Table, tuple[bytes, bytes]] = {}
 
     async def prepare(self, table: Table, topic: str = "", schema_topic: str = "") -> None:
         name = schema_names.namespace(table)
@@ -83,7 +84,7 @@ class ProtobufFormat:
             schema_event_pb2.DESCRIPTOR.CopyToProto(file)
             text = proto_text.render(file)
             key_name, name = (f"{file.package}.{m.name}" for m in file.message_type[:2])
-            self._event_frames = (
+            self._event_frames[table] = (
                 _framed(await self._register(schema_topic, key_name, text, "key"), 0),
                 _framed(await self._register(schema_topic, name, text, "value"), 1),
             )
@@ -112,9 +113,9 @@ class ProtobufFormat:
         return records
 
     def encode_schema(self, change: SchemaChange | None, table: Table) -> Record:
-        key_frame, value_frame = self._event_frames
-        if not key_frame:
-            raise BugError("NOT_PREPARED", "no schema has been registered for schema changes")
+        if table not in self._event_frames:
+            raise BugError("NOT_PREPARED", f"no schema for the changes of {table.full_name}")
+        key_frame, value_frame = self._event_frames[table]
         event = schema_event.event(change, table)
         key = schema_event_pb2.SchemaEventKey(**schema_event.key(table))
         value = json_format.ParseDict(event, schema_event_pb2.SchemaEvent())
@@ -135,7 +136,7 @@ def value_schema(table: Table, arrays: bool) -> str:
 
 
 def _file(table: Table, name: str, fields: tuple[Field, ...], arrays: bool) -> str:
-    names = dict(zip(table.fields, schema_names.field_names(table), strict=True))
+    names = _field_names(table)
     file = descriptor_pb2.FileDescriptorProto(package=schema_names.namespace(table))
     message = file.message_type.add(name=name)
     scope = f".{file.package}.{name}."
@@ -143,6 +144,24 @@ def _file(table: Table, name: str, fields: tuple[Field, ...], arrays: bool) -> s
         _add(message, field, names, scope, arrays)
     comments = {names[field]: _comment(field) for field in fields}
     return proto_text.render(file, comments)
+
+
+def _field_names(table: Table) -> dict[Field, str]:
+    """Proto3 refuses two fields of one JSON name, by default that in camel case (`foo_bar` and
+    `fooBar`), whatever it is told: the one that Milvus made later also has its number.
+    """
+    names = dict(zip(table.fields, schema_names.field_names(table), strict=True))
+    taken: set[str] = set()
+    for field in sorted(names, key=lambda field: field.field_id):
+        while (camel := _camel_case(names[field])) in taken:
+            names[field] += f"_{protobuf_pieces.number(field)}"
+        taken.add(camel)
+    return names
+
+
+def _camel_case(name: str) -> str:
+    """As protoc makes a JSON name."""
+    return re.sub(r"_+(.?)", lambda found: found.group(1).upper(), name)
 
 
 def _add(
@@ -159,7 +178,7 @@ def _add(
     while taken & {f"{nested}_Entry", f"{nested}_List"}:
         # A nested message must not be called as another field is.
         nested += "_"
-    described = _F(name=name, number=protobuf_pieces.number(field), json_name=name, type=kind)
+    described = _F(name=name, number=protobuf_pieces.number(field), json_name=field.name, type=kind)
     if kind == _F.TYPE_MESSAGE:
         entry = message.nested_type.add(name=f"{nested}_Entry")
         entry.field.add(name="index", number=1, type=_F.TYPE_UINT32)

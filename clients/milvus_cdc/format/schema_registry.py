@@ -53,7 +53,8 @@ class Registry:
                 field=f"{field}.username",
             )
         self._login = (spec.username, password or "") if spec.username else None
-        self._verify: ssl.SSLContext | bool = True
+        # Without TLS there is nothing to trust, and loading authorities takes a while.
+        self._verify: ssl.SSLContext | bool = self._url.startswith("https:")
         if spec.ca_file:
             try:
                 self._verify = ssl.create_default_context(cafile=spec.ca_file)
