@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import psycopg
 import pyarrow as pa
+import pyarrow.compute as pc
 from psycopg import sql
 from psycopg.adapt import Dumper
 
@@ -28,6 +29,8 @@ from milvus_cdc.sink.postgres.settings import FIELD, Settings
 
 SLICE_BYTES = 4 * 1024 * 1024
 """About as much is encoded while as much is being sent."""
+SHOWN_KEY = 100
+"""Characters of a key in a message."""
 KEPT_STAGES = 8
 """Temporary tables of one connection."""
 
@@ -112,21 +115,27 @@ class Merger:
     async def _merge(self, t: Transaction, name: Name, rows: pa.RecordBatch) -> None:
         stage = await self._stage(t)
         await self._copy(t, stage, rows)
-        names = [sql.Identifier(column.name) for column in self._columns]
+        names = sql.SQL(", ").join(sql.Identifier(column.name) for column in self._columns)
         key = self._table.key.name
         changed = [sql.Identifier(c.name) for c in self._columns if c.name != key]
-        await t.execute(
-            sql.SQL(
-                "INSERT INTO {} ({}) SELECT {} FROM {} ON CONFLICT ({}) DO UPDATE SET {}"
-            ).format(
-                quoted(name),
-                sql.SQL(", ").join(names),
-                sql.SQL(", ").join(names),
-                stage,
-                sql.Identifier(key),
-                sql.SQL(", ").join(sql.SQL("{0} = EXCLUDED.{0}").format(each) for each in changed),
-            )
+        query = sql.SQL(
+            "INSERT INTO {} ({}) SELECT {} FROM {} ON CONFLICT ({}) DO UPDATE SET {}"
+        ).format(
+            quoted(name),
+            names,
+            names,
+            stage,
+            sql.Identifier(key),
+            sql.SQL(", ").join(sql.SQL("{0} = EXCLUDED.{0}").format(each) for each in changed),
         )
+        try:
+            await t.execute(query)
+        except psycopg.errors.ProgramLimitExceeded as error:
+            if self._table.key.type is not FieldType.VARCHAR:
+                raise
+            # Too long for the key's index: one of them is, so the longest is.
+            longest = pc.index(lengths := pc.binary_length(rows.column(key)), pc.max(lengths))
+            raise self._refused(rows, longest.as_py(), key, error) from error
 
     async def _stage(self, t: Transaction) -> sql.Identifier:
         shape = repr(self._columns).encode()
@@ -191,11 +200,13 @@ class Merger:
     ) -> Exception:
         if isinstance(error, psycopg.errors.UniqueViolation) or row >= rows.num_rows:
             return error
-        key = rows.column(self._table.key.name)[row].as_py()
+        key = repr(rows.column(self._table.key.name)[row].as_py())
+        if len(key) > SHOWN_KEY:
+            key = f"{key[:SHOWN_KEY]}... ({len(key)} characters)"
         field = f", field {column}" if column else ""
         return UserError(
             "ROW_NOT_STORABLE",
-            f"{self._table.full_name}: the row with key {key!r}{field} cannot be held: "
+            f"{self._table.full_name}: the row with key {key}{field} cannot be held: "
             f"{error.diag.message_primary}; change or delete it at the source and resync the "
             f"collection{_advice(error)}",
             field=FIELD,
