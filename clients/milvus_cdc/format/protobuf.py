@@ -178,7 +178,9 @@ def _add(
     while taken & {f"{nested}_Entry", f"{nested}_List"}:
         # A nested message must not be called as another field is.
         nested += "_"
-    described = _F(name=name, number=protobuf_pieces.number(field), json_name=field.name, type=kind)
+    described = _F(name=name, number=protobuf_pieces.number(field), type=kind)
+    if field.name != _camel_case(name):
+        described.json_name = field.name
     if kind == _F.TYPE_MESSAGE:
         entry = message.nested_type.add(name=f"{nested}_Entry")
         entry.field.add(name="index", number=1, type=_F.TYPE_UINT32)
