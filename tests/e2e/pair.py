@@ -87,7 +87,13 @@ class Pair:
             source.nats.url = self.stack.source.nats_url
         return source
 
-    def task(self, *include: str, name: str = TASK, latest: bool = False) -> task_pb2.Task:
+    def task(
+        self,
+        *include: str,
+        name: str = TASK,
+        latest: bool = False,
+        sink: task_pb2.Sink | None = None,
+    ) -> task_pb2.Task:
         start = (
             task_pb2.Start(latest=task_pb2.Latest())
             if latest
@@ -96,7 +102,7 @@ class Pair:
         return task_pb2.Task(
             name=name,
             source=self.source(),
-            sink=task_pb2.Sink(milvus=task_pb2.MilvusEndpoint(uri=self.stack.sink.uri)),
+            sink=sink or task_pb2.Sink(milvus=task_pb2.MilvusEndpoint(uri=self.stack.sink.uri)),
             selection=task_pb2.Selection(include=include),
             start=start,
         )

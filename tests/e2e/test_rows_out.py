@@ -1,0 +1,112 @@
+"""A source followed by PostgreSQL, Kafka and files: whatever ends however, what an ordinary client
+reads there is the source, row for row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from milvuscdc.v1 import secret_pb2, sink_postgres_pb2, task_pb2
+from pymilvus import DataType
+
+from tests.e2e.canonical import META, Rows, canonical, differences, source_rows
+from tests.e2e.load import SHAPES, Load, Shape
+from tests.e2e.pair import Pair
+from tests.e2e.test_crashes import LOST_PEER, _restart
+from tests.servers import Stack
+from tests.servers.postgres import PASSWORD, USER, PostgresServer
+
+ROUNDS = (("replicator", "kill"), ("replicator", "term"), ("both", "kill"))
+SOAK = tuple(itertools.islice(itertools.cycle(ROUNDS), 40))
+SETTLE_SECONDS = 60
+Read = Callable[[Shape], Rows]
+
+
+def follow(
+    stack: Stack,
+    folder: Path,
+    database: str,
+    sink: task_pb2.Sink,
+    read: Read,
+    rounds: tuple[tuple[str, str], ...],
+    during: Callable[[int], None] = lambda _: None,
+) -> None:
+    """A mixed load, a crash a round, and in the end `read` gives what the source has."""
+    load = Load(stack.source.uri, database, seed=len(rounds), pause_seconds=0.02)
+    load.create()
+    rng = random.Random(database)
+    names = [f"{database}.{shape.name}" for shape in SHAPES]
+    with Pair(stack, folder, replicators=2) as pair:
+        pair.create(f"{database}.*", sink=sink)
+        load.start()
+        try:
+            for number, (who, how) in enumerate(rounds):
+                time.sleep(rng.uniform(1.0, 3.0))
+                if who == "both":
+                    _restart(pair.controller, how)
+                _restart(rng.choice(pair.replicators), how)
+                during(number)
+        finally:
+            load.stop()
+        pair.wait_running(*names, seconds=120)
+        for shape in SHAPES:
+            source = source_rows(stack.source.uri, database, shape)
+            assert source
+            found = [""]
+            deadline = time.monotonic() + SETTLE_SECONDS
+            while found and time.monotonic() < deadline:
+                time.sleep(0.5)
+                found = differences(source, read(shape))
+            assert not found, (shape.name, len(source), len(found), found[:10])
+        pair.quiet(*LOST_PEER)
+
+
+def postgres_sink(
+    server: PostgresServer, database: str, monkeypatch: pytest.MonkeyPatch
+) -> task_pb2.Sink:
+    monkeypatch.setenv("MILVUS_CDC_SECRET_POSTGRES", PASSWORD)
+    return task_pb2.Sink(
+        postgres=sink_postgres_pb2.PostgresSink(
+            host=server.host,
+            port=server.port,
+            database=server.make_database(database),
+            user=USER,
+            password=secret_pb2.Secret(env="MILVUS_CDC_SECRET_POSTGRES"),
+        )
+    )
+
+
+def postgres_reader(server: PostgresServer, database: str) -> Read:
+    def read(shape: Shape) -> Rows:
+        # pgvector's text form needs no client of its own.
+        columns = [
+            f'"{f.name}"::text' if f.dtype == DataType.FLOAT_VECTOR else f'"{f.name}"'
+            for f in shape.fields
+        ] + ([f'"{META}"'] if shape.dynamic else [])
+        names = [f.name for f in shape.fields] + ([META] if shape.dynamic else [])
+        query = f'SELECT {", ".join(columns)} FROM "{database}"."{shape.name}"'
+        with server.connect(database) as connection:
+            rows = [dict(zip(names, row, strict=True)) for row in connection.execute(query)]
+        keys = [row[shape.key.name] for row in rows]
+        assert len(keys) == len(set(keys)), "a key twice"
+        return {row[shape.key.name]: canonical(shape, row) for row in rows}
+
+    return read
+
+
+@pytest.mark.timeout(400)
+def test_postgres_is_the_source_whatever_ends(
+    nats_stack: Stack,
+    postgres_server: PostgresServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    database = "out_postgres"
+    sink = postgres_sink(postgres_server, database, monkeypatch)
+    read = postgres_reader(postgres_server, database)
+    follow(nats_stack, tmp_path, database, sink, read, ROUNDS)
