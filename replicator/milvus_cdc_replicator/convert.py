@@ -10,11 +10,12 @@ import numpy as np
 from milvus_cdc.codec.columns import field_id, key_values
 from milvus_cdc.codec.messages import Delete, DropCollection, DropPartition, Insert, Keys, Message
 from milvus_cdc.errors import BugError
+from milvus_cdc.order.ops import Key, LogOp, Rank
 from milvus_cdc.rows import ChangeOp, Changes
 from milvus_cdc.sink import AnyBatch, DeleteBatch, Op, RowBatch, RowChunk
 from milvus_cdc.sink.writer import Batch, Checkpoint
 
-from milvus_cdc_replicator.core.ops import Key, LogOp, Rank, Write, WriteKind
+from milvus_cdc_replicator.core.ops import Write, WriteKind
 
 
 class Converter:

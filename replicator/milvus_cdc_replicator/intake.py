@@ -16,12 +16,12 @@ from functools import partial
 import structlog
 from milvus_cdc.codec.messages import Delete, Message, Tick
 from milvus_cdc.errors import CdcError, RetryableError, UserError
+from milvus_cdc.order.lane import Lane
 
 from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.convert import Converter
 from milvus_cdc_replicator.core.assignment import AssignmentCore
 from milvus_cdc_replicator.core.budget import Budget
-from milvus_cdc_replicator.core.lane import Lane
 from milvus_cdc_replicator.reader import Item, PchannelHub, Subscription
 from milvus_cdc_replicator.sink_work import Troubles
 from milvus_cdc_replicator.spec import CollectionAssignment

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from milvus_cdc.codec.operations import FlushOperation
 from milvus_cdc.model import tso_to_ms
+from milvus_cdc.order.lane import Lane
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc_replicator.core.assignment import Counters
-from milvus_cdc_replicator.core.lane import Lane
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from typing import Any
 import structlog
 from milvus_cdc.errors import BugError, CdcError
 from milvus_cdc.model import ObjectState, split_assignment_id, tso_to_ms
+from milvus_cdc.order.lane import Lane
 from milvus_cdc.sink.writer_sink import Origin
 
 from milvus_cdc_replicator import metrics
@@ -27,7 +28,6 @@ from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.convert import Converter
 from milvus_cdc_replicator.core import assignment as core
 from milvus_cdc_replicator.core.budget import Budget
-from milvus_cdc_replicator.core.lane import Lane
 from milvus_cdc_replicator.core.ops import Write
 from milvus_cdc_replicator.gate import WriteGate, boottime
 from milvus_cdc_replicator.intake import Intake

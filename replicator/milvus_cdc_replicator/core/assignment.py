@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from milvus_cdc.model import Collection, ObjectState, ms_to_tso
+from milvus_cdc.order.lane import Lane
+from milvus_cdc.order.ops import LogOp, Rank
 
-from milvus_cdc_replicator.core.lane import Lane
-from milvus_cdc_replicator.core.ops import LogOp, Rank, Write, WriteKind
+from milvus_cdc_replicator.core.ops import Write, WriteKind
 from milvus_cdc_replicator.core.sequencer import Sequencer, WriteLimits
 
 HORIZON_STEP_MIN_MS = 2_000

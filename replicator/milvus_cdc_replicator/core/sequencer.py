@@ -17,7 +17,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-from milvus_cdc_replicator.core.ops import LogOp, Mark, Write, WriteKind
+from milvus_cdc.order.ops import LogOp, Mark
+
+from milvus_cdc_replicator.core.ops import Write, WriteKind
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from milvus_cdc.model import Collection, Partition, ms_to_tso
+from milvus_cdc.order.lane import Lane
+from milvus_cdc.order.ops import LogOp, Rank
 from milvus_cdc_replicator.core.assignment import (
     AssignmentCore,
     CreatePartition,
@@ -23,8 +25,7 @@ from milvus_cdc_replicator.core.assignment import (
     QueryPartition,
     StartWrite,
 )
-from milvus_cdc_replicator.core.lane import Lane
-from milvus_cdc_replicator.core.ops import LogOp, Rank, Write, WriteKind
+from milvus_cdc_replicator.core.ops import Write, WriteKind
 from milvus_cdc_replicator.core.sequencer import WriteLimits
 
 

@@ -7,8 +7,8 @@ from functools import partial
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from milvus_cdc_replicator.core.lane import Lane
-from milvus_cdc_replicator.core.ops import LogOp, Rank
+from milvus_cdc.order.lane import Lane
+from milvus_cdc.order.ops import LogOp, Rank
 
 from tests.unit.replicator.test_assignment_crashes import Entry, make_log, position
 

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from milvus_cdc.model import Collection, Partition
+from milvus_cdc.order.lane import Lane
+from milvus_cdc.order.ops import LogOp, Mark, Rank
 from milvus_cdc_replicator.core.assignment import AssignmentCore, StartWrite
-from milvus_cdc_replicator.core.lane import Lane
-from milvus_cdc_replicator.core.ops import LogOp, Mark, Rank, Write, WriteKind
+from milvus_cdc_replicator.core.ops import Write, WriteKind
 from milvus_cdc_replicator.core.sequencer import WriteLimits
 
 from tests.unit.replicator.test_assignment_crashes import Entry, Stored, make_log, position

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+from milvus_cdc.order.lane import Lane
+from milvus_cdc.order.ops import LogOp, Rank
 from milvus_cdc_replicator.core.budget import Budget
 from milvus_cdc_replicator.core.holdings import Holdings, Verdict
-from milvus_cdc_replicator.core.lane import Lane
 from milvus_cdc_replicator.core.lease import Lease
-from milvus_cdc_replicator.core.ops import LogOp, Rank
 
 
 def test_the_lease_runs_from_the_sending_of_the_heartbeat() -> None:

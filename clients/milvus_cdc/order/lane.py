@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from milvus_cdc_replicator.core.ops import Key, LogOp, Mark, Rank, TickBatch
-from milvus_cdc_replicator.core.survey import Portion, Survey
+from milvus_cdc.order.ops import Key, LogOp, Mark, Rank, TickBatch
+from milvus_cdc.order.survey import Portion, Survey
 
 
 class Lane:

@@ -1,0 +1,1 @@
+"""Log order to timestamp order, without I/O: what the replicator and `milvus_cdc.follow` share."""
