@@ -28,7 +28,7 @@ from milvuscdc.v1 import format_pb2 as milvuscdc_dot_v1_dot_format__pb2
 from milvuscdc.v1 import secret_pb2 as milvuscdc_dot_v1_dot_secret__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmilvuscdc/v1/sink_file.proto\x12\x0cmilvuscdc.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\"\xb7\x02\n\x08\x46ileSink\x12-\n\x03uri\x18\x01 \x01(\tB \xbaH\x1dr\x1b\x32\x19^(file:///|s3://[^/\\s]).*\x12-\n\x07parquet\x18\x02 \x01(\x0b\x32\x1a.milvuscdc.v1.ParquetFilesH\x00\x12\x32\n\njson_lines\x18\x03 \x01(\x0b\x32\x1c.milvuscdc.v1.JsonLinesFilesH\x00\x12#\n\x0crotate_bytes\x18\x04 \x01(\x03\x42\r\xbaH\n\"\x08\x18\x80\x80\x80\x80\x04(\x00\x12G\n\x0frotate_interval\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x13\xbaH\x10\xaa\x01\r\"\x04\x08\x80\xa3\x05\x32\x05\x10\x80\xc2\xd7/\x12\"\n\x02s3\x18\x06 \x01(\x0b\x32\x16.milvuscdc.v1.S3AccessB\x07\n\x05\x66iles\"O\n\x0cParquetFiles\x12?\n\x0b\x63ompression\x18\x01 \x01(\x0e\x32 .milvuscdc.v1.ParquetCompressionB\x08\xbaH\x05\x82\x01\x02\x10\x01\"D\n\x0eJsonLinesFiles\x12$\n\x06\x66ormat\x18\x01 \x01(\x0b\x32\x14.milvuscdc.v1.Format\x12\x0c\n\x04gzip\x18\x02 \x01(\x08\"\x9d\x01\n\x08S3Access\x12\x1a\n\x08\x65ndpoint\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x10\x12\x17\n\x06region\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12+\n\raccess_key_id\x18\x03 \x01(\x0b\x32\x14.milvuscdc.v1.Secret\x12/\n\x11secret_access_key\x18\x04 \x01(\x0b\x32\x14.milvuscdc.v1.Secret*\x95\x01\n\x12ParquetCompression\x12#\n\x1fPARQUET_COMPRESSION_UNSPECIFIED\x10\x00\x12\x1c\n\x18PARQUET_COMPRESSION_NONE\x10\x01\x12\x1e\n\x1aPARQUET_COMPRESSION_SNAPPY\x10\x02\x12\x1c\n\x18PARQUET_COMPRESSION_ZSTD\x10\x03\x42Y\n\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmilvuscdc/v1/sink_file.proto\x12\x0cmilvuscdc.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\"\xba\x02\n\x08\x46ileSink\x12\x30\n\x03uri\x18\x01 \x01(\tB#\xbaH r\x1e\x18\x80\x10\x32\x19^(file:///|s3://[^/\\s]).*\x12-\n\x07parquet\x18\x02 \x01(\x0b\x32\x1a.milvuscdc.v1.ParquetFilesH\x00\x12\x32\n\njson_lines\x18\x03 \x01(\x0b\x32\x1c.milvuscdc.v1.JsonLinesFilesH\x00\x12#\n\x0crotate_bytes\x18\x04 \x01(\x03\x42\r\xbaH\n\"\x08\x18\x80\x80\x80\x80\x04(\x00\x12G\n\x0frotate_interval\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x13\xbaH\x10\xaa\x01\r\"\x04\x08\x80\xa3\x05\x32\x05\x10\x80\xc2\xd7/\x12\"\n\x02s3\x18\x06 \x01(\x0b\x32\x16.milvuscdc.v1.S3AccessB\x07\n\x05\x66iles\"O\n\x0cParquetFiles\x12?\n\x0b\x63ompression\x18\x01 \x01(\x0e\x32 .milvuscdc.v1.ParquetCompressionB\x08\xbaH\x05\x82\x01\x02\x10\x01\"D\n\x0eJsonLinesFiles\x12$\n\x06\x66ormat\x18\x01 \x01(\x0b\x32\x14.milvuscdc.v1.Format\x12\x0c\n\x04gzip\x18\x02 \x01(\x08\"\xe3\x01\n\x08S3Access\x12\x33\n\x08\x65ndpoint\x18\x01 \x01(\tB!\xbaH\x1er\x1c\x18\x80\x10\x32\x17^(https?://[^/\\s]+/?)?$\x12\x17\n\x06region\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12+\n\raccess_key_id\x18\x03 \x01(\x0b\x32\x14.milvuscdc.v1.Secret\x12/\n\x11secret_access_key\x18\x04 \x01(\x0b\x32\x14.milvuscdc.v1.Secret\x12+\n\rsession_token\x18\x05 \x01(\x0b\x32\x14.milvuscdc.v1.Secret*\x95\x01\n\x12ParquetCompression\x12#\n\x1fPARQUET_COMPRESSION_UNSPECIFIED\x10\x00\x12\x1c\n\x18PARQUET_COMPRESSION_NONE\x10\x01\x12\x1e\n\x1aPARQUET_COMPRESSION_SNAPPY\x10\x02\x12\x1c\n\x18PARQUET_COMPRESSION_ZSTD\x10\x03\x42Y\n\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,7 +37,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017io.milvuscdc.v1P\001ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1'
   _globals['_FILESINK'].fields_by_name['uri']._loaded_options = None
-  _globals['_FILESINK'].fields_by_name['uri']._serialized_options = b'\272H\035r\0332\031^(file:///|s3://[^/\\s]).*'
+  _globals['_FILESINK'].fields_by_name['uri']._serialized_options = b'\272H r\036\030\200\0202\031^(file:///|s3://[^/\\s]).*'
   _globals['_FILESINK'].fields_by_name['rotate_bytes']._loaded_options = None
   _globals['_FILESINK'].fields_by_name['rotate_bytes']._serialized_options = b'\272H\n\"\010\030\200\200\200\200\004(\000'
   _globals['_FILESINK'].fields_by_name['rotate_interval']._loaded_options = None
@@ -45,17 +45,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PARQUETFILES'].fields_by_name['compression']._loaded_options = None
   _globals['_PARQUETFILES'].fields_by_name['compression']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_S3ACCESS'].fields_by_name['endpoint']._loaded_options = None
-  _globals['_S3ACCESS'].fields_by_name['endpoint']._serialized_options = b'\272H\005r\003\030\200\020'
+  _globals['_S3ACCESS'].fields_by_name['endpoint']._serialized_options = b'\272H\036r\034\030\200\0202\027^(https?://[^/\\s]+/?)?$'
   _globals['_S3ACCESS'].fields_by_name['region']._loaded_options = None
   _globals['_S3ACCESS'].fields_by_name['region']._serialized_options = b'\272H\004r\002\030@'
-  _globals['_PARQUETCOMPRESSION']._serialized_start=787
-  _globals['_PARQUETCOMPRESSION']._serialized_end=936
+  _globals['_PARQUETCOMPRESSION']._serialized_start=860
+  _globals['_PARQUETCOMPRESSION']._serialized_end=1009
   _globals['_FILESINK']._serialized_start=162
-  _globals['_FILESINK']._serialized_end=473
-  _globals['_PARQUETFILES']._serialized_start=475
-  _globals['_PARQUETFILES']._serialized_end=554
-  _globals['_JSONLINESFILES']._serialized_start=556
-  _globals['_JSONLINESFILES']._serialized_end=624
-  _globals['_S3ACCESS']._serialized_start=627
-  _globals['_S3ACCESS']._serialized_end=784
+  _globals['_FILESINK']._serialized_end=476
+  _globals['_PARQUETFILES']._serialized_start=478
+  _globals['_PARQUETFILES']._serialized_end=557
+  _globals['_JSONLINESFILES']._serialized_start=559
+  _globals['_JSONLINESFILES']._serialized_end=627
+  _globals['_S3ACCESS']._serialized_start=630
+  _globals['_S3ACCESS']._serialized_end=857
 # @@protoc_insertion_point(module_scope)

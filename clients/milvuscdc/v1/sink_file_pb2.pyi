@@ -43,7 +43,7 @@ Global___ParquetCompression: _TypeAlias = ParquetCompression  # noqa: Y015
 
 @_typing.final
 class FileSink(_message.Message):
-    """Files below a folder or bucket, published whole, with a manifest that says what is complete."""
+    """Files below a folder or bucket, published whole, with a manifest that says what is complete. See docs/files.md."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -54,9 +54,9 @@ class FileSink(_message.Message):
     ROTATE_INTERVAL_FIELD_NUMBER: _builtins.int
     S3_FIELD_NUMBER: _builtins.int
     uri: _builtins.str
-    """`file:///folder` or `s3://bucket/prefix`, as the replicator sees it."""
+    """`file:///folder` or `s3://bucket/prefix`, as every replicator sees it; the folder or bucket must exist."""
     rotate_bytes: _builtins.int
-    """A file is published when it holds so many bytes; 64 MiB when 0."""
+    """A file is published when the changes for it have so many bytes in the source's log; 64 MiB when 0."""
     @_builtins.property
     def parquet(self) -> Global___ParquetFiles: ...
     @_builtins.property
@@ -93,6 +93,7 @@ class ParquetFiles(_message.Message):
 
     COMPRESSION_FIELD_NUMBER: _builtins.int
     compression: Global___ParquetCompression.ValueType
+    """ZSTD, level 1, when unset."""
     def __init__(
         self,
         *,
@@ -115,7 +116,9 @@ class JsonLinesFiles(_message.Message):
     gzip: _builtins.bool
     """Files are compressed with gzip."""
     @_builtins.property
-    def format(self) -> _format_pb2.Format: ...
+    def format(self) -> _format_pb2.Format:
+        """One of the JSON formats; flat JSON when unset. A line is one object: `_op`, `_ts`, `_time`, `_vchannel`, `_order`, `_partition`, and the format's `key` and `value`."""
+
     def __init__(
         self,
         *,
@@ -140,15 +143,21 @@ class S3Access(_message.Message):
     REGION_FIELD_NUMBER: _builtins.int
     ACCESS_KEY_ID_FIELD_NUMBER: _builtins.int
     SECRET_ACCESS_KEY_FIELD_NUMBER: _builtins.int
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
     endpoint: _builtins.str
     """`http://host:port` or `https://host:port`; AWS when empty."""
     region: _builtins.str
+    """us-east-1 when empty and an endpoint is given, else the replicator's own."""
     @_builtins.property
     def access_key_id(self) -> _secret_pb2.Secret:
         """The replicator's own (environment, instance role) when unset."""
 
     @_builtins.property
     def secret_access_key(self) -> _secret_pb2.Secret: ...
+    @_builtins.property
+    def session_token(self) -> _secret_pb2.Secret:
+        """Of temporary credentials, together with the two."""
+
     def __init__(
         self,
         *,
@@ -156,10 +165,11 @@ class S3Access(_message.Message):
         region: _builtins.str = ...,
         access_key_id: _secret_pb2.Secret | None = ...,
         secret_access_key: _secret_pb2.Secret | None = ...,
+        session_token: _secret_pb2.Secret | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["access_key_id", b"access_key_id", "secret_access_key", b"secret_access_key"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["access_key_id", b"access_key_id", "secret_access_key", b"secret_access_key", "session_token", b"session_token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_key_id", b"access_key_id", "endpoint", b"endpoint", "region", b"region", "secret_access_key", b"secret_access_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_key_id", b"access_key_id", "endpoint", b"endpoint", "region", b"region", "secret_access_key", b"secret_access_key", "session_token", b"session_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
