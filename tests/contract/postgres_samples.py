@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from milvus_cdc.model import ms_to_tso
 from milvus_cdc.rows import ChangeOp, Changes, Field, FieldType, Table
 from milvus_cdc.secrets import SecretResolver
@@ -80,8 +81,6 @@ def put(
 def gone(
     keys: Sequence[Any], *, at: int = 1, partition: str = "_default", vchannel: str = V1
 ) -> Changes:
-    import numpy as np
-
     text = bool(keys) and isinstance(keys[0], str)
     return Changes(
         op=ChangeOp.DELETE,
@@ -90,7 +89,7 @@ def gone(
         order=at,
         partition=partition,
         num_rows=len(keys),
-        delete_keys=list(keys) if text else np.array(keys, np.int64),
+        delete_keys=tuple(keys) if text else np.array(keys, np.int64),
     )
 
 
@@ -132,15 +131,15 @@ class Database:
 
     def execute(self, query: str, *values: Any) -> None:
         with self.server.connect(self.name) as connection:
-            connection.execute(query, values or None)  # type: ignore[call-overload]
+            connection.execute(query, values or None)
 
     def select(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         with self.server.connect(self.name) as connection:
-            return connection.execute(query, values or None).fetchall()  # type: ignore[call-overload,no-any-return]
+            return connection.execute(query, values or None).fetchall()
 
     def numbers(self, place: str = '"default".articles') -> dict[Any, int]:
         """`n` by key."""
-        return dict(self.select(f"SELECT id, n FROM {place}"))  # type: ignore[arg-type]
+        return dict(self.select(f"SELECT id, n FROM {place}"))
 
     def sessions(self) -> int:
         """How many connections of the sink there are."""

@@ -60,7 +60,7 @@ class PostgresServer(ManagedProcess):
             **settings,
         }
         flags = [part for key, value in options.items() for part in ("-c", f"{key}={value}")]
-        argv = [*_as_somebody(), programs / "postgres", "-D", self.data, *flags]
+        argv = [*_as_somebody(), str(programs / "postgres"), "-D", str(self.data), *flags]
         super().__init__(name, argv, folder, ports=(self.port,), ready=self._answers)
 
     def spawn(self) -> None:
@@ -100,8 +100,9 @@ class PostgresServer(ManagedProcess):
             os.chown(self.data, owner.pw_uid, owner.pw_gid)
         done = subprocess.run(
             [
-                *(*_as_somebody(), self._programs / "initdb", "-D", self.data, "-U", USER),
-                *("--pwfile", password, "--auth", "scram-sha-256", "--encoding", "UTF8"),
+                *(*_as_somebody(), str(self._programs / "initdb"), "-D", str(self.data)),
+                *("-U", USER, "--pwfile", str(password), "--auth", "scram-sha-256"),
+                *("--encoding", "UTF8"),
                 *("--locale", "C", "--no-sync", "--no-instructions"),
             ],
             capture_output=True,

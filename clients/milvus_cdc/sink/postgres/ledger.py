@@ -24,7 +24,6 @@ Name = tuple[str, str]
 """Schema and table."""
 
 _TABLES = """
-CREATE SCHEMA IF NOT EXISTS {schema};
 CREATE TABLE IF NOT EXISTS {collections} (
   task_uid text NOT NULL,
   collection_id bigint NOT NULL,
@@ -63,6 +62,13 @@ class Record:
     epoch: int
 
 
+async def ensure_schema(t: Transaction, schema: str) -> None:
+    """Asks for the right to make it only where it is not there."""
+    if await t.row("SELECT 1 FROM pg_namespace WHERE nspname = %s", (schema,)) is None:
+        await t.execute("SELECT pg_advisory_xact_lock(hashtext('milvus_cdc schema'))")
+        await t.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(schema)))
+
+
 class Ledger:
     """The two tables in one schema."""
 
@@ -76,18 +82,17 @@ class Ledger:
         """Makes them; a user without the right to is fine when they are there."""
         if self._made:
             return
-        names = [f'"{self.schema}".collections', f'"{self.schema}".checkpoints']
         there = await t.row(
             "SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
             " WHERE n.nspname = %s AND c.relname IN ('collections', 'checkpoints')",
             (self.schema,),
         )
-        if there[0] < len(names):
+        if there[0] < 2:
+            await ensure_schema(t, self.schema)
             # IF NOT EXISTS alone lets two at once collide.
             await t.execute("SELECT pg_advisory_xact_lock(hashtext('milvus_cdc ledger'))")
             await t.execute(
                 sql.SQL(_TABLES).format(
-                    schema=sql.Identifier(self.schema),
                     collections=self._collections,
                     checkpoints=self._checkpoints,
                 )

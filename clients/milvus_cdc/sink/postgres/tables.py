@@ -14,7 +14,7 @@ from milvus_cdc.errors import UserError
 from milvus_cdc.rows import Table
 from milvus_cdc.sink.postgres.columns import Column
 from milvus_cdc.sink.postgres.connections import Transaction
-from milvus_cdc.sink.postgres.ledger import Name, described, quoted
+from milvus_cdc.sink.postgres.ledger import Name, described, ensure_schema, quoted
 from milvus_cdc.sink.postgres.settings import FIELD
 
 HALFVEC_SINCE = (0, 7)
@@ -87,7 +87,7 @@ async def is_empty(t: Transaction, name: Name) -> bool:
 
 async def create(t: Transaction, name: Name, table: Table, columns: Sequence[Column]) -> None:
     """With its schema."""
-    await _ensure_schema(t, name[0])
+    await ensure_schema(t, name[0])
     kinds = await types(t, columns)
     definitions = [
         sql.SQL("{} {}").format(sql.Identifier(column.name), kind)
@@ -133,7 +133,7 @@ async def rename(t: Transaction, old: Name, new: Name) -> None:
             field=f"{FIELD}.table",
         )
     if old[0] != new[0]:
-        await _ensure_schema(t, new[0])
+        await ensure_schema(t, new[0])
         await _move(t, old, new)
     elif old[1] != new[1]:
         await t.execute(
@@ -158,12 +158,6 @@ async def _move(t: Transaction, old: Name, new: Name) -> None:
         await t.execute(
             sql.SQL("ALTER TABLE {} RENAME TO {}").format(quoted(moved), sql.Identifier(new[1]))
         )
-
-
-async def _ensure_schema(t: Transaction, schema: str) -> None:
-    if await t.row("SELECT 1 FROM pg_namespace WHERE nspname = %s", (schema,)) is None:
-        await t.execute("SELECT pg_advisory_xact_lock(hashtext('milvus_cdc schema'))")
-        await t.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(schema)))
 
 
 async def extension(t: Transaction) -> tuple[str, str] | None:
@@ -199,7 +193,12 @@ async def _extension(t: Transaction, wanted: set[str]) -> str:
             raise no_pgvector()
         # Two at once collide in spite of IF NOT EXISTS.
         await t.execute("SELECT pg_advisory_xact_lock(hashtext('milvus_cdc pgvector'))")
-        await t.execute("CREATE EXTENSION IF NOT EXISTS vector")
+        row = await t.row("SELECT coalesce(current_schema(), 'public')")
+        await t.execute(
+            sql.SQL("CREATE EXTENSION IF NOT EXISTS vector SCHEMA {}").format(
+                sql.Identifier(row[0])
+            )
+        )
         found = await extension(t)
         assert found is not None
     schema, version = found
