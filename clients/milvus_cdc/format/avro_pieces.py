@@ -77,7 +77,7 @@ def _scalars(kind: FieldType, column: pa.Array) -> list[bytes]:
         case FieldType.FLOAT | FieldType.DOUBLE:
             values = assemble.numbers(column)
             return assemble.fixed(values.tobytes(), values.itemsize)
-    return assemble.slices(*wire_pieces.varints(wire_pieces.zigzag(assemble.numbers(column))))
+    return wire_pieces.varint_pieces(wire_pieces.zigzag(assemble.numbers(column)))
 
 
 def _arrays(items: list[bytes], ends: NDArray[np.int64]) -> list[bytes]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -150,9 +151,14 @@ class DebeziumJson:
         pass
 
 
+@cache
+def _version() -> str:
+    return version("milvus-cdc")
+
+
 def _origin(table: Table) -> dict[str, str]:
     return {
-        "version": version("milvus-cdc"),
+        "version": _version(),
         "connector": "milvus",
         "name": table.task.removeprefix("tasks/"),
     }

@@ -109,8 +109,7 @@ def _scalars(kind: FieldType, column: pa.Array) -> list[bytes]:
         case FieldType.FLOAT | FieldType.DOUBLE:
             values = assemble.numbers(column)
             return assemble.fixed(values.tobytes(), values.itemsize)
-    values = assemble.numbers(column)
-    return assemble.slices(*wire_pieces.varints(wire_pieces.twos_complement(values)))
+    return wire_pieces.varint_pieces(wire_pieces.twos_complement(assemble.numbers(column)))
 
 
 def _repeated(
@@ -120,19 +119,13 @@ def _repeated(
     if kind is FieldType.VARCHAR:
         tag = _tag(place, _DELIMITED)
         return [b"".join([tag + item for item in items[a:b]]) for a, b in pairwise(ends.tolist())]
-    return _delimited(place, [b"".join(items[a:b]) for a, b in pairwise(ends.tolist())])
+    cells = [b"".join(items[a:b]) for a, b in pairwise(ends.tolist())]
+    return assemble.join_rows([_tag(place, _DELIMITED), wire_pieces.prefixed(cells)])
 
 
 def _messages(place: int, items: list[bytes], ends: NDArray[np.int64]) -> list[bytes]:
     whole = assemble.join_rows([_tag(place, _DELIMITED), wire_pieces.prefixed(items)])
     return [b"".join(whole[a:b]) for a, b in pairwise(ends.tolist())]
-
-
-def _delimited(place: int, cells: list[bytes]) -> list[bytes]:
-    """An empty list is left out."""
-    tag = _tag(place, _DELIMITED)
-    pieces = zip(cells, wire_pieces.prefixed(cells), strict=True)
-    return [tag + piece if cell else b"" for cell, piece in pieces]
 
 
 def _vectors(field: Field, column: pa.Array, arrays: bool) -> tuple[bytes, int | NDArray[np.int64]]:

@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_MAX_BYTES = 10
+from milvus_cdc.format import assemble
+
+_FEW = 32
+"""So few numbers are encoded sooner one by one."""
 
 
 def varint(value: int) -> bytes:
@@ -42,6 +45,14 @@ def varints(values: NDArray[np.uint64]) -> tuple[bytes, NDArray[np.int64]]:
     np.cumsum(lengths, out=ends[1:])
     flat = groups[np.arange(width) < lengths[:, None]]
     return flat.tobytes(), ends
+
+
+def varint_pieces(values: NDArray[np.uint64]) -> list[bytes]:
+    """Each on its own."""
+    if len(values) <= _FEW:
+        return [varint(value) for value in values.tolist()]
+    flat, ends = varints(values)
+    return assemble.slices(flat, ends)
 
 
 def zigzag(values: NDArray[Any]) -> NDArray[np.uint64]:

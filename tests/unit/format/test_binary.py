@@ -173,6 +173,7 @@ async def test_every_type(
         rows[3] |= nothing
     empty: dict[str, Any] = {name: [] for name in rows[0] if name.startswith("some_")}
     rows[2] |= empty | {"sparse": {}, "a_varchar": "", "a_float": math.nan, "a_double": -math.inf}
+    rows[0] |= {"a_varchar": "long" * 20_000, "some_varchar": ["long" * 1_000]}
     records = format.encode(table, tables.changes(table, rows, ChangeOp.UPDATE))
     check(registry, kind, records, rows, table, arrays)
     gone = format.encode(table, tables.deletes(table, [2**63 - 1, 3]))
@@ -230,7 +231,7 @@ async def prepared(registry: SchemaRegistryServer) -> AsyncIterator[Formats]:
 
 
 @given(kind=st.sampled_from([AVRO, PROTOBUF]), arrays=st.booleans(), rows=any_rows)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=80)
 def test_any_row_comes_back(
     registry: SchemaRegistryServer,
     prepared: Formats,
@@ -241,6 +242,26 @@ def test_any_row_comes_back(
     whole = [tables.row(**row) for row in rows]
     records = prepared[kind, arrays].encode(NULLABLE, tables.changes(NULLABLE, whole))
     check(registry, kind, records, whole, NULLABLE, arrays)
+
+
+@pytest.mark.parametrize("kind", [AVRO, PROTOBUF])
+async def test_many_rows(
+    registry: SchemaRegistryServer, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("milvus_cdc.format.assemble._CHUNK_BYTES", 10_000)
+    registry.compatibility = "NONE"
+    format = format_of(kind, opened(registry))
+    await format.prepare(NULLABLE, f"many-{kind}")
+    edges = [sign * 2**bits + more for bits in range(63) for sign in (1, -1) for more in (-1, 0, 1)]
+    some = {"a_int32": None, "a_varchar": None, "some_int64": None}
+    rows = [
+        tables.row(at % 100, id=edge, a_int64=edge, some_int64=[edge] * (at % 4))
+        | (some if at % 5 == 0 else {})
+        for at, edge in enumerate(edges)
+    ]
+    records = format.encode(NULLABLE, tables.changes(NULLABLE, rows))
+    await format.close()
+    check(registry, kind, records, rows, NULLABLE, False)
 
 
 NAMES = tables.table(
