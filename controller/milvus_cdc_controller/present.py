@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 from google.protobuf import json_format, timestamp_pb2
 from milvus_cdc.model import Carry, Drift, Import, split_assignment_id, tso_to_ms
+from milvus_cdc.selection import Selection
 from milvus_cdc.source.registry import position_text
 from milvuscdc.v1 import fleet_service_pb2, task_pb2
 
@@ -16,7 +17,6 @@ from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_controller.core.liveness import Session, SessionState
 from milvus_cdc_controller.core.mapping import NameRule, split
 from milvus_cdc_controller.core.positions import retention_of
-from milvus_cdc_controller.core.selection import Selection
 from milvus_cdc_controller.core.status import (
     collection_view,
     grant_state,

@@ -229,8 +229,10 @@ class Intake:
                 lane.tick(message.ts, item.position)
             elif self._shard_unknown(lane, message):
                 break
-            elif (op := self._converter.op(message, item.position, item.order)) is not None:
-                lane.add(op)
+            else:
+                op = self._converter.op(message, item.position, item.order, lane.vchannel)
+                if op is not None:
+                    lane.add(op)
             if lane.wants_reread:
                 break
         if (position := lane.take_reread()) is not None:

@@ -242,6 +242,8 @@ class Lane:
         return not self._batches and not self.rereading
 
     def _push(self, batch: TickBatch) -> None:
+        if self._batches and not batch.outstanding and not self._batches[-1].outstanding:
+            self._batches.pop()  # ticks that wait behind something unfinished are one
         self._batches.append(batch)
         self._advance()
 

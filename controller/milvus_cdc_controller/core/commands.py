@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from milvus_cdc.selection import overlap, selects_nothing
+
 from milvus_cdc_controller.core import positions
 from milvus_cdc_controller.core.collection import changed
 from milvus_cdc_controller.core.effects import Effect, RefreshSource, Refusal, Reply
@@ -20,7 +22,6 @@ from milvus_cdc_controller.core.events import (
 )
 from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.mapping import check_rules, meeting
-from milvus_cdc_controller.core.selection import overlap, selects_nothing
 from milvus_cdc_controller.core.sources import adopt_catalogue
 from milvus_cdc_controller.core.task import TaskRecord, TaskSpec, echo
 from milvus_cdc_controller.core.world import World

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from milvus_cdc.model import Carry, Catalogue, Drift
+from milvus_cdc.selection import Selection
 
 from milvus_cdc_controller.core.collection import NO_ROWS, Counters
 from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.jobs import JobPayload, JobResult, Located
 from milvus_cdc_controller.core.retention import Retention
-from milvus_cdc_controller.core.selection import Selection
 from milvus_cdc_controller.core.task import TaskSpec
 
 

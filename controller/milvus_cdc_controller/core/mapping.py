@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from milvus_cdc_controller.core.selection import Selection, covers, intersect, matches
+from milvus_cdc.selection import Selection, covers, intersect, matches
 
 NAME_LENGTH_MAX = 255
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from milvus_cdc.model import Catalogue, Collection, Import, ObjectState, Partition
+from milvus_cdc.selection import Selection, matches
 
 from milvus_cdc_controller.core.collection import CollectionRecord, changed, named
 from milvus_cdc_controller.core.mapping import (
@@ -25,7 +26,6 @@ from milvus_cdc_controller.core.mapping import (
     sink_name,
     split,
 )
-from milvus_cdc_controller.core.selection import Selection, matches
 from milvus_cdc_controller.core.task import (
     LEFT_MAX,
     DatabaseWish,

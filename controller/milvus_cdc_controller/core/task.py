@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from milvus_cdc.model import Carry, Drift, Rbac
+from milvus_cdc.selection import Selection
 
 from milvus_cdc_controller.core.mapping import Flow, Naming, Rules
-from milvus_cdc_controller.core.selection import Selection
 
 
 class TaskState(StrEnum):

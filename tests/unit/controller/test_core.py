@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 from milvus_cdc.model import Database, ObjectState, Partition
+from milvus_cdc.selection import Selection
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core import jobs
 from milvus_cdc_controller.core.collection import CollectionProgress, CollectionState, Counters
 from milvus_cdc_controller.core.grant import ReportedState
-from milvus_cdc_controller.core.selection import Selection
 from milvus_cdc_controller.core.status import collection_status
 from milvus_cdc_controller.core.task import StartAt, TaskState
 

@@ -13,11 +13,11 @@ from milvus_cdc.model import (
     collection_assignment_id,
     metadata_assignment_id,
 )
+from milvus_cdc.selection import Selection
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.mapping import NameRule
-from milvus_cdc_controller.core.selection import Selection
 from milvus_cdc_controller.core.task import MetadataRecord
 from milvus_cdc_controller.store.records import decode, encode
 

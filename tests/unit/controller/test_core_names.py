@@ -7,13 +7,13 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from milvus_cdc.model import Carry, Collection, Database
+from milvus_cdc.selection import Selection
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core.collection import CollectionRecord, CollectionState
 from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.mapping import NameRule
 from milvus_cdc_controller.core.names import Claim, Names, alias_owner, collection_owner
-from milvus_cdc_controller.core.selection import Selection
 from milvus_cdc_controller.core.status import collection_status, rename_pending
 from milvus_cdc_controller.core.task import StartAt, TaskSpec
 from milvus_cdc_controller.store.records import decode, encode

@@ -7,6 +7,7 @@ import re
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from milvus_cdc.selection import Selection
 from milvus_cdc_controller.core.mapping import (
     NameRule,
     Naming,
@@ -17,7 +18,6 @@ from milvus_cdc_controller.core.mapping import (
     sink_database,
     sink_name,
 )
-from milvus_cdc_controller.core.selection import Selection
 
 HALF = st.text("ab", min_size=1, max_size=3)
 GLOB_HALF = st.one_of(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+from milvus_cdc.selection import Selection, overlap
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core.reach import Reach
-from milvus_cdc_controller.core.selection import Selection, overlap
 from milvus_cdc_controller.core.task import TaskSpec
 
 from tests.unit.controller.world import Script, spec

@@ -6,7 +6,7 @@ import re
 
 from hypothesis import given
 from hypothesis import strategies as st
-from milvus_cdc_controller.core.selection import (
+from milvus_cdc.selection import (
     Selection,
     covers,
     intersect,

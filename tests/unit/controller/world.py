@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from milvus_cdc.model import Catalogue, Collection, Database, ObjectState, Partition, Vchannel
+from milvus_cdc.selection import Selection
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core.controller import Controller
 from milvus_cdc_controller.core.effects import Effect, Record
 from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.liveness import Leases
-from milvus_cdc_controller.core.selection import Selection
 from milvus_cdc_controller.core.task import StartAt, TaskSpec
 
 LEASES = Leases(ttl_ms=15_000, heartbeat_ms=3_000, margin_ms=2_000)
