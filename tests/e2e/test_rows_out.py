@@ -7,11 +7,13 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from milvuscdc.v1 import secret_pb2, sink_postgres_pb2, task_pb2
+from milvus_cdc.sink.files.reading import find_collections, open_store
+from milvuscdc.v1 import secret_pb2, sink_file_pb2, sink_postgres_pb2, task_pb2
 from pymilvus import DataType
 
 from tests.e2e.canonical import META, Rows, canonical, differences, source_rows
@@ -110,3 +112,38 @@ def test_postgres_is_the_source_whatever_ends(
     sink = postgres_sink(postgres_server, database, monkeypatch)
     read = postgres_reader(postgres_server, database)
     follow(nats_stack, tmp_path, database, sink, read, ROUNDS)
+
+
+def files_reader(folder: Path, database: str) -> Read:
+    """The last row of every key, and no change of the source more than once."""
+
+    def read(shape: Shape) -> Rows:
+        store = open_store(folder.as_uri())
+        for collection in find_collections(store):
+            history = collection.history()
+            if history.name == (database, shape.name):
+                break
+        else:
+            return {}
+        names = [shape.key.name, "_vchannel", "_order"]
+        seen = Counter(
+            tuple(row.values()) for batch in history.changes(names) for row in batch.to_pylist()
+        )
+        assert not seen or max(seen.values()) == 1, seen.most_common(3)
+        rows = history.state().to_pylist()
+        return {row[shape.key.name]: canonical(shape, row) for row in rows}
+
+    return read
+
+
+@pytest.mark.timeout(400)
+def test_files_hold_the_source_and_no_change_twice_whatever_ends(
+    nats_stack: Stack, tmp_path: Path
+) -> None:
+    database = "out_files"
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    files = sink_file_pb2.FileSink(uri=folder.as_uri(), parquet=sink_file_pb2.ParquetFiles())
+    files.rotate_interval.FromMilliseconds(1500)
+    sink = task_pb2.Sink(files=files)
+    follow(nats_stack, tmp_path, database, sink, files_reader(folder, database), ROUNDS)

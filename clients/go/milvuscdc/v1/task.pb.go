@@ -682,91 +682,6 @@ func (x *TaskProgress) GetRowsDeleted() int64 {
 	return 0
 }
 
-// A reference to a secret. Secrets never travel in a request: the process that connects resolves the reference.
-type Secret struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Types that are valid to be assigned to Ref:
-	//
-	//	*Secret_Env
-	//	*Secret_File
-	Ref           isSecret_Ref `protobuf_oneof:"ref"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Secret) Reset() {
-	*x = Secret{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Secret) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Secret) ProtoMessage() {}
-
-func (x *Secret) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Secret.ProtoReflect.Descriptor instead.
-func (*Secret) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{4}
-}
-
-func (x *Secret) GetRef() isSecret_Ref {
-	if x != nil {
-		return x.Ref
-	}
-	return nil
-}
-
-func (x *Secret) GetEnv() string {
-	if x != nil {
-		if x, ok := x.Ref.(*Secret_Env); ok {
-			return x.Env
-		}
-	}
-	return ""
-}
-
-func (x *Secret) GetFile() string {
-	if x != nil {
-		if x, ok := x.Ref.(*Secret_File); ok {
-			return x.File
-		}
-	}
-	return ""
-}
-
-type isSecret_Ref interface {
-	isSecret_Ref()
-}
-
-type Secret_Env struct {
-	// Name of an environment variable of the replicator.
-	Env string `protobuf:"bytes,1,opt,name=env,proto3,oneof"`
-}
-
-type Secret_File struct {
-	// Path of a file on the replicator; surrounding white space is not part of the secret.
-	File string `protobuf:"bytes,2,opt,name=file,proto3,oneof"`
-}
-
-func (*Secret_Env) isSecret_Ref() {}
-
-func (*Secret_File) isSecret_Ref() {}
-
 // The Milvus cluster that is followed.
 type Source struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -787,7 +702,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -799,7 +714,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -812,7 +727,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{5}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Source) GetEtcd() *EtcdMetadata {
@@ -885,7 +800,7 @@ type EtcdMetadata struct {
 
 func (x *EtcdMetadata) Reset() {
 	*x = EtcdMetadata{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -897,7 +812,7 @@ func (x *EtcdMetadata) String() string {
 func (*EtcdMetadata) ProtoMessage() {}
 
 func (x *EtcdMetadata) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -910,7 +825,7 @@ func (x *EtcdMetadata) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EtcdMetadata.ProtoReflect.Descriptor instead.
 func (*EtcdMetadata) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{6}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *EtcdMetadata) GetEndpoints() []string {
@@ -945,7 +860,7 @@ type NatsQueue struct {
 
 func (x *NatsQueue) Reset() {
 	*x = NatsQueue{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -957,7 +872,7 @@ func (x *NatsQueue) String() string {
 func (*NatsQueue) ProtoMessage() {}
 
 func (x *NatsQueue) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -970,7 +885,7 @@ func (x *NatsQueue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NatsQueue.ProtoReflect.Descriptor instead.
 func (*NatsQueue) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{7}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *NatsQueue) GetUrl() string {
@@ -991,7 +906,7 @@ type KafkaQueue struct {
 
 func (x *KafkaQueue) Reset() {
 	*x = KafkaQueue{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1003,7 +918,7 @@ func (x *KafkaQueue) String() string {
 func (*KafkaQueue) ProtoMessage() {}
 
 func (x *KafkaQueue) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1016,7 +931,7 @@ func (x *KafkaQueue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KafkaQueue.ProtoReflect.Descriptor instead.
 func (*KafkaQueue) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{8}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *KafkaQueue) GetBrokers() []string {
@@ -1039,7 +954,7 @@ type MilvusEndpoint struct {
 
 func (x *MilvusEndpoint) Reset() {
 	*x = MilvusEndpoint{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1051,7 +966,7 @@ func (x *MilvusEndpoint) String() string {
 func (*MilvusEndpoint) ProtoMessage() {}
 
 func (x *MilvusEndpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1064,7 +979,7 @@ func (x *MilvusEndpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MilvusEndpoint.ProtoReflect.Descriptor instead.
 func (*MilvusEndpoint) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{9}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *MilvusEndpoint) GetUri() string {
@@ -1087,6 +1002,10 @@ type Sink struct {
 	// Types that are valid to be assigned to Kind:
 	//
 	//	*Sink_Milvus
+	//	*Sink_Kafka
+	//	*Sink_Files
+	//	*Sink_Postgres
+	//	*Sink_Plugin
 	Kind          isSink_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1094,7 +1013,7 @@ type Sink struct {
 
 func (x *Sink) Reset() {
 	*x = Sink{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1106,7 +1025,7 @@ func (x *Sink) String() string {
 func (*Sink) ProtoMessage() {}
 
 func (x *Sink) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1119,7 +1038,7 @@ func (x *Sink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sink.ProtoReflect.Descriptor instead.
 func (*Sink) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{10}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Sink) GetKind() isSink_Kind {
@@ -1138,6 +1057,42 @@ func (x *Sink) GetMilvus() *MilvusEndpoint {
 	return nil
 }
 
+func (x *Sink) GetKafka() *KafkaSink {
+	if x != nil {
+		if x, ok := x.Kind.(*Sink_Kafka); ok {
+			return x.Kafka
+		}
+	}
+	return nil
+}
+
+func (x *Sink) GetFiles() *FileSink {
+	if x != nil {
+		if x, ok := x.Kind.(*Sink_Files); ok {
+			return x.Files
+		}
+	}
+	return nil
+}
+
+func (x *Sink) GetPostgres() *PostgresSink {
+	if x != nil {
+		if x, ok := x.Kind.(*Sink_Postgres); ok {
+			return x.Postgres
+		}
+	}
+	return nil
+}
+
+func (x *Sink) GetPlugin() *Plugin {
+	if x != nil {
+		if x, ok := x.Kind.(*Sink_Plugin); ok {
+			return x.Plugin
+		}
+	}
+	return nil
+}
+
 type isSink_Kind interface {
 	isSink_Kind()
 }
@@ -1147,7 +1102,35 @@ type Sink_Milvus struct {
 	Milvus *MilvusEndpoint `protobuf:"bytes,1,opt,name=milvus,proto3,oneof"`
 }
 
+type Sink_Kafka struct {
+	// Records on Kafka topics.
+	Kafka *KafkaSink `protobuf:"bytes,2,opt,name=kafka,proto3,oneof"`
+}
+
+type Sink_Files struct {
+	// Parquet or JSON lines in a folder or an S3-compatible store.
+	Files *FileSink `protobuf:"bytes,3,opt,name=files,proto3,oneof"`
+}
+
+type Sink_Postgres struct {
+	// Tables of a PostgreSQL with pgvector.
+	Postgres *PostgresSink `protobuf:"bytes,4,opt,name=postgres,proto3,oneof"`
+}
+
+type Sink_Plugin struct {
+	// A sink of an installed package (entry point group `milvus_cdc.sinks`).
+	Plugin *Plugin `protobuf:"bytes,15,opt,name=plugin,proto3,oneof"`
+}
+
 func (*Sink_Milvus) isSink_Kind() {}
+
+func (*Sink_Kafka) isSink_Kind() {}
+
+func (*Sink_Files) isSink_Kind() {}
+
+func (*Sink_Postgres) isSink_Kind() {}
+
+func (*Sink_Plugin) isSink_Kind() {}
 
 // Globs over `database.collection`; `*` matches any run of characters, `?` one.
 type Selection struct {
@@ -1161,7 +1144,7 @@ type Selection struct {
 
 func (x *Selection) Reset() {
 	*x = Selection{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1173,7 +1156,7 @@ func (x *Selection) String() string {
 func (*Selection) ProtoMessage() {}
 
 func (x *Selection) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1186,7 +1169,7 @@ func (x *Selection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selection.ProtoReflect.Descriptor instead.
 func (*Selection) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{11}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Selection) GetInclude() []string {
@@ -1217,7 +1200,7 @@ type Start struct {
 
 func (x *Start) Reset() {
 	*x = Start{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1229,7 +1212,7 @@ func (x *Start) String() string {
 func (*Start) ProtoMessage() {}
 
 func (x *Start) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1242,7 +1225,7 @@ func (x *Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Start.ProtoReflect.Descriptor instead.
 func (*Start) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{12}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Start) GetAt() isStart_At {
@@ -1296,7 +1279,7 @@ type Earliest struct {
 
 func (x *Earliest) Reset() {
 	*x = Earliest{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1308,7 +1291,7 @@ func (x *Earliest) String() string {
 func (*Earliest) ProtoMessage() {}
 
 func (x *Earliest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1321,7 +1304,7 @@ func (x *Earliest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Earliest.ProtoReflect.Descriptor instead.
 func (*Earliest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{13}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{12}
 }
 
 type Latest struct {
@@ -1332,7 +1315,7 @@ type Latest struct {
 
 func (x *Latest) Reset() {
 	*x = Latest{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1344,7 +1327,7 @@ func (x *Latest) String() string {
 func (*Latest) ProtoMessage() {}
 
 func (x *Latest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1357,7 +1340,7 @@ func (x *Latest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Latest.ProtoReflect.Descriptor instead.
 func (*Latest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{14}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{13}
 }
 
 // One collection of a task: state, place in the log, counters.
@@ -1398,7 +1381,7 @@ type TaskCollection struct {
 
 func (x *TaskCollection) Reset() {
 	*x = TaskCollection{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1410,7 +1393,7 @@ func (x *TaskCollection) String() string {
 func (*TaskCollection) ProtoMessage() {}
 
 func (x *TaskCollection) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1423,7 +1406,7 @@ func (x *TaskCollection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskCollection.ProtoReflect.Descriptor instead.
 func (*TaskCollection) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{15}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *TaskCollection) GetName() string {
@@ -1578,7 +1561,7 @@ type Condition struct {
 
 func (x *Condition) Reset() {
 	*x = Condition{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1590,7 +1573,7 @@ func (x *Condition) String() string {
 func (*Condition) ProtoMessage() {}
 
 func (x *Condition) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1603,7 +1586,7 @@ func (x *Condition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Condition.ProtoReflect.Descriptor instead.
 func (*Condition) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{16}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Condition) GetType() string {
@@ -1644,7 +1627,7 @@ type VchannelProgress struct {
 
 func (x *VchannelProgress) Reset() {
 	*x = VchannelProgress{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1656,7 +1639,7 @@ func (x *VchannelProgress) String() string {
 func (*VchannelProgress) ProtoMessage() {}
 
 func (x *VchannelProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1669,7 +1652,7 @@ func (x *VchannelProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VchannelProgress.ProtoReflect.Descriptor instead.
 func (*VchannelProgress) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{17}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *VchannelProgress) GetVchannel() string {
@@ -1732,7 +1715,7 @@ var File_milvuscdc_v1_task_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\n" +
-	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa9\n" +
+	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\"\xa9\n" +
 	"\n" +
 	"\x04Task\x12F\n" +
 	"\x04name\x18\x01 \x01(\tB2\xe2A\x01\b\xbaH+r)2'^tasks/[a-z]([a-z0-9-]{0,61}[a-z0-9])?$R\x04name\x12\x16\n" +
@@ -1793,12 +1776,7 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x03lag\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x03lag\x12#\n" +
 	"\rrows_inserted\x18\x05 \x01(\x03R\frowsInserted\x12#\n" +
 	"\rrows_upserted\x18\x06 \x01(\x03R\frowsUpserted\x12!\n" +
-	"\frows_deleted\x18\a \x01(\x03R\vrowsDeleted\"s\n" +
-	"\x06Secret\x129\n" +
-	"\x03env\x18\x01 \x01(\tB%\xbaH\"r 2\x1e^[A-Za-z_][A-Za-z0-9_]{0,127}$H\x00R\x03env\x12 \n" +
-	"\x04file\x18\x02 \x01(\tB\n" +
-	"\xbaH\ar\x05\x10\x01\x18\x80 H\x00R\x04fileB\f\n" +
-	"\x03ref\x12\x05\xbaH\x02\b\x01\"\xe7\x01\n" +
+	"\frows_deleted\x18\a \x01(\x03R\vrowsDeleted\"\xe7\x01\n" +
 	"\x06Source\x126\n" +
 	"\x04etcd\x18\x01 \x01(\v2\x1a.milvuscdc.v1.EtcdMetadataB\x06\xbaH\x03\xc8\x01\x01R\x04etcd\x12-\n" +
 	"\x04nats\x18\x02 \x01(\v2\x17.milvuscdc.v1.NatsQueueH\x00R\x04nats\x120\n" +
@@ -1817,9 +1795,13 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\abrokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10@\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\abrokers\"w\n" +
 	"\x0eMilvusEndpoint\x129\n" +
 	"\x03uri\x18\x01 \x01(\tB'\xbaH$r\"2 ^https?://[^/\\s]+(:[0-9]{1,5})?$R\x03uri\x12*\n" +
-	"\x05token\x18\x02 \x01(\v2\x14.milvuscdc.v1.SecretR\x05token\"M\n" +
+	"\x05token\x18\x02 \x01(\v2\x14.milvuscdc.v1.SecretR\x05token\"\x98\x02\n" +
 	"\x04Sink\x126\n" +
-	"\x06milvus\x18\x01 \x01(\v2\x1c.milvuscdc.v1.MilvusEndpointH\x00R\x06milvusB\r\n" +
+	"\x06milvus\x18\x01 \x01(\v2\x1c.milvuscdc.v1.MilvusEndpointH\x00R\x06milvus\x12/\n" +
+	"\x05kafka\x18\x02 \x01(\v2\x17.milvuscdc.v1.KafkaSinkH\x00R\x05kafka\x12.\n" +
+	"\x05files\x18\x03 \x01(\v2\x16.milvuscdc.v1.FileSinkH\x00R\x05files\x128\n" +
+	"\bpostgres\x18\x04 \x01(\v2\x1a.milvuscdc.v1.PostgresSinkH\x00R\bpostgres\x12.\n" +
+	"\x06plugin\x18\x0f \x01(\v2\x14.milvuscdc.v1.PluginH\x00R\x06pluginB\r\n" +
 	"\x04kind\x12\x05\xbaH\x02\b\x01\"\x85\x01\n" +
 	"\tSelection\x12<\n" +
 	"\ainclude\x18\x01 \x03(\tB\"\xbaH\x1f\x92\x01\x1c\b\x01\x10\xe8\a\"\x15r\x13\x18\x80\x042\x0e^[^.]+\\.[^.]+$R\ainclude\x12:\n" +
@@ -1910,7 +1892,7 @@ func file_milvuscdc_v1_task_proto_rawDescGZIP() []byte {
 }
 
 var file_milvuscdc_v1_task_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(Drift)(0),                    // 0: milvuscdc.v1.Drift
 	(TaskState)(0),                // 1: milvuscdc.v1.TaskState
@@ -1919,60 +1901,68 @@ var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(*NameRule)(nil),              // 4: milvuscdc.v1.NameRule
 	(*Carry)(nil),                 // 5: milvuscdc.v1.Carry
 	(*TaskProgress)(nil),          // 6: milvuscdc.v1.TaskProgress
-	(*Secret)(nil),                // 7: milvuscdc.v1.Secret
-	(*Source)(nil),                // 8: milvuscdc.v1.Source
-	(*EtcdMetadata)(nil),          // 9: milvuscdc.v1.EtcdMetadata
-	(*NatsQueue)(nil),             // 10: milvuscdc.v1.NatsQueue
-	(*KafkaQueue)(nil),            // 11: milvuscdc.v1.KafkaQueue
-	(*MilvusEndpoint)(nil),        // 12: milvuscdc.v1.MilvusEndpoint
-	(*Sink)(nil),                  // 13: milvuscdc.v1.Sink
-	(*Selection)(nil),             // 14: milvuscdc.v1.Selection
-	(*Start)(nil),                 // 15: milvuscdc.v1.Start
-	(*Earliest)(nil),              // 16: milvuscdc.v1.Earliest
-	(*Latest)(nil),                // 17: milvuscdc.v1.Latest
-	(*TaskCollection)(nil),        // 18: milvuscdc.v1.TaskCollection
-	(*Condition)(nil),             // 19: milvuscdc.v1.Condition
-	(*VchannelProgress)(nil),      // 20: milvuscdc.v1.VchannelProgress
-	nil,                           // 21: milvuscdc.v1.Task.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 23: google.protobuf.Duration
+	(*Source)(nil),                // 7: milvuscdc.v1.Source
+	(*EtcdMetadata)(nil),          // 8: milvuscdc.v1.EtcdMetadata
+	(*NatsQueue)(nil),             // 9: milvuscdc.v1.NatsQueue
+	(*KafkaQueue)(nil),            // 10: milvuscdc.v1.KafkaQueue
+	(*MilvusEndpoint)(nil),        // 11: milvuscdc.v1.MilvusEndpoint
+	(*Sink)(nil),                  // 12: milvuscdc.v1.Sink
+	(*Selection)(nil),             // 13: milvuscdc.v1.Selection
+	(*Start)(nil),                 // 14: milvuscdc.v1.Start
+	(*Earliest)(nil),              // 15: milvuscdc.v1.Earliest
+	(*Latest)(nil),                // 16: milvuscdc.v1.Latest
+	(*TaskCollection)(nil),        // 17: milvuscdc.v1.TaskCollection
+	(*Condition)(nil),             // 18: milvuscdc.v1.Condition
+	(*VchannelProgress)(nil),      // 19: milvuscdc.v1.VchannelProgress
+	nil,                           // 20: milvuscdc.v1.Task.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 21: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 22: google.protobuf.Duration
+	(*Secret)(nil),                // 23: milvuscdc.v1.Secret
+	(*KafkaSink)(nil),             // 24: milvuscdc.v1.KafkaSink
+	(*FileSink)(nil),              // 25: milvuscdc.v1.FileSink
+	(*PostgresSink)(nil),          // 26: milvuscdc.v1.PostgresSink
+	(*Plugin)(nil),                // 27: milvuscdc.v1.Plugin
 }
 var file_milvuscdc_v1_task_proto_depIdxs = []int32{
-	21, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
-	8,  // 1: milvuscdc.v1.Task.source:type_name -> milvuscdc.v1.Source
-	13, // 2: milvuscdc.v1.Task.sink:type_name -> milvuscdc.v1.Sink
-	14, // 3: milvuscdc.v1.Task.selection:type_name -> milvuscdc.v1.Selection
-	15, // 4: milvuscdc.v1.Task.start:type_name -> milvuscdc.v1.Start
+	20, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
+	7,  // 1: milvuscdc.v1.Task.source:type_name -> milvuscdc.v1.Source
+	12, // 2: milvuscdc.v1.Task.sink:type_name -> milvuscdc.v1.Sink
+	13, // 3: milvuscdc.v1.Task.selection:type_name -> milvuscdc.v1.Selection
+	14, // 4: milvuscdc.v1.Task.start:type_name -> milvuscdc.v1.Start
 	4,  // 5: milvuscdc.v1.Task.rename:type_name -> milvuscdc.v1.NameRule
 	5,  // 6: milvuscdc.v1.Task.carry:type_name -> milvuscdc.v1.Carry
 	0,  // 7: milvuscdc.v1.Task.drift:type_name -> milvuscdc.v1.Drift
 	1,  // 8: milvuscdc.v1.Task.state:type_name -> milvuscdc.v1.TaskState
-	22, // 9: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
-	22, // 10: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
-	22, // 11: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
+	21, // 9: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
+	21, // 10: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
+	21, // 11: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
 	6,  // 12: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
-	19, // 13: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
-	23, // 14: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
-	9,  // 15: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
-	10, // 16: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
-	11, // 17: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
-	12, // 18: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	7,  // 19: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
-	12, // 20: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	16, // 21: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
-	17, // 22: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
-	2,  // 23: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
-	22, // 24: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
-	22, // 25: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
-	23, // 26: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
-	20, // 27: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
-	19, // 28: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
-	23, // 29: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
-	30, // [30:30] is the sub-list for method output_type
-	30, // [30:30] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	18, // 13: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
+	22, // 14: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
+	8,  // 15: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
+	9,  // 16: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
+	10, // 17: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
+	11, // 18: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	23, // 19: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
+	11, // 20: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	24, // 21: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
+	25, // 22: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
+	26, // 23: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
+	27, // 24: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
+	15, // 25: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
+	16, // 26: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
+	2,  // 27: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
+	21, // 28: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
+	21, // 29: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
+	22, // 30: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
+	19, // 31: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
+	18, // 32: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
+	22, // 33: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
+	34, // [34:34] is the sub-list for method output_type
+	34, // [34:34] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_task_proto_init() }
@@ -1980,19 +1970,24 @@ func file_milvuscdc_v1_task_proto_init() {
 	if File_milvuscdc_v1_task_proto != nil {
 		return
 	}
+	file_milvuscdc_v1_format_proto_init()
+	file_milvuscdc_v1_secret_proto_init()
+	file_milvuscdc_v1_sink_file_proto_init()
+	file_milvuscdc_v1_sink_kafka_proto_init()
+	file_milvuscdc_v1_sink_postgres_proto_init()
 	file_milvuscdc_v1_task_proto_msgTypes[2].OneofWrappers = []any{}
 	file_milvuscdc_v1_task_proto_msgTypes[4].OneofWrappers = []any{
-		(*Secret_Env)(nil),
-		(*Secret_File)(nil),
-	}
-	file_milvuscdc_v1_task_proto_msgTypes[5].OneofWrappers = []any{
 		(*Source_Nats)(nil),
 		(*Source_Kafka)(nil),
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[10].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[9].OneofWrappers = []any{
 		(*Sink_Milvus)(nil),
+		(*Sink_Kafka)(nil),
+		(*Sink_Files)(nil),
+		(*Sink_Postgres)(nil),
+		(*Sink_Plugin)(nil),
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[12].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[11].OneofWrappers = []any{
 		(*Start_Earliest)(nil),
 		(*Start_Latest)(nil),
 	}
@@ -2002,7 +1997,7 @@ func file_milvuscdc_v1_task_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_task_proto_rawDesc), len(file_milvuscdc_v1_task_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   19,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
