@@ -175,11 +175,12 @@ async def test_every_type_reads_back_equal(
 
 async def test_digits_of_json_numbers_stay(database: Database, writer: PostgresWriter) -> None:
     table = table_of(KEY, VECTOR, Field(102, "j", T.JSON))
-    digits = '{"n": 12345678901234567890.12345678901234567890, "m": 1e300}'
+    digits = '{"n": 12345678901234567890.12345678901234567890, "m": [1e300, NaN]}'
     await opened(writer, table)
     await write(writer, table, put(table, [{"id": 1, "v": [0.0] * DIM, "j": digits}]))
     [(text,)] = database.select('SELECT j::text FROM "default".articles')
     assert '"n": 12345678901234567890.12345678901234567890' in text
+    assert json.loads(text)["m"] == [1e300, "NaN"]
 
 
 async def test_sparse_vectors_as_sparsevec(database: Database) -> None:

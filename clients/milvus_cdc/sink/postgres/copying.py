@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from milvus_cdc.rows import Field, FieldType
 from milvus_cdc.sink.postgres.columns import MAX_SPARSE_DIM
-from milvus_cdc.sink.postgres.nul import without_nul, without_nul_json
+from milvus_cdc.sink.postgres.texts import without_constants, without_nul, without_nul_json
 
 HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 TRAILER = b"\xff\xff"
@@ -210,7 +210,7 @@ def _text(strip_nul: bool, array: pa.Array) -> list[_Part]:
 
 
 def _jsonb(strip_nul: bool, array: pa.Array) -> list[_Part]:
-    text = without_nul_json(array) if strip_nul else array
+    text = without_constants(without_nul_json(array) if strip_nul else array)
     return [_Fixed(np.dtype("u1"), _JSONB_VERSION), text.cast(pa.large_binary())]
 
 

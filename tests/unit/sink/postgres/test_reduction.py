@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from milvus_cdc.errors import RetryableError, UnknownOutcomeError, UserError
 from milvus_cdc.rows import ChangeOp, Changes
 from milvus_cdc.sink.postgres import failures
-from milvus_cdc.sink.postgres.nul import without_nul, without_nul_json
 from milvus_cdc.sink.postgres.reduction import reduce
+from milvus_cdc.sink.postgres.texts import without_constants, without_nul, without_nul_json
 
 from tests.contract.postgres_samples import BEGIN, KEY, NUMBER, gone, put, table_of
 
@@ -83,8 +83,19 @@ def test_nul_leaves_json_text(text: str) -> None:
     assert without_nul(pa.array([text, "b"])).to_pylist() == [clean, "b"]
 
 
-def _error(code: str, context: str = "") -> psycopg.Error:
-    return type("E", (psycopg.Error,), {"sqlstate": code, "__str__": lambda self: "words"})()
+def test_constants_become_strings() -> None:
+    text = '{"NaN": [NaN, -Infinity, "a\\"NaN", Infinity], "x": "-Infinity"}'
+    [found, plain] = without_constants(pa.array([text, '{"a": 1.50}'])).to_pylist()
+    expected = {"NaN": ["NaN", "-Infinity", 'a"NaN', "Infinity"], "x": "-Infinity"}
+    assert json.loads(found, parse_constant=pytest.fail) == expected
+    assert plain == '{"a": 1.50}'
+
+
+def _error(code: str) -> psycopg.Error:
+    kind: type[psycopg.Error] = type(
+        "E", (psycopg.Error,), {"sqlstate": code, "__str__": lambda self: "words"}
+    )
+    return kind()
 
 
 @pytest.mark.parametrize(
