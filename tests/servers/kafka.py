@@ -15,6 +15,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from tests.servers.cache import cached_folder
+from tests.servers.kafka_security import KafkaSecurity
 from tests.servers.ports import free_port
 from tests.servers.process import ManagedProcess
 
@@ -52,21 +53,30 @@ def kafka_unavailable_reason() -> str | None:
 
 
 class KafkaServer(ManagedProcess):
-    """One broker; `brokers` is `host:port`."""
+    """One broker; `brokers` is `host:port`.
 
-    def __init__(self, folder: Path, *, name: str = "kafka") -> None:
+    With `secured` it also listens where one has to log in, and knows rights; whoever comes without
+    a login may do everything.
+    """
+
+    def __init__(self, folder: Path, *, name: str = "kafka", secured: bool = False) -> None:
         """RuntimeError with the way out when Java or Maven is missing or finds no jars."""
         if reason := kafka_unavailable_reason():
             raise RuntimeError(reason)
         broker, controller = free_port(), free_port()
         self.brokers = f"127.0.0.1:{broker}"
+        self.security = KafkaSecurity(folder) if secured else None
         self._controller = f"127.0.0.1:{controller}"
         self._classpath = f"{cached_folder('kafka-3.9.1', _resolve_jars) / 'lib'}/*"
         self._properties = folder / "server.properties"
         argv = ["java", *_JVM, "-cp", self._classpath, "kafka.Kafka", str(self._properties)]
-        super().__init__(
-            name, argv, folder, ports=(broker, controller), ready=self._answers, stop_grace=20
-        )
+        ports = (broker, controller, *(self.security.ports if self.security else ()))
+        super().__init__(name, argv, folder, ports=ports, ready=self._answers, stop_grace=20)
+
+    @property
+    def classpath(self) -> str:
+        """With Kafka's Java client on it."""
+        return self._classpath
 
     def spawn(self) -> None:
         if not (self.folder / "data" / "meta.properties").exists():
@@ -96,13 +106,28 @@ class KafkaServer(ManagedProcess):
             "offsets.topic.num.partitions": "1",
             "transaction.state.log.replication.factor": "1",
             "transaction.state.log.min.isr": "1",
+            # The default of 50 makes a start, and a return after a crash, take seconds longer.
+            "transaction.state.log.num.partitions": "4",
             "group.initial.rebalance.delay.ms": "0",
         }
+        scram: list[str] = []
+        if self.security is not None:
+            self.security.prepare()
+            for key, value in self.security.settings().items():
+                settings[key] = f"{settings[key]},{value}" if key in settings else value
+            scram = self.security.storage_arguments()
         self._properties.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        tool = ["java", *_JVM, "-cp", self._classpath, "kafka.tools.StorageTool"]
+        tool = [
+            "java",
+            *_JVM,
+            "-XX:TieredStopAtLevel=1",
+            "-cp",
+            self._classpath,
+            "kafka.tools.StorageTool",
+        ]
         # As one word: an id may begin with a hyphen.
-        _run([*tool, "format", f"--cluster-id={cluster}", "-c", str(self._properties)])
+        _run([*tool, "format", f"--cluster-id={cluster}", "-c", str(self._properties), *scram])
 
 
 _JVM = ["-Xms64m", "-Xmx384m", "-XX:+UseSerialGC", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]

@@ -129,6 +129,7 @@ class KafkaSink(_message.Message):
     COMPRESSION_FIELD_NUMBER: _builtins.int
     SECURITY_FIELD_NUMBER: _builtins.int
     LIBRDKAFKA_FIELD_NUMBER: _builtins.int
+    TRANSACTIONS_FIELD_NUMBER: _builtins.int
     topic: _builtins.str
     """Topic of a collection's rows; `{database}` and `{collection}` are its names at the sink.
     `milvus.{database}.{collection}` when empty; without either, all collections share one topic.
@@ -147,7 +148,7 @@ class KafkaSink(_message.Message):
 
     @_builtins.property
     def heartbeat_interval(self) -> _duration_pb2.Duration:
-        """How often per collection at most; 10 s when unset."""
+        """How often per collection at most; 10 s when unset. Only with `heartbeat_topic`."""
 
     @_builtins.property
     def format(self) -> _format_pb2.Format: ...
@@ -160,6 +161,10 @@ class KafkaSink(_message.Message):
     @_builtins.property
     def librdkafka(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Any other setting of librdkafka's producer, by its name there. What this sink must own is refused by name."""
+
+    @_builtins.property
+    def transactions(self) -> Global___KafkaTransactions:
+        """How rows and checkpoint become one transaction. Only with KAFKA_DELIVERY_EXACTLY_ONCE."""
 
     def __init__(
         self,
@@ -176,14 +181,47 @@ class KafkaSink(_message.Message):
         compression: Global___KafkaCompression.ValueType = ...,
         security: Global___KafkaSecurity | None = ...,
         librdkafka: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        transactions: Global___KafkaTransactions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_topics", b"create_topics", "format", b"format", "heartbeat_interval", b"heartbeat_interval", "security", b"security"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_topics", b"create_topics", "format", b"format", "heartbeat_interval", b"heartbeat_interval", "security", b"security", "transactions", b"transactions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["brokers", b"brokers", "compression", b"compression", "create_topics", b"create_topics", "delivery", b"delivery", "format", b"format", "heartbeat_interval", b"heartbeat_interval", "heartbeat_topic", b"heartbeat_topic", "librdkafka", b"librdkafka", "schema_topic", b"schema_topic", "security", b"security", "tombstones", b"tombstones", "topic", b"topic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["brokers", b"brokers", "compression", b"compression", "create_topics", b"create_topics", "delivery", b"delivery", "format", b"format", "heartbeat_interval", b"heartbeat_interval", "heartbeat_topic", b"heartbeat_topic", "librdkafka", b"librdkafka", "schema_topic", b"schema_topic", "security", b"security", "tombstones", b"tombstones", "topic", b"topic", "transactions", b"transactions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KafkaSink: _TypeAlias = KafkaSink  # noqa: Y015
+
+@_typing.final
+class KafkaTransactions(_message.Message):
+    """Each collection has a transactional id of its own, which keeps a replaced replicator from writing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_TOPIC_FIELD_NUMBER: _builtins.int
+    REPLICATION_FACTOR_FIELD_NUMBER: _builtins.int
+    PRODUCERS_FIELD_NUMBER: _builtins.int
+    checkpoint_topic: _builtins.str
+    """Compacted topic of the checkpoints; `milvus-cdc-checkpoints` when empty. It is made when it is missing."""
+    replication_factor: _builtins.int
+    """Of the checkpoint topic, when it is made: the broker's default when 0."""
+    producers: _builtins.int
+    """Connected producers at once per replicator; 16 when 0. With more collections than that, one that has nothing to
+    write gives its producer up to another.
+    """
+    def __init__(
+        self,
+        *,
+        checkpoint_topic: _builtins.str = ...,
+        replication_factor: _builtins.int = ...,
+        producers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_topic", b"checkpoint_topic", "producers", b"producers", "replication_factor", b"replication_factor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KafkaTransactions: _TypeAlias = KafkaTransactions  # noqa: Y015
 
 @_typing.final
 class KafkaTopicCreation(_message.Message):
