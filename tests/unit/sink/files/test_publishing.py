@@ -116,6 +116,7 @@ async def test_a_replay_changes_nothing(tmp_path: Path) -> None:
     before = events(history_of(tmp_path))
     await writer.write(TABLE, first, 10)
     await writer.write(TABLE, beyond, 10)
+    assert history_of(tmp_path).links[-1].checkpoints == (upto(4),)
     await writer.close()
     again = await opened(tmp_path, TABLE, Opening.RESUME, 2)
     merged = Batch((*first.changes, *beyond.changes, put(TABLE, plain([4]), 5, vchannel=V2)))
