@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.e2e.carries import Carries
 from tests.servers import (
     EtcdServer,
+    KafkaServer,
     PostgresServer,
+    S3Server,
     Stack,
     kafka_unavailable_reason,
     postgres_unavailable_reason,
 )
+
+collect_ignore = ["plugin_package"]
+"""A package of its own, whose tests run where it is installed (tests/contract)."""
 
 SHARED_STACKS = pytest.StashKey[list[Stack]]()
 """Those that run now, for whoever cleans up in them."""
@@ -90,3 +99,38 @@ def postgres_server(
     """Each test takes a database of its own; who kills it takes a server of his own."""
     with PostgresServer(tmp_path_factory.mktemp("postgres")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def kafka_broker(
+    tmp_path_factory: pytest.TempPathFactory, kafka_available: None
+) -> Iterator[KafkaServer]:
+    """A broker that no Milvus uses, with logins and rights; each test takes topics of its own and
+    leaves it running.
+    """
+    with KafkaServer(tmp_path_factory.mktemp("kafka-sink"), secured=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """Each test takes a bucket of its own."""
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def example_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tests/plugin_package as somebody would install it: a folder for PYTHONPATH, or sys.path."""
+    folder = tmp_path_factory.mktemp("plugins")
+    source, target = folder / "source", folder / "installed"
+    # pip leaves things beside what it builds.
+    shutil.copytree(Path(__file__).parent / "plugin_package", source)
+    options = ("--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, "--target", target, source],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return target

@@ -395,11 +395,16 @@ class CollectionRunner:
 
     def _chores(self) -> bool:
         want = self.assignment.want
+        if self._object.heartbeats:
+            return True
         return want.state is ObjectState.DROPPED and not self._core.closed
 
     def _housekeeping(self) -> None:
-        if self._chores():
+        want = self.assignment.want
+        if want.state is ObjectState.DROPPED and not self._core.closed:
             self._spawn(self._intake.look_for_log_ends())
+        if self._object.heartbeats:
+            self._spawn(self._object.heartbeat())
         for partition_id in self._core.waiting_partitions:
             self._query_partition(
                 self.assignment.assignment_id, self.assignment.epoch, partition_id

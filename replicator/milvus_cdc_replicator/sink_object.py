@@ -100,6 +100,8 @@ class SinkObject:
         self.conditions: dict[str, str] = {}
         self.linger_seconds = 0.0
         """How long an unfinished request waits for more."""
+        self.heartbeats = False
+        """The sink wants to hear that source time goes on."""
         self.renamed_to: tuple[str, str] | None = None
         self.dropped = False
         self.flushed_ts = 0
@@ -244,6 +246,7 @@ class SinkObject:
     def _arrange(self, writer: Capabilities, checkpoints: Iterable[Checkpoint]) -> None:
         """As the sink wants its batches, from where it says that it is."""
         self.linger_seconds = writer.linger_seconds
+        self.heartbeats = writer.heartbeats
         self._core.sequencer.arrange(
             WriteLimits(
                 writer.rows_per_batch,
@@ -257,6 +260,12 @@ class SinkObject:
         for known in checkpoints:
             if (lane := self._core.lanes.get(known.vchannel)) is not None:
                 lane.resume(known.read_from, known.resolved_ts)
+
+    async def heartbeat(self) -> None:
+        """Tells the sink how far it is."""
+        resolved = min((lane.resolved_ts for lane in self._core.lanes.values()), default=0)
+        if resolved and self._sink is not None and not self._halt.is_set():
+            await self._sink.heartbeat(self._sink.target(self.placed), resolved)
 
     async def release(self) -> None:
         """Nothing is written any more by this owner."""

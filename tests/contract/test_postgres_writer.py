@@ -686,4 +686,3 @@ def test_capabilities(database: Database) -> None:
     capabilities = database.writer().capabilities
     assert capabilities.own_checkpoint
     assert capabilities.in_flight == 1
-    assert capabilities.renames

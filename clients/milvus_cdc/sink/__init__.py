@@ -205,6 +205,10 @@ class Sink(Protocol):
         """
         ...
 
+    async def heartbeat(self, target: CollectionTarget, resolved_ts: int) -> None:
+        """Of a writer that wants it: everything at or below `resolved_ts` is there."""
+        ...
+
     async def release(self, target: CollectionTarget) -> None:
         """This process writes no more of the collection for now."""
         ...

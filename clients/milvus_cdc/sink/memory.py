@@ -140,6 +140,9 @@ class MemorySink:
     async def probe(self) -> str:
         return "memory"
 
+    async def heartbeat(self, target: CollectionTarget, resolved_ts: int) -> None:
+        """Its own clock goes on by itself."""
+
     async def release(self, target: CollectionTarget) -> None:
         pass
 

@@ -98,8 +98,8 @@ class Capabilities:
     """Batches of one collection under way at once, never two that share a key; 1 with
     `own_checkpoint`.
     """
-    renames: bool = True
-    """`apply` carries out RENAME_COLLECTION; without it the old name stays at the sink."""
+    heartbeats: bool = False
+    """`heartbeat` does something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +146,13 @@ class Writer(Protocol):
 
     async def write(self, table: Table, batch: Batch, timeout_seconds: float) -> None:
         """Durable when it returns, and the end of every attempt lies within `timeout_seconds`."""
+        ...
+
+    async def heartbeat(self, table: Table, resolved_ts: int) -> None:
+        """Every change of the collection at or below `resolved_ts` (TSO) is in the sink. Said about
+        once a second with `Capabilities.heartbeats`, also where no rows come; does not wait, and
+        may be lost.
+        """
         ...
 
     async def release(self, table: Table) -> None:

@@ -127,6 +127,10 @@ class WriterSink:
     async def flush(self, want: Collection) -> None:
         """Asks for files of a Milvus; here is none."""
 
+    async def heartbeat(self, target: CollectionTarget, resolved_ts: int) -> None:
+        if target.table is not None:
+            await self.writer.heartbeat(target.table, resolved_ts)
+
     async def release(self, target: CollectionTarget) -> None:
         if target.table is not None:
             await self.writer.release(target.table)

@@ -166,6 +166,9 @@ class FileWriter:
                 return Published.as_it_is(self._store, folder, table, self._files.suffix)
         return None
 
+    async def heartbeat(self, table: Table, resolved_ts: int) -> None:
+        """Checkpoints tell it."""
+
     async def release(self, table: Table) -> None:
         """What is published needs no end; a call that is still running ends on its own."""
         self._collection(table).published = None

@@ -80,6 +80,7 @@ class KafkaWriter:
         self._schema_topic = _optional(spec.schema_topic, "schema_topic")
         self._heartbeat_topic = _optional(spec.heartbeat_topic, "heartbeat_topic")
         self._tombstones = spec.tombstones
+        self._headers = spec.headers
         exactly_once = spec.delivery == sink_kafka_pb2.KAFKA_DELIVERY_EXACTLY_ONCE
         _check_combinations(spec, exactly_once)
         self._heartbeat_seconds = (
@@ -101,7 +102,8 @@ class KafkaWriter:
 
     @property
     def capabilities(self) -> Capabilities:
-        return AT_LEAST_ONCE if self._exactly_once is None else EXACTLY_ONCE
+        own = AT_LEAST_ONCE if self._exactly_once is None else EXACTLY_ONCE
+        return replace(own, heartbeats=self._heartbeat_topic is not None)
 
     async def probe(self) -> str:
         known = {
@@ -161,7 +163,7 @@ class KafkaWriter:
                 handing.records(
                     collection.topic,
                     self._format.encode(collection.table, each),
-                    headers.of_changes(each, collection.headers),
+                    headers.of_changes(each, collection.table, collection.headers, self._headers),
                     tombstones=self._tombstones and each.op is ChangeOp.DELETE,
                 )
 

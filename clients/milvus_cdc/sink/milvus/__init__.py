@@ -47,6 +47,9 @@ class MilvusSink:
         )
         self._writers: dict[tuple[str, str], asyncio.Lock] = {}
 
+    async def heartbeat(self, target: CollectionTarget, resolved_ts: int) -> None:
+        """Its own clock goes on by itself."""
+
     async def release(self, target: CollectionTarget) -> None:
         """It holds nothing for a collection."""
 

@@ -244,6 +244,9 @@ class PostgresWriter:
             raise
         opened.unknown = None
 
+    async def heartbeat(self, table: Table, resolved_ts: int) -> None:
+        """Checkpoints tell it."""
+
     async def release(self, table: Table) -> None:
         self._open.pop(_key(table), None)
 
