@@ -98,6 +98,8 @@ class Capabilities:
     """Batches of one collection under way at once, never two that share a key; 1 with
     `own_checkpoint`.
     """
+    renames: bool = True
+    """RENAME_COLLECTION takes what is there along; without it older rows stay under the old name."""
     heartbeats: bool = False
     """`heartbeat` does something."""
 

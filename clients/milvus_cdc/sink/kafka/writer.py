@@ -49,7 +49,7 @@ HEARTBEAT_SECONDS = 10.0
 EVENT_SECONDS = 8.0
 CREATED = "CREATE_COLLECTION"
 
-AT_LEAST_ONCE = Capabilities(in_flight=4)
+AT_LEAST_ONCE = Capabilities(in_flight=4, renames=False)
 EXACTLY_ONCE = Capabilities(
     own_checkpoint=True,
     # A commit costs the brokers some milliseconds however many rows it has.
@@ -57,6 +57,7 @@ EXACTLY_ONCE = Capabilities(
     bytes_per_batch=32 * 1024 * 1024,
     linger_seconds=0.1,
     in_flight=1,
+    renames=False,
 )
 
 
