@@ -7,6 +7,7 @@ from tests.servers.milvus import MilvusServer
 from tests.servers.ports import free_port
 from tests.servers.postgres import PostgresServer, postgres_unavailable_reason
 from tests.servers.process import ManagedProcess, ServerStartError
+from tests.servers.s3 import S3Server
 from tests.servers.stack import Stack
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "MilvusLiteServer",
     "MilvusServer",
     "PostgresServer",
+    "S3Server",
     "ServerStartError",
     "Stack",
     "free_port",

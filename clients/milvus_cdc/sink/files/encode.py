@@ -203,7 +203,7 @@ class Parquet:
             use_dictionary=dictionaries,
             use_byte_stream_split=split if self._compression != "none" else False,
         )
-        return memoryview(sink.getvalue())
+        return memoryview(sink.getvalue()).cast("B")
 
     def _layout(self, table: Table) -> tuple[list[str], list[str]]:
         """Leaf columns to split, and those to make dictionaries of."""

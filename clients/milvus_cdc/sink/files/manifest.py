@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from milvus_cdc.errors import UserError
+from milvus_cdc.rows import Table
 from milvus_cdc.sink.writer import Checkpoint
 
 FORMAT = 1
@@ -150,6 +151,28 @@ class Manifest:
                     written=tuple(w for w in held.written if _ts(w) > each.resolved_ts),
                 )
         return replace(self, shards=shards)
+
+
+def before_first(table: Table) -> Manifest:
+    """What the first one succeeds: number 0, which is never written."""
+    return Manifest(
+        number=0,
+        epoch=0,
+        writer="",
+        attempt="",
+        kind=OPEN,
+        time_ms=0,
+        collection_id=table.collection_id,
+        task=table.task,
+        task_uid=table.task_uid,
+        source_database=table.source_database,
+        source_collection=table.source_collection,
+        generation=0,
+        generation_from=0,
+        database=table.database,
+        collection=table.collection,
+        schema="",
+    )
 
 
 def _ts(written: str) -> int:

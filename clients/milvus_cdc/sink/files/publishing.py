@@ -12,12 +12,12 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import orjson
 import structlog
 
-from milvus_cdc.errors import BugError, CdcError, RetryableError, UserError
+from milvus_cdc.errors import BugError, CdcError, RetryableError, UnknownOutcomeError, UserError
 from milvus_cdc.rows import ChangeOp, Changes, Table
 from milvus_cdc.sink.files import encode, manifest, places, schema_file
 from milvus_cdc.sink.files.chain import FOLD, Chain, locate
@@ -46,6 +46,8 @@ class Published:
     """The schema's hash of the table that came last."""
     uncertain: bool = False
     """An attempt may have been published; look first."""
+    doubtful: list[str] = field(default_factory=list)
+    """Files of such attempts, until it is known that no manifest will name them."""
 
     @classmethod
     def open(
@@ -68,7 +70,7 @@ class Published:
             head = chain.newest()
             if head is not None:
                 _check_owner(store, table, head, opening, epoch)
-            opened = cls(store, folder, epoch, writer, chain, _first(table), suffix)
+            opened = cls(store, folder, epoch, writer, chain, manifest.before_first(table), suffix)
             link = opened._opening_link(head, table, opening)
             if chain.publish(link):
                 opened.head = link
@@ -90,11 +92,11 @@ class Published:
             or (opening is Opening.RECREATE and not (head.epoch == self.epoch and _is_empty(head)))
             or (opening is Opening.NEW and head.task_uid != table.task_uid)
         )
-        base = head or _first(table)
+        base = head or manifest.before_first(table)
         link = base.succeed(manifest.OPEN, self.epoch, self.writer, _attempt(), _now_ms())
         if begins:
             link = replace(
-                _first(table),
+                manifest.before_first(table),
                 number=link.number,
                 epoch=link.epoch,
                 writer=link.writer,
@@ -131,8 +133,10 @@ class Published:
                 self._check_time(deadline)
                 done = self._publish(link)
             finally:
-                if not done and not self.uncertain:
-                    self._remove_parts(link, files)
+                if self.uncertain:
+                    self.doubtful += [each.path for each in files]
+                elif not done:
+                    self._remove([each.path for each in files])
             if done:
                 self._fold()
                 return
@@ -172,10 +176,11 @@ class Published:
             )
             self.store.put(f"{self.folder}/{path}", each.data)
 
-    def _remove_parts(self, link: Manifest, files: list[FileEntry]) -> None:
-        """Of an attempt that is not published; what stays is removed by the next opening."""
-        with contextlib.suppress(CdcError):
-            self.store.remove([f"{self.folder}/{each.path}" for each in files])
+    def _remove(self, paths: list[str]) -> None:
+        """What cannot be removed now, the next opening removes."""
+        if paths:
+            with contextlib.suppress(CdcError):
+                self.store.remove([f"{self.folder}/{path}" for path in paths])
 
     # ---- schema changes
 
@@ -237,11 +242,16 @@ class Published:
 
     def _publish(self, link: Manifest) -> bool:
         """False when an earlier attempt of ours turned out to be there: begin anew."""
-        self.uncertain = True
-        published = self.chain.publish(link)
-        self.uncertain = False
+        try:
+            published = self.chain.publish(link)
+        except UnknownOutcomeError:
+            self.uncertain = True
+            raise
         if published:
             self.head = link
+            # Their number is taken, so they stay what they are.
+            self._remove(self.doubtful)
+            self.doubtful = []
             return True
         there = self._newest()
         if there.attempt == link.attempt:
@@ -273,6 +283,8 @@ class Published:
                 field=URI_FIELD,
             )
         self.head = there
+        named = {each.path for each in there.files}
+        self.doubtful = [path for path in self.doubtful if path not in named]
         return there
 
     def _schema(self, table: Table, held: str) -> str:
@@ -324,27 +336,6 @@ def _check_owner(store: Store, table: Table, head: Manifest, opening: Opening, e
             f"{epoch}: another process owns it by now",
             field=URI_FIELD,
         )
-
-
-def _first(table: Table) -> Manifest:
-    return Manifest(
-        number=0,
-        epoch=0,
-        writer="",
-        attempt="",
-        kind=manifest.OPEN,
-        time_ms=0,
-        collection_id=table.collection_id,
-        task=table.task,
-        task_uid=table.task_uid,
-        source_database=table.source_database,
-        source_collection=table.source_collection,
-        generation=0,
-        generation_from=0,
-        database=table.database,
-        collection=table.collection,
-        schema="",
-    )
 
 
 def _is_empty(head: Manifest) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from milvus_cdc.errors import CdcError, RetryableError, UserError
+from milvus_cdc.errors import CdcError, RetryableError, UnknownOutcomeError, UserError
 
 URI_FIELD = "sink.files.uri"
 Bytes = bytes | memoryview
@@ -137,7 +137,14 @@ class LocalStore:
                 raise
             finally:
                 _unlink(temporary)
-            _sync(target.parent)
+            try:
+                _sync(target.parent)
+            except OSError as error:
+                raise UnknownOutcomeError(
+                    "SINK_IO_ERROR",
+                    f"{target} is there and may not last: {error.strerror}",
+                    field=URI_FIELD,
+                ) from error
             return True
 
     def get(self, path: str) -> bytes:

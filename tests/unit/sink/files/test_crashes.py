@@ -194,3 +194,19 @@ def test_a_file_of_a_late_attempt_is_another_file() -> None:
     [file] = history_in(store).files
     assert places.part_of(file.entry.path) is not None
     assert numbers(history_in(store)) == {1: 0, 2: 0}
+    assert visible(store) == 1
+
+
+@pytest.mark.parametrize("fault", [Fault.FAIL, Fault.LOST_ANSWER, Fault.LATE])
+def test_a_manifest_of_unknown_fate(fault: Fault) -> None:
+    """Its file stays while the manifest may still name it, and no longer."""
+    store = MemoryStore()
+    owner = Published.open(store, TABLE, Opening.NEW, 1, "parquet")
+    store.faults = [None, fault]
+    with pytest.raises(RetryableError):
+        owner.write(TABLE, Batch((put(TABLE, plain([1]), 1),)), content, math.inf)
+    assert visible(store) == (0 if fault is Fault.FAIL else 1)
+    more = Batch((put(TABLE, plain([1]), 1), put(TABLE, plain([2]), 2)))
+    owner.write(TABLE, more, content, math.inf)
+    assert numbers(history_in(store)) == {1: 0, 2: 0}
+    assert visible(store) == len(history_in(store).files)
