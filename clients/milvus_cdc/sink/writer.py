@@ -99,7 +99,7 @@ class Capabilities:
     `own_checkpoint`.
     """
     renames: bool = True
-    """RENAME_COLLECTION takes what is there along; without it older rows stay under the old name."""
+    """RENAME_COLLECTION takes what is there along; without it older rows keep the old name."""
     heartbeats: bool = False
     """`heartbeat` does something."""
 
