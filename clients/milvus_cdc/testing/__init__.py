@@ -1,0 +1,13 @@
+"""For authors of sinks and formats: changes as the log has them, and the contract that every sink
+of ours passes. See docs/writing-a-sink.md.
+"""
+
+import contextlib
+
+with contextlib.suppress(ImportError):
+    import pytest
+
+    # So that a failing assertion of the contract shows its values.
+    pytest.register_assert_rewrite(
+        f"{__name__}.writer_contract", f"{__name__}.own_checkpoint", f"{__name__}.harness"
+    )
