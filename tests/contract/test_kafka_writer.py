@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import shutil
@@ -10,7 +11,8 @@ import subprocess
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,22 @@ async def test_every_record_says_what_it_is(broker: KafkaServer, writer: Open) -
     }
 
 
+async def test_fewer_headers(broker: KafkaServer, writer: Open) -> None:
+    for wanted, names in (
+        (sink_kafka_pb2.KAFKA_HEADERS_NONE, {"line"}),
+        (
+            sink_kafka_pb2.KAFKA_HEADERS_CHANGE,
+            {"line", "cdc.op", "cdc.ts", "cdc.vchannel", "cdc.position", "cdc.schema_version"},
+        ),
+    ):
+        table = some_table()
+        sink = writer(headers=wanted)
+        await sink.open(table, Opening.NEW, 1)
+        await sink.write(table, batch(upserts(5, (1, "a"))), SECONDS)
+        (record,) = read_all(broker.brokers, topic_of(table))
+        assert set(record.headers) == names
+
+
 async def test_a_delete_is_followed_by_a_tombstone_where_wanted(
     broker: KafkaServer, writer: Open
 ) -> None:
@@ -202,7 +220,7 @@ async def test_schema_changes_and_source_time_are_told(broker: KafkaServer, writ
     for change in (
         SchemaChange(SchemaChangeKind.CREATE_PARTITION, table, partition="p"),
         SchemaChange(
-            SchemaChangeKind.RENAME_COLLECTION, renamed, renamed_from=("default", table.collection)
+            SchemaChangeKind.RENAME_COLLECTION, renamed, renamed_from=("default", name), ts=BEGIN
         ),
     ):
         await sink.apply(change, SECONDS)
@@ -216,6 +234,10 @@ async def test_schema_changes_and_source_time_are_told(broker: KafkaServer, writ
         "RENAME_COLLECTION",
     ]
     assert {e.headers["cdc.event"] for e in events} >= {"CREATE_COLLECTION", "DROP_COLLECTION"}
+    assert [e.headers["cdc.event"] for e in events if e.headers.get("cdc.ts") == str(BEGIN)] == [
+        "RENAME_COLLECTION"
+    ]
+    assert sink.capabilities.heartbeats
     assert len(read_all(broker.brokers, topic_of(renamed))) == 1
 
     for ts in range(5):
@@ -537,4 +559,75 @@ async def test_tls(broker: KafkaServer, monkeypatch: pytest.MonkeyPatch) -> None
             assert failed.value.reason == reason
         else:
             assert "Kafka cluster" in await sink.probe()
+        await sink.close()
+
+
+@pytest.fixture
+def token_url() -> Iterator[str]:
+    """An identity provider that gives alice's token, unsigned, to whoever knows the secret."""
+
+    def part(content: dict[str, object]) -> str:
+        return base64.urlsafe_b64encode(json.dumps(content).encode()).decode().rstrip("=")
+
+    class Provider(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            login = base64.b64decode(self.headers["Authorization"].split()[1]).decode()
+            known = login == "alice-client:right"
+            now = int(time.time())
+            claims: dict[str, object] = {"sub": "alice", "iat": now, "exp": now + 600}
+            token = f"{part({'alg': 'none'})}.{part(claims)}."
+            answer = json.dumps({"access_token": token} if known else {"error": "invalid_client"})
+            self.send_response(200 if known else 401)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Provider)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/token"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+async def test_login_by_token(
+    broker: KafkaServer, granted: None, token_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert broker.security is not None
+    monkeypatch.setattr("milvus_cdc.sink.kafka.broker.REQUEST_SECONDS", 4.0)
+    for secret in ("right", "wrong"):
+        sasl = sink_kafka_pb2.KafkaSasl(
+            mechanism=sink_kafka_pb2.KAFKA_SASL_MECHANISM_OAUTHBEARER,
+            oauth=sink_kafka_pb2.KafkaOauth(
+                token_url=token_url,
+                client_id="alice-client",
+                client_secret=secret_pb2.Secret(env="TEST_SECRET"),
+            ),
+        )
+        sink = KafkaWriter(
+            spec_for(
+                broker.security.sasl,
+                security=sink_kafka_pb2.KafkaSecurity(sasl=sasl),
+                topic="ours.{collection}",
+                delivery=sink_kafka_pb2.KAFKA_DELIVERY_EXACTLY_ONCE,
+                transactions=sink_kafka_pb2.KafkaTransactions(checkpoint_topic="ours-checkpoints"),
+            ),
+            SecretResolver(env_prefix="TEST_", environ={"TEST_SECRET": secret}),
+        )
+        sink._format = LineFormat()
+        if secret == "right":
+            table = some_table()
+            await sink.open(table, Opening.NEW, 1)
+            await sink.write(table, batch(upserts(1, (1, "a")), upto=1), SECONDS)
+            assert len(read_all(broker.brokers, f"ours.{table.collection}")) == 1
+        else:
+            with pytest.raises(CdcError) as failed:
+                await sink.probe()
+            assert "invalid_client" in failed.value.message
         await sink.close()

@@ -28,7 +28,7 @@ from milvuscdc.v1 import format_pb2 as milvuscdc_dot_v1_dot_format__pb2
 from milvuscdc.v1 import secret_pb2 as milvuscdc_dot_v1_dot_secret__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmilvuscdc/v1/sink_kafka.proto\x12\x0cmilvuscdc.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\"\xac\x05\n\tKafkaSink\x12\x35\n\x07\x62rokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\x08\x01\x10@\"\x18r\x16\x32\x14^[^/\\s]+:[0-9]{1,5}$\x12\x17\n\x05topic\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xf9\x01\x12\x1e\n\x0cschema_topic\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xf9\x01\x12!\n\x0fheartbeat_topic\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xf9\x01\x12\x41\n\x12heartbeat_interval\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\n\xbaH\x07\xaa\x01\x04\x32\x02\x08\x01\x12$\n\x06\x66ormat\x18\x06 \x01(\x0b\x32\x14.milvuscdc.v1.Format\x12\x37\n\x08\x64\x65livery\x18\x07 \x01(\x0e\x32\x1b.milvuscdc.v1.KafkaDeliveryB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x12\n\ntombstones\x18\x08 \x01(\x08\x12\x37\n\rcreate_topics\x18\t \x01(\x0b\x32 .milvuscdc.v1.KafkaTopicCreation\x12=\n\x0b\x63ompression\x18\n \x01(\x0e\x32\x1e.milvuscdc.v1.KafkaCompressionB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12-\n\x08security\x18\x0b \x01(\x0b\x32\x1b.milvuscdc.v1.KafkaSecurity\x12\x45\n\nlibrdkafka\x18\x0c \x03(\x0b\x32\'.milvuscdc.v1.KafkaSink.LibrdkafkaEntryB\x08\xbaH\x05\x9a\x01\x02\x10\x64\x12\x35\n\x0ctransactions\x18\r \x01(\x0b\x32\x1f.milvuscdc.v1.KafkaTransactions\x1a\x31\n\x0fLibrdkafkaEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"}\n\x11KafkaTransactions\x12\"\n\x10\x63heckpoint_topic\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xf9\x01\x12%\n\x12replication_factor\x18\x02 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18 (\x00\x12\x1d\n\tproducers\x18\x03 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\"\xd2\x01\n\x12KafkaTopicCreation\x12\x1e\n\npartitions\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\x90N(\x01\x12%\n\x12replication_factor\x18\x02 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18 (\x00\x12\x46\n\x06\x63onfig\x18\x03 \x03(\x0b\x32,.milvuscdc.v1.KafkaTopicCreation.ConfigEntryB\x08\xbaH\x05\x9a\x01\x02\x10\x64\x1a-\n\x0b\x43onfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"[\n\rKafkaSecurity\x12#\n\x03tls\x18\x01 \x01(\x0b\x32\x16.milvuscdc.v1.KafkaTls\x12%\n\x04sasl\x18\x02 \x01(\x0b\x32\x17.milvuscdc.v1.KafkaSasl\"\x91\x01\n\x08KafkaTls\x12\x19\n\x07\x63\x61_file\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \x12\"\n\x10\x63\x65rtificate_file\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \x12\x1a\n\x08key_file\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \x12*\n\x0ckey_password\x18\x04 \x01(\x0b\x32\x14.milvuscdc.v1.Secret\"\xb9\x01\n\tKafkaSasl\x12?\n\tmechanism\x18\x01 \x01(\x0e\x32 .milvuscdc.v1.KafkaSaslMechanismB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x1a\n\x08username\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12&\n\x08password\x18\x03 \x01(\x0b\x32\x14.milvuscdc.v1.Secret\x12\'\n\x05oauth\x18\x04 \x01(\x0b\x32\x18.milvuscdc.v1.KafkaOauth\"\xa6\x01\n\nKafkaOauth\x12+\n\ttoken_url\x18\x01 \x01(\tB\x18\xbaH\x15r\x13\x32\x11^https?://[^\\s]+$\x12\x1d\n\tclient_id\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x33\n\rclient_secret\x18\x03 \x01(\x0b\x32\x14.milvuscdc.v1.SecretB\x06\xbaH\x03\xc8\x01\x01\x12\x17\n\x05scope\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08*r\n\rKafkaDelivery\x12\x1e\n\x1aKAFKA_DELIVERY_UNSPECIFIED\x10\x00\x12 \n\x1cKAFKA_DELIVERY_AT_LEAST_ONCE\x10\x01\x12\x1f\n\x1bKAFKA_DELIVERY_EXACTLY_ONCE\x10\x02*\xc2\x01\n\x10KafkaCompression\x12!\n\x1dKAFKA_COMPRESSION_UNSPECIFIED\x10\x00\x12\x1a\n\x16KAFKA_COMPRESSION_NONE\x10\x01\x12\x1a\n\x16KAFKA_COMPRESSION_GZIP\x10\x02\x12\x1c\n\x18KAFKA_COMPRESSION_SNAPPY\x10\x03\x12\x19\n\x15KAFKA_COMPRESSION_LZ4\x10\x04\x12\x1a\n\x16KAFKA_COMPRESSION_ZSTD\x10\x05*\xd0\x01\n\x12KafkaSaslMechanism\x12$\n KAFKA_SASL_MECHANISM_UNSPECIFIED\x10\x00\x12\x1e\n\x1aKAFKA_SASL_MECHANISM_PLAIN\x10\x01\x12&\n\"KAFKA_SASL_MECHANISM_SCRAM_SHA_256\x10\x02\x12&\n\"KAFKA_SASL_MECHANISM_SCRAM_SHA_512\x10\x03\x12$\n KAFKA_SASL_MECHANISM_OAUTHBEARER\x10\x04\x42Y\n\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmilvuscdc/v1/sink_kafka.proto\x12\x0cmilvuscdc.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\"\xe3\x05\n\tKafkaSink\x12\x35\n\x07\x62rokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\x08\x01\x10@\"\x18r\x16\x32\x14^[^/\\s]+:[0-9]{1,5}$\x12\x17\n\x05topic\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xf9\x01\x12\x1e\n\x0cschema_topic\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xf9\x01\x12!\n\x0fheartbeat_topic\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xf9\x01\x12\x41\n\x12heartbeat_interval\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\n\xbaH\x07\xaa\x01\x04\x32\x02\x08\x01\x12$\n\x06\x66ormat\x18\x06 \x01(\x0b\x32\x14.milvuscdc.v1.Format\x12\x37\n\x08\x64\x65livery\x18\x07 \x01(\x0e\x32\x1b.milvuscdc.v1.KafkaDeliveryB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x12\n\ntombstones\x18\x08 \x01(\x08\x12\x37\n\rcreate_topics\x18\t \x01(\x0b\x32 .milvuscdc.v1.KafkaTopicCreation\x12=\n\x0b\x63ompression\x18\n \x01(\x0e\x32\x1e.milvuscdc.v1.KafkaCompressionB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12-\n\x08security\x18\x0b \x01(\x0b\x32\x1b.milvuscdc.v1.KafkaSecurity\x12\x45\n\nlibrdkafka\x18\x0c \x03(\x0b\x32\'.milvuscdc.v1.KafkaSink.LibrdkafkaEntryB\x08\xbaH\x05\x9a\x01\x02\x10\x64\x12\x35\n\x0ctransactions\x18\r \x01(\x0b\x32\x1f.milvuscdc.v1.KafkaTransactions\x12\x35\n\x07headers\x18\x0e \x01(\x0e\x32\x1a.milvuscdc.v1.KafkaHeadersB\x08\xbaH\x05\x82\x01\x02\x10\x01\x1a\x31\n\x0fLibrdkafkaEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"}\n\x11KafkaTransactions\x12\"\n\x10\x63heckpoint_topic\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xf9\x01\x12%\n\x12replication_factor\x18\x02 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18 (\x00\x12\x1d\n\tproducers\x18\x03 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\"\xd2\x01\n\x12KafkaTopicCreation\x12\x1e\n\npartitions\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\x90N(\x01\x12%\n\x12replication_factor\x18\x02 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18 (\x00\x12\x46\n\x06\x63onfig\x18\x03 \x03(\x0b\x32,.milvuscdc.v1.KafkaTopicCreation.ConfigEntryB\x08\xbaH\x05\x9a\x01\x02\x10\x64\x1a-\n\x0b\x43onfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"[\n\rKafkaSecurity\x12#\n\x03tls\x18\x01 \x01(\x0b\x32\x16.milvuscdc.v1.KafkaTls\x12%\n\x04sasl\x18\x02 \x01(\x0b\x32\x17.milvuscdc.v1.KafkaSasl\"\x91\x01\n\x08KafkaTls\x12\x19\n\x07\x63\x61_file\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \x12\"\n\x10\x63\x65rtificate_file\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \x12\x1a\n\x08key_file\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \x12*\n\x0ckey_password\x18\x04 \x01(\x0b\x32\x14.milvuscdc.v1.Secret\"\xb9\x01\n\tKafkaSasl\x12?\n\tmechanism\x18\x01 \x01(\x0e\x32 .milvuscdc.v1.KafkaSaslMechanismB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x1a\n\x08username\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12&\n\x08password\x18\x03 \x01(\x0b\x32\x14.milvuscdc.v1.Secret\x12\'\n\x05oauth\x18\x04 \x01(\x0b\x32\x18.milvuscdc.v1.KafkaOauth\"\xa6\x01\n\nKafkaOauth\x12+\n\ttoken_url\x18\x01 \x01(\tB\x18\xbaH\x15r\x13\x32\x11^https?://[^\\s]+$\x12\x1d\n\tclient_id\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x33\n\rclient_secret\x18\x03 \x01(\x0b\x32\x14.milvuscdc.v1.SecretB\x06\xbaH\x03\xc8\x01\x01\x12\x17\n\x05scope\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08*v\n\x0cKafkaHeaders\x12\x1d\n\x19KAFKA_HEADERS_UNSPECIFIED\x10\x00\x12\x15\n\x11KAFKA_HEADERS_ALL\x10\x01\x12\x18\n\x14KAFKA_HEADERS_CHANGE\x10\x02\x12\x16\n\x12KAFKA_HEADERS_NONE\x10\x03*r\n\rKafkaDelivery\x12\x1e\n\x1aKAFKA_DELIVERY_UNSPECIFIED\x10\x00\x12 \n\x1cKAFKA_DELIVERY_AT_LEAST_ONCE\x10\x01\x12\x1f\n\x1bKAFKA_DELIVERY_EXACTLY_ONCE\x10\x02*\xc2\x01\n\x10KafkaCompression\x12!\n\x1dKAFKA_COMPRESSION_UNSPECIFIED\x10\x00\x12\x1a\n\x16KAFKA_COMPRESSION_NONE\x10\x01\x12\x1a\n\x16KAFKA_COMPRESSION_GZIP\x10\x02\x12\x1c\n\x18KAFKA_COMPRESSION_SNAPPY\x10\x03\x12\x19\n\x15KAFKA_COMPRESSION_LZ4\x10\x04\x12\x1a\n\x16KAFKA_COMPRESSION_ZSTD\x10\x05*\xd0\x01\n\x12KafkaSaslMechanism\x12$\n KAFKA_SASL_MECHANISM_UNSPECIFIED\x10\x00\x12\x1e\n\x1aKAFKA_SASL_MECHANISM_PLAIN\x10\x01\x12&\n\"KAFKA_SASL_MECHANISM_SCRAM_SHA_256\x10\x02\x12&\n\"KAFKA_SASL_MECHANISM_SCRAM_SHA_512\x10\x03\x12$\n KAFKA_SASL_MECHANISM_OAUTHBEARER\x10\x04\x42Y\n\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -54,6 +54,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KAFKASINK'].fields_by_name['compression']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_KAFKASINK'].fields_by_name['librdkafka']._loaded_options = None
   _globals['_KAFKASINK'].fields_by_name['librdkafka']._serialized_options = b'\272H\005\232\001\002\020d'
+  _globals['_KAFKASINK'].fields_by_name['headers']._loaded_options = None
+  _globals['_KAFKASINK'].fields_by_name['headers']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_KAFKATRANSACTIONS'].fields_by_name['checkpoint_topic']._loaded_options = None
   _globals['_KAFKATRANSACTIONS'].fields_by_name['checkpoint_topic']._serialized_options = b'\272H\005r\003\030\371\001'
   _globals['_KAFKATRANSACTIONS'].fields_by_name['replication_factor']._loaded_options = None
@@ -86,28 +88,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KAFKAOAUTH'].fields_by_name['client_secret']._serialized_options = b'\272H\003\310\001\001'
   _globals['_KAFKAOAUTH'].fields_by_name['scope']._loaded_options = None
   _globals['_KAFKAOAUTH'].fields_by_name['scope']._serialized_options = b'\272H\005r\003\030\200\010'
-  _globals['_KAFKADELIVERY']._serialized_start=1787
-  _globals['_KAFKADELIVERY']._serialized_end=1901
-  _globals['_KAFKACOMPRESSION']._serialized_start=1904
-  _globals['_KAFKACOMPRESSION']._serialized_end=2098
-  _globals['_KAFKASASLMECHANISM']._serialized_start=2101
-  _globals['_KAFKASASLMECHANISM']._serialized_end=2309
+  _globals['_KAFKAHEADERS']._serialized_start=1842
+  _globals['_KAFKAHEADERS']._serialized_end=1960
+  _globals['_KAFKADELIVERY']._serialized_start=1962
+  _globals['_KAFKADELIVERY']._serialized_end=2076
+  _globals['_KAFKACOMPRESSION']._serialized_start=2079
+  _globals['_KAFKACOMPRESSION']._serialized_end=2273
+  _globals['_KAFKASASLMECHANISM']._serialized_start=2276
+  _globals['_KAFKASASLMECHANISM']._serialized_end=2484
   _globals['_KAFKASINK']._serialized_start=163
-  _globals['_KAFKASINK']._serialized_end=847
-  _globals['_KAFKASINK_LIBRDKAFKAENTRY']._serialized_start=798
-  _globals['_KAFKASINK_LIBRDKAFKAENTRY']._serialized_end=847
-  _globals['_KAFKATRANSACTIONS']._serialized_start=849
-  _globals['_KAFKATRANSACTIONS']._serialized_end=974
-  _globals['_KAFKATOPICCREATION']._serialized_start=977
-  _globals['_KAFKATOPICCREATION']._serialized_end=1187
-  _globals['_KAFKATOPICCREATION_CONFIGENTRY']._serialized_start=1142
-  _globals['_KAFKATOPICCREATION_CONFIGENTRY']._serialized_end=1187
-  _globals['_KAFKASECURITY']._serialized_start=1189
-  _globals['_KAFKASECURITY']._serialized_end=1280
-  _globals['_KAFKATLS']._serialized_start=1283
-  _globals['_KAFKATLS']._serialized_end=1428
-  _globals['_KAFKASASL']._serialized_start=1431
-  _globals['_KAFKASASL']._serialized_end=1616
-  _globals['_KAFKAOAUTH']._serialized_start=1619
-  _globals['_KAFKAOAUTH']._serialized_end=1785
+  _globals['_KAFKASINK']._serialized_end=902
+  _globals['_KAFKASINK_LIBRDKAFKAENTRY']._serialized_start=853
+  _globals['_KAFKASINK_LIBRDKAFKAENTRY']._serialized_end=902
+  _globals['_KAFKATRANSACTIONS']._serialized_start=904
+  _globals['_KAFKATRANSACTIONS']._serialized_end=1029
+  _globals['_KAFKATOPICCREATION']._serialized_start=1032
+  _globals['_KAFKATOPICCREATION']._serialized_end=1242
+  _globals['_KAFKATOPICCREATION_CONFIGENTRY']._serialized_start=1197
+  _globals['_KAFKATOPICCREATION_CONFIGENTRY']._serialized_end=1242
+  _globals['_KAFKASECURITY']._serialized_start=1244
+  _globals['_KAFKASECURITY']._serialized_end=1335
+  _globals['_KAFKATLS']._serialized_start=1338
+  _globals['_KAFKATLS']._serialized_end=1483
+  _globals['_KAFKASASL']._serialized_start=1486
+  _globals['_KAFKASASL']._serialized_end=1671
+  _globals['_KAFKAOAUTH']._serialized_start=1674
+  _globals['_KAFKAOAUTH']._serialized_end=1840
 # @@protoc_insertion_point(module_scope)

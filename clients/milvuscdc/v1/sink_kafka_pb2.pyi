@@ -22,6 +22,36 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _KafkaHeaders:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KafkaHeadersEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KafkaHeaders.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KAFKA_HEADERS_UNSPECIFIED: _KafkaHeaders.ValueType  # 0
+    """As KAFKA_HEADERS_ALL."""
+    KAFKA_HEADERS_ALL: _KafkaHeaders.ValueType  # 1
+    """Those of KAFKA_HEADERS_CHANGE, `cdc.ts_ms`, `cdc.database`, `cdc.collection`, `cdc.collection_id`,
+    `content-type`.
+    """
+    KAFKA_HEADERS_CHANGE: _KafkaHeaders.ValueType  # 2
+    """`cdc.op`, `cdc.ts`, `cdc.vchannel`, `cdc.position`, `cdc.schema_version`."""
+    KAFKA_HEADERS_NONE: _KafkaHeaders.ValueType  # 3
+
+class KafkaHeaders(_KafkaHeaders, metaclass=_KafkaHeadersEnumTypeWrapper):
+    """Headers of the sink; a format's own come in any case."""
+
+KAFKA_HEADERS_UNSPECIFIED: KafkaHeaders.ValueType  # 0
+"""As KAFKA_HEADERS_ALL."""
+KAFKA_HEADERS_ALL: KafkaHeaders.ValueType  # 1
+"""Those of KAFKA_HEADERS_CHANGE, `cdc.ts_ms`, `cdc.database`, `cdc.collection`, `cdc.collection_id`,
+`content-type`.
+"""
+KAFKA_HEADERS_CHANGE: KafkaHeaders.ValueType  # 2
+"""`cdc.op`, `cdc.ts`, `cdc.vchannel`, `cdc.position`, `cdc.schema_version`."""
+KAFKA_HEADERS_NONE: KafkaHeaders.ValueType  # 3
+Global___KafkaHeaders: _TypeAlias = KafkaHeaders  # noqa: Y015
+
 class _KafkaDelivery:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -130,6 +160,7 @@ class KafkaSink(_message.Message):
     SECURITY_FIELD_NUMBER: _builtins.int
     LIBRDKAFKA_FIELD_NUMBER: _builtins.int
     TRANSACTIONS_FIELD_NUMBER: _builtins.int
+    HEADERS_FIELD_NUMBER: _builtins.int
     topic: _builtins.str
     """Topic of a collection's rows; `{database}` and `{collection}` are its names at the sink.
     `milvus.{database}.{collection}` when empty; without either, all collections share one topic.
@@ -142,6 +173,8 @@ class KafkaSink(_message.Message):
     tombstones: _builtins.bool
     """A record without a value after each delete, for compacted topics."""
     compression: Global___KafkaCompression.ValueType
+    headers: Global___KafkaHeaders.ValueType
+    """What rows say of themselves besides key and value; each header costs time and space."""
     @_builtins.property
     def brokers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Bootstrap brokers, `host:port`."""
@@ -182,10 +215,11 @@ class KafkaSink(_message.Message):
         security: Global___KafkaSecurity | None = ...,
         librdkafka: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         transactions: Global___KafkaTransactions | None = ...,
+        headers: Global___KafkaHeaders.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_topics", b"create_topics", "format", b"format", "heartbeat_interval", b"heartbeat_interval", "security", b"security", "transactions", b"transactions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["brokers", b"brokers", "compression", b"compression", "create_topics", b"create_topics", "delivery", b"delivery", "format", b"format", "heartbeat_interval", b"heartbeat_interval", "heartbeat_topic", b"heartbeat_topic", "librdkafka", b"librdkafka", "schema_topic", b"schema_topic", "security", b"security", "tombstones", b"tombstones", "topic", b"topic", "transactions", b"transactions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["brokers", b"brokers", "compression", b"compression", "create_topics", b"create_topics", "delivery", b"delivery", "format", b"format", "headers", b"headers", "heartbeat_interval", b"heartbeat_interval", "heartbeat_topic", b"heartbeat_topic", "librdkafka", b"librdkafka", "schema_topic", b"schema_topic", "security", b"security", "tombstones", b"tombstones", "topic", b"topic", "transactions", b"transactions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

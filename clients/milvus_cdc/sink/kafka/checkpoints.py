@@ -45,6 +45,9 @@ STEP_FACTOR = 16
 POLL_SECONDS = 0.2
 POLL_RECORDS = 2_000
 
+_OF_GROUPS = frozenset((KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError._MAX_POLL_EXCEEDED))
+"""The client wants the name of a group and asks after it; none is joined, so no right is needed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Known:
@@ -198,6 +201,8 @@ class CheckpointReader:
                     if error is not None and error.code() == KafkaError._PARTITION_EOF:
                         if message.offset() >= end:
                             return newest
+                    elif error is not None and error.code() in _OF_GROUPS:
+                        continue
                     elif error is not None:
                         raise KafkaException(error)
                     elif message.offset() >= end:

@@ -102,11 +102,13 @@ class HandingOver:
         deadline: float,
         brokers: str,
     ) -> None:
-        """`deadline`: `time.monotonic` after which nothing more is handed over."""
+        """`deadline`: `time.monotonic` after which nothing more is handed over; it may be brought
+        forward.
+        """
         self._produce = producer.produce
         self._report = report
         self._make_room = make_room
-        self._deadline = deadline
+        self.deadline = deadline
         self._brokers = brokers
         self.count = 0
         """Records that were handed over so far, also when this ended with an error."""
@@ -118,7 +120,7 @@ class HandingOver:
         produce, report = self._produce, self._report
         own: tuple[tuple[str, bytes], ...] = ()
         all_headers = headers
-        if time.monotonic() > self._deadline:
+        if time.monotonic() > self.deadline:
             raise self._late(topic)
         for record in records:
             key, value = record.key, record.value
@@ -161,7 +163,7 @@ class HandingOver:
     def _wait(
         self, topic: str, value: bytes | None, key: bytes, partition: int, headers: Headers
     ) -> None:
-        while time.monotonic() < self._deadline:
+        while time.monotonic() < self.deadline:
             self._make_room()
             try:
                 self._produce(topic, value, key, partition, self._report, None, 0, headers)

@@ -12,11 +12,12 @@ The library's time limit is fixed when a producer is made, so there is one for e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 
-from confluent_kafka import KafkaError, Producer
+from confluent_kafka import KafkaError, KafkaException, Producer
 
 from milvus_cdc.errors import CdcError, RetryableError, UnknownOutcomeError
 from milvus_cdc.sink.kafka.deliveries import Delivery, HandingOver
@@ -54,15 +55,19 @@ class Producers:
         handing = HandingOver(
             producer.client, delivery.report, producer.make_room, latest, self._brokers
         )
-        raised: CdcError | None = None
-        async with ordered or asyncio.Lock():
-            try:
-                await asyncio.to_thread(hand_over, handing)
-            except CdcError as error:
-                raised = error
-            finally:
-                delivery.handed_over(handing.count)
-        finished = await delivery.finished(started + timeout_seconds - time.monotonic())
+        sending = asyncio.create_task(
+            self._send(hand_over, handing, delivery, ordered, started + timeout_seconds)
+        )
+        try:
+            raised, finished = await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            # Who is told to stop must not be gone while records of his are still on their way:
+            # another owner's newer ones could come before them.
+            handing.deadline = 0.0
+            while not sending.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({sending})
+            raise
         failure = delivery.failure
         if failure is not None and failure.error.code() == KafkaError._FATAL:
             self._discard(limit, producer)
@@ -78,6 +83,25 @@ class Producers:
                 f"{timeout_seconds:.1f} s" + (f" ({fault.str()})" if fault is not None else ""),
             )
 
+    async def _send(
+        self,
+        hand_over: HandOver,
+        handing: HandingOver,
+        delivery: Delivery,
+        ordered: asyncio.Lock | None,
+        end: float,
+    ) -> tuple[CdcError | None, bool]:
+        """What stopped the handing over, and whether all that was handed over has its report."""
+        raised: CdcError | None = None
+        async with ordered or asyncio.Lock():
+            try:
+                await asyncio.to_thread(hand_over, handing)
+            except CdcError as error:
+                raised = error
+            finally:
+                delivery.handed_over(handing.count)
+        return raised, await delivery.finished(end - time.monotonic())
+
     def offer(self, topic: str, key: bytes, value: bytes, headers: list[tuple[str, bytes]]) -> None:
         """One record that may as well be lost; no waiting."""
         producer = self._get(message_timeout_ms(8.0))
@@ -85,6 +109,8 @@ class Producers:
             producer.client.produce(topic, value, key, headers=headers)
         except BufferError as error:
             raise RetryableError("SINK_BUSY", "the producer's queue is full") from error
+        except KafkaException as error:
+            raise translate(error.args[0], self._brokers, f"writing to topic {topic}") from error
 
     async def close(self) -> None:
         """Nothing is left running; what was not acknowledged may or may not be written."""

@@ -158,13 +158,16 @@ class KafkaWriter:
         collection = self._collections.get(_key(table))
         if collection is None:
             raise BugError("NOT_OPENED", f"rows of {table.full_name}, which is not open")
+        if collection.table is not table and collection.table != table:
+            collection = await self._prepare(table)
+        target = collection
 
         def hand_rows(handing: HandingOver, changes: tuple[Changes, ...]) -> None:
             for each in changes:
                 handing.records(
-                    collection.topic,
-                    self._format.encode(collection.table, each),
-                    headers.of_changes(each, collection.table, collection.headers, self._headers),
+                    target.topic,
+                    self._format.encode(target.table, each),
+                    headers.of_changes(each, target.table, target.headers, self._headers),
                     tombstones=self._tombstones and each.op is ChangeOp.DELETE,
                 )
 
@@ -175,7 +178,7 @@ class KafkaWriter:
                 await self._producers.send(
                     lambda handing: hand_rows(handing, batch.changes),
                     timeout_seconds,
-                    collection.encoding,
+                    target.encoding,
                 )
         except UserError as error:
             if error.reason == "SINK_TOPIC_MISSING":
@@ -269,7 +272,7 @@ class KafkaWriter:
         handing.records(
             self._schema_topic.topic(collection.table),
             [record],
-            headers.of_event(kind, collection.headers),
+            headers.of_event(kind, collection.headers, 0 if change is None else change.ts),
             tombstones=False,
         )
 
