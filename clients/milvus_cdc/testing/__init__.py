@@ -9,5 +9,8 @@ with contextlib.suppress(ImportError):
 
     # So that a failing assertion of the contract shows its values.
     pytest.register_assert_rewrite(
-        f"{__name__}.writer_contract", f"{__name__}.own_checkpoint", f"{__name__}.harness"
+        *(
+            f"{__name__}.{module}"
+            for module in ("harness", "own_checkpoint", "schema_changes", "writer_contract")
+        )
     )
