@@ -5,6 +5,7 @@ reads there is the source, row for row.
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import time
 from collections import Counter
@@ -12,15 +13,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
 from milvus_cdc.sink.files.reading import find_collections, open_store
-from milvuscdc.v1 import secret_pb2, sink_file_pb2, sink_postgres_pb2, task_pb2
+from milvuscdc.v1 import (
+    secret_pb2,
+    sink_file_pb2,
+    sink_kafka_pb2,
+    sink_postgres_pb2,
+    task_pb2,
+)
 from pymilvus import DataType
 
-from tests.e2e.canonical import META, Rows, canonical, differences, source_rows
+from tests.e2e.canonical import META, Rows, canonical, differences, nested, source_rows
 from tests.e2e.load import SHAPES, Load, Shape
 from tests.e2e.pair import Pair
 from tests.e2e.test_crashes import LOST_PEER, _restart
 from tests.servers import Stack
+from tests.servers.kafka import KafkaServer
 from tests.servers.postgres import PASSWORD, USER, PostgresServer
 
 ROUNDS = (("replicator", "kill"), ("replicator", "term"), ("both", "kill"))
@@ -83,7 +99,9 @@ def postgres_sink(
     )
 
 
-def postgres_reader(server: PostgresServer, database: str) -> Read:
+def postgres_reader(server: PostgresServer, database: str, at: str = "") -> Read:
+    """Tables of the source's `database`, in the server's database `at`, by default of that name."""
+
     def read(shape: Shape) -> Rows:
         # pgvector's text form needs no client of its own.
         columns = [
@@ -92,7 +110,7 @@ def postgres_reader(server: PostgresServer, database: str) -> Read:
         ] + ([f'"{META}"'] if shape.dynamic else [])
         names = [f.name for f in shape.fields] + ([META] if shape.dynamic else [])
         query = f'SELECT {", ".join(columns)} FROM "{database}"."{shape.name}"'
-        with server.connect(database) as connection:
+        with server.connect(at or database) as connection:
             rows = [dict(zip(names, row, strict=True)) for row in connection.execute(query)]
         keys = [row[shape.key.name] for row in rows]
         assert len(keys) == len(set(keys)), "a key twice"
@@ -147,3 +165,75 @@ def test_files_hold_the_source_and_no_change_twice_whatever_ends(
     files.rotate_interval.FromMilliseconds(1500)
     sink = task_pb2.Sink(files=files)
     follow(nats_stack, tmp_path, database, sink, files_reader(folder, database), ROUNDS)
+
+
+def kafka_reader(brokers: str, database: str, *, once: bool) -> Read:
+    """The last record of every key, as a consumer sees them that reads what is committed."""
+
+    def read(shape: Shape) -> Rows:
+        topic = f"milvus.{database}.{shape.name}"
+        found: Rows = {}
+        seen: Counter[tuple[object, ...]] = Counter()
+        for message in committed(brokers, topic):
+            headers = dict(message.headers() or [])
+            key = json.loads(message.key())
+            seen[key, headers["cdc.vchannel"], headers["cdc.position"]] += 1
+            value = message.value()
+            if value is None:
+                found.pop(key, None)
+            else:
+                row = json.loads(value)
+                found[key] = canonical(shape, nested(shape, row))
+        if once:
+            assert not seen or max(seen.values()) == 1, seen.most_common(3)
+        return found
+
+    return read
+
+
+def committed(brokers: str, topic: str) -> list[Message]:
+    """Everything of a topic, to its end as a transaction sees it."""
+    consumer = Consumer(
+        {
+            "bootstrap.servers": brokers,
+            "group.id": "reader",
+            "enable.auto.commit": False,
+            "isolation.level": "read_committed",
+            "enable.partition.eof": True,
+        }
+    )
+    try:
+        listed = consumer.list_topics(topic, timeout=10).topics[topic].partitions
+        consumer.assign([TopicPartition(topic, n, OFFSET_BEGINNING) for n in listed])
+        messages: list[Message] = []
+        ended: set[int] = set()
+        while len(ended) < len(listed):
+            for message in consumer.consume(1000, timeout=10):
+                error = message.error()
+                if error is None:
+                    messages.append(message)
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    ended.add(message.partition())
+                else:
+                    raise KafkaException(error)
+        return messages
+    finally:
+        consumer.close()
+
+
+@pytest.mark.kafka
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("once", [False, True], ids=["at_least_once", "exactly_once"])
+def test_records_on_kafka_are_the_source_whatever_ends(
+    nats_stack: Stack, kafka_broker: KafkaServer, tmp_path: Path, once: bool
+) -> None:
+    database = f"out_kafka_{once}".lower()
+    kafka = sink_kafka_pb2.KafkaSink(
+        brokers=[kafka_broker.brokers],
+        delivery=sink_kafka_pb2.KAFKA_DELIVERY_EXACTLY_ONCE
+        if once
+        else sink_kafka_pb2.KAFKA_DELIVERY_AT_LEAST_ONCE,
+        create_topics=sink_kafka_pb2.KafkaTopicCreation(partitions=3),
+    )
+    read = kafka_reader(kafka_broker.brokers, database, once=once)
+    follow(nats_stack, tmp_path, database, task_pb2.Sink(kafka=kafka), read, ROUNDS)
