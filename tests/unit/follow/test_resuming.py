@@ -170,8 +170,8 @@ async def test_each_change_once_and_in_order_over_any_number_of_stops(
         async with world.follower(positions, **options) as follower:
             lasts = rng.randint(4, 30)
 
-            def done(taken: list[Item], lasts: int = lasts) -> bool:
-                return len(taken) >= lasts or len(found) + len(changes(taken)) >= wanted
+            def done(taken: list[Item], lasts: int = lasts, had: int = len(found)) -> bool:
+                return len(taken) >= lasts or had + len(changes(taken)) >= wanted
 
             items = await take(follower, done)
             if rng.random() < 0.5:
