@@ -16,6 +16,7 @@ from milvuscdc.v1 import task_pb2
 from milvus_cdc.cli import commands
 from milvus_cdc.cli.diff import diff
 from milvus_cdc.cli.positions import positions, set_positions
+from milvus_cdc.cli.restore import restore
 from milvus_cdc.cli.sink import create_user
 from milvus_cdc.cli.task_file import InputError
 from milvus_cdc.cli.verify import verify
@@ -119,8 +120,56 @@ def build_parser() -> _Parser:
     )
     user.set_defaults(run=create_user)
 
+    _restore_command(groups, shared)
     groups.add_parser("version", parents=[shared], help="print the version").set_defaults(run=None)
     return parser
+
+
+def _restore_command(
+    groups: argparse._SubParsersAction[_Parser],
+    shared: _Parser,
+) -> None:
+    parser = groups.add_parser(
+        "restore",
+        parents=[shared],
+        help="rebuild a collection in a Milvus from files of a sink",
+    )
+    parser.set_defaults(run=restore)
+    parser.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="URI",
+        help="file:///folder or s3://bucket/prefix, as in the task; keys from AWS_* variables",
+    )
+    parser.add_argument(
+        "--collection", required=True, metavar="DB.NAME", help="its last name in the files"
+    )
+    parser.add_argument("--uri", required=True, help="of the Milvus, for example http://host:19530")
+    parser.add_argument(
+        "--token-env", default="", metavar="VAR", help="variable with user:password or an API key"
+    )
+    parser.add_argument("--to", default="", metavar="DB.NAME", help="default: the same name")
+    parser.add_argument(
+        "--at", default="", metavar="TIME", help="like 2026-11-21T09:30:00Z; default: the newest"
+    )
+    parser.add_argument(
+        "--collection-id", type=int, default=0, metavar="N", help="one of several of that name"
+    )
+    parser.add_argument(
+        "--generation",
+        type=int,
+        default=0,
+        metavar="N",
+        help="before a resync; default: newest",
+    )
+    parser.add_argument(
+        "--into-existing", action="store_true", help="upsert into a collection that holds rows"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what there is, write nothing")
+    parser.add_argument("--memory-mib", type=int, default=512, metavar="N", help="for keys; 512")
+    parser.add_argument("--s3-endpoint", default="", metavar="URL", help="AWS when not given")
+    parser.add_argument("--s3-region", default="", metavar="NAME")
 
 
 def _task_commands(

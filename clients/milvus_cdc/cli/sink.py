@@ -22,7 +22,7 @@ _SECONDS = 20.0
 
 async def create_user(client: ControlClient, args: argparse.Namespace) -> int:
     """Makes a user at a sink. Talks to the sink alone. Raises InputError."""
-    token = _token(args.token_env)
+    token = token_of(args.token_env)
     password = await asyncio.to_thread(_password, args.password_file, args.user)
     request = milvus_pb2.CreateCredentialRequest(
         username=args.user, password=base64.b64encode(password.encode()).decode()
@@ -45,7 +45,7 @@ async def create_user(client: ControlClient, args: argparse.Namespace) -> int:
     return 0
 
 
-def _token(variable: str) -> str | None:
+def token_of(variable: str) -> str | None:
     if not variable:
         return None
     token = os.environ.get(variable)

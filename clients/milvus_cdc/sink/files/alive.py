@@ -24,6 +24,8 @@ from milvus_cdc.sink.writer import SchemaChangeKind
 if TYPE_CHECKING:
     from milvus_cdc.sink.files.reading import History, PublishedFile
 
+Masks = dict[str, NDArray[np.bool_]]
+"""By path of a file, a mark for each of its rows."""
 MEMORY_BYTES = 512 * 2**20
 _BYTES_PER_CHANGE = 100
 """Of a portion while it is sorted; texts come on top."""
@@ -39,7 +41,7 @@ def partition_drops(events: Sequence[tuple[int, Event]]) -> dict[str, int]:
     }
 
 
-def masks(history: History, memory_bytes: int = MEMORY_BYTES) -> dict[str, NDArray[np.bool_]]:
+def masks(history: History, memory_bytes: int = MEMORY_BYTES) -> Masks:
     """By path of a file: which of its rows are there at the end."""
     text = pa.types.is_string(history.table.key.arrow_type)
     changes = sum(file.entry.rows for file in history.files)
@@ -57,7 +59,7 @@ def _mark(
     portion: int,
     portions: int,
     partitions: dict[str, int],
-    found: dict[str, NDArray[np.bool_]],
+    found: Masks,
 ) -> None:
     drops = partition_drops(history.events)
     parts = [_read(history, file, portion, portions, partitions, drops) for file in history.files]

@@ -97,6 +97,10 @@ class Manifest:
     dropped_partitions: tuple[str, ...] = ()
     rows: int = 0
     """Of the generation, deletes included."""
+    told_ts: int = 0
+    """The owner was told that every change at or below it is published: time passes where no rows
+    come.
+    """
     shards: dict[str, Shard] = field(default_factory=dict)
     files: tuple[FileEntry, ...] = ()
     """Added by this commit."""
@@ -114,14 +118,14 @@ class Manifest:
     @property
     def complete_ts(self) -> int:
         """Every change at or below it is published; 0 while a vchannel has no checkpoint."""
-        return min((shard.resolved_ts for shard in self.shards.values()), default=0)
+        shards = min((shard.resolved_ts for shard in self.shards.values()), default=0)
+        return max(shards, self.told_ts)
 
     @property
     def newest_ts(self) -> int:
         """No published change is newer, and no tick was seen beyond it."""
-        return max(
-            (max(shard.resolved_ts, shard.written_ts) for shard in self.shards.values()), default=0
-        )
+        shards = (max(shard.resolved_ts, shard.written_ts) for shard in self.shards.values())
+        return max(self.told_ts, *shards, 0)
 
     def succeed(self, kind: str, epoch: int, writer: str, attempt: str, time_ms: int) -> Manifest:
         """The next one, with nothing in it yet."""

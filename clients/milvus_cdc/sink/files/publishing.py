@@ -46,6 +46,9 @@ class Published:
     """The schema's hash of the table that came last."""
     uncertain: bool = False
     """An attempt may have been published; look first."""
+    told_ts: int = 0
+    """See `manifest.Manifest.told_ts`."""
+    published_at: float = field(default_factory=time.monotonic)
     doubtful: list[str] = field(default_factory=list)
     """Files of such attempts, until it is known that no manifest will name them."""
 
@@ -235,10 +238,19 @@ class Published:
                 f"{new}/{places.LOCATION}", orjson.dumps({"folder": self.folder}) + b"\n"
             )
 
+    # ---- time
+
+    def tell(self) -> None:
+        """Publishes that nothing happened up to `told_ts`, where readers do not know it yet."""
+        self._look_again()
+        if self.told_ts > self.head.complete_ts:
+            self._publish(self._next(manifest.WRITE))
+
     # ---- links
 
     def _next(self, kind: str) -> Manifest:
-        return self.head.succeed(kind, self.epoch, self.writer, _attempt(), _now_ms())
+        link = self.head.succeed(kind, self.epoch, self.writer, _attempt(), _now_ms())
+        return replace(link, told_ts=max(self.told_ts, link.told_ts))
 
     def _publish(self, link: Manifest) -> bool:
         """False when an earlier attempt of ours turned out to be there: begin anew."""
@@ -247,6 +259,7 @@ class Published:
         except UnknownOutcomeError:
             self.uncertain = True
             raise
+        self.published_at = time.monotonic()
         if published:
             self.head = link
             # Their number is taken, so they stay what they are.

@@ -215,20 +215,24 @@ class History:
                     batch = batch.filter(pc.less_equal(batch.column("_ts"), self.at))
                 yield conform(batch, wanted)
 
-    def rows(self, memory_bytes: int = alive.MEMORY_BYTES) -> Iterator[pa.RecordBatch]:
+    def masks(self, memory_bytes: int = alive.MEMORY_BYTES) -> alive.Masks:
+        """Which changes are rows that are there by then; `memory_bytes` bounds what is held to
+        tell them.
+        """
+        return {} if self.dropped else alive.masks(self, memory_bytes)
+
+    def rows(self, masks: alive.Masks | None = None) -> Iterator[pa.RecordBatch]:
         """The rows that are there by then, each key once per partition, with the table's columns
-        and `_partition`; `memory_bytes` bounds what is held to tell which they are.
+        and `_partition`; `masks` are those of the method.
         """
         wanted = pa.schema(
             [*encode.file_schema(self.table)][: len(self.table.fields)]
             + [field for field in encode.OWN_COLUMNS if field.name == "_partition"]
         )
-        if self.dropped:
-            return
-        masks = alive.masks(self, memory_bytes)
+        chosen_rows = self.masks() if masks is None else masks
         for file in self.files:
-            mask = masks.pop(file.entry.path)
-            if not mask.any():
+            mask = chosen_rows.get(file.entry.path)
+            if mask is None or not mask.any():
                 continue
             read = self.open(file)
             names = [name for name in wanted.names if name in read.schema_arrow.names]

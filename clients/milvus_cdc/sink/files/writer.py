@@ -14,9 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import structlog
 from milvuscdc.v1 import secret_pb2, sink_file_pb2
 
-from milvus_cdc.errors import BugError, RetryableError, UnknownOutcomeError, UserError
+from milvus_cdc.errors import BugError, CdcError, RetryableError, UnknownOutcomeError, UserError
 from milvus_cdc.rows import Changes, Table
 from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.sink.files import encode
@@ -34,11 +35,16 @@ from milvus_cdc.sink.writer import (
     SchemaChangeKind,
 )
 
+log = structlog.get_logger(__name__)
+
 _ROTATE_BYTES = 64 * 2**20
 _ROTATE_SECONDS = 60.0
 _ROWS_PER_FILE = 1_000_000
 _OPEN_SECONDS = 120.0
+_TELL_SECONDS = 20.0
 _THREADS = 8
+_QUIET_INTERVALS = 10
+"""After so many rotation intervals without rows a manifest says that nothing happened."""
 _T = TypeVar("_T")
 
 
@@ -90,7 +96,10 @@ class FileWriter:
             bytes_per_batch=spec.rotate_bytes or _ROTATE_BYTES,
             linger_seconds=seconds if spec.HasField("rotate_interval") else _ROTATE_SECONDS,
             in_flight=1,
+            heartbeats=True,
         )
+        self._quiet_seconds = _QUIET_INTERVALS * self._capabilities.linger_seconds
+        self._telling: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(_THREADS, "files")
         self._collections: dict[tuple[str, int], _Collection] = {}
 
@@ -167,13 +176,33 @@ class FileWriter:
         return None
 
     async def heartbeat(self, table: Table, resolved_ts: int) -> None:
-        """Checkpoints tell it."""
+        """The next manifest says so, and one without rows where none came for long."""
+        collection = self._collection(table)
+        published = collection.published
+        if published is None:
+            return
+        published.told_ts = max(published.told_ts, resolved_ts)
+        quiet = time.monotonic() - published.published_at
+        if quiet >= self._quiet_seconds and not collection.lock.locked():
+            published.published_at = time.monotonic()
+            task = asyncio.create_task(self._tell(collection, published))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+
+    async def _tell(self, collection: _Collection, published: Published) -> None:
+        try:
+            await self._run(collection, published.tell, _TELL_SECONDS)
+        except CdcError as error:
+            # Whatever it is, the next rows will say it to somebody.
+            log.info("time not published", folder=published.folder, error=str(error))
 
     async def release(self, table: Table) -> None:
         """What is published needs no end; a call that is still running ends on its own."""
         self._collection(table).published = None
 
     async def close(self) -> None:
+        for task in self._telling:
+            task.cancel()
         if isinstance(self._files, encode.JsonLines):
             await self._files.close()
         await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)

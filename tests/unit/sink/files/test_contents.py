@@ -160,7 +160,7 @@ async def test_text_keys(tmp_path: Path) -> None:
     history = history_of(tmp_path)
     wanted = [row for row in rows if row["id"] not in gone_keys]
     assert history.state().drop_columns(["_partition"]).to_pylist() == wanted
-    few = [row for each in history.rows(memory_bytes=3000) for row in each.to_pylist()]
+    few = [row for each in history.rows(history.masks(3000)) for row in each.to_pylist()]
     assert sorted(row["n"] for row in few) == [row["n"] for row in wanted]
     await writer.close()
 

@@ -148,7 +148,7 @@ def test_each_change_is_published_once(
     found = {(row["_partition"], row["id"]): row["n"] for row in published.state().to_pylist()}
     assert found == model(stream)
     # In portions of a few keys it is the same.
-    few = [row for each in published.rows(memory_bytes=300) for row in each.to_pylist()]
+    few = [row for each in published.rows(published.masks(300)) for row in each.to_pylist()]
     assert {(row["_partition"], row["id"]): row["n"] for row in few} == found
     assert len(few) == len(found)
     # By path alone: nothing but what is published, once somebody has opened it again.

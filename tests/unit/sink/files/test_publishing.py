@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pyarrow.dataset as ds
 import pytest
+from google.protobuf import duration_pb2
 from milvus_cdc.errors import BugError, RetryableError, UserError
 from milvus_cdc.model import ms_to_tso
 from milvus_cdc.rows import ChangeOp, Field, FieldType
@@ -133,6 +135,31 @@ async def test_nothing_new_is_no_manifest(tmp_path: Path) -> None:
     await writer.write(TABLE, Batch(()), 10)
     [same] = find_collections(store_of(tmp_path))
     assert same.head == found.head
+    await writer.close()
+
+
+async def test_time_passes_where_no_rows_come(tmp_path: Path) -> None:
+    interval = duration_pb2.Duration(nanos=100_000_000)
+    writer = await opened(tmp_path, TABLE, rotate_interval=interval)
+    assert writer.capabilities.linger_seconds == 0.1
+    await writer.write(TABLE, batch(put(TABLE, plain([1]), 1)), 10)
+    await writer.heartbeat(TABLE, BEGIN + 5)
+    assert history_of(tmp_path).complete_ts == BEGIN + 1
+    with pytest.raises(UserError, match="NOT_COMPLETE"):
+        history_of(tmp_path, at=5)
+    for at in range(6, 600):
+        await asyncio.sleep(0.01)
+        await writer.heartbeat(TABLE, BEGIN + at)
+        if history_of(tmp_path).complete_ts > BEGIN + 1:
+            break
+    assert numbers(history_of(tmp_path, at=5)) == {1: 0}
+    # Seldom: one so far, however often time was told.
+    assert len(history_of(tmp_path).links) == 3
+    # And with the next rows for nothing.
+    await writer.heartbeat(TABLE, BEGIN + 1000)
+    await writer.write(TABLE, batch(put(TABLE, plain([2]), 1001)), 10)
+    assert history_of(tmp_path).complete_ts == BEGIN + 1001
+    assert history_of(tmp_path).links[-1].told_ts == BEGIN + 1000
     await writer.close()
 
 
