@@ -200,25 +200,6 @@ async def test_who_is_cancelled_in_a_commit(broker: KafkaServer, writer: Open) -
     assert numbers(read_all(broker.brokers, topic_of(table))) == list(range(1, 8))
 
 
-async def test_a_broker_that_is_killed_in_transactions(broker: KafkaServer, writer: Open) -> None:
-    table = some_table()
-    sink = writer()
-    await sink.open(table, Opening.NEW, 1)
-    step = 1
-    killed = asyncio.create_task(asyncio.sleep(0.7))
-    while step < 30 or not killed.done():
-        if killed.done() and not broker.running:
-            await asyncio.to_thread(broker.start)
-        try:
-            await sink.write(table, batch(upserts(step, (1, step)), upto=step), 2.0)
-            step += 1
-            if step == 10:
-                broker.kill()
-        except RetryableError:
-            pass
-    assert numbers(read_all(broker.brokers, topic_of(table))) == list(range(1, step))
-
-
 async def test_a_process_killed_at_any_moment(broker: KafkaServer) -> None:
     table = some_table()
     chance = random.Random(5)

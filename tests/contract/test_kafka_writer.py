@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from confluent_kafka.admin import (
@@ -65,7 +66,7 @@ async def writer(broker: KafkaServer) -> AsyncIterator[Open]:
     """Makes writers of lines, and closes them."""
     opened: list[KafkaWriter] = []
 
-    def make(**options: object) -> KafkaWriter:
+    def make(**options: Any) -> KafkaWriter:
         opened.append(writer_for(broker.brokers, **options))
         return opened[-1]
 
@@ -332,40 +333,45 @@ async def test_a_topic_deleted_under_us(broker: KafkaServer, writer: Open) -> No
 async def test_a_broker_that_is_killed_under_writes_loses_nothing(
     broker: KafkaServer, writer: Open
 ) -> None:
-    table = some_table()
-    sink = writer()
-    await sink.open(table, Opening.NEW, 1)
-    written = 0
     stop = asyncio.Event()
-    errors: set[str] = set()
+    tables = {exactly_once: some_table() for exactly_once in (False, True)}
+    written = dict.fromkeys(tables, 0)
+    errors: dict[bool, set[str]] = {exactly_once: set() for exactly_once in tables}
 
-    async def write_on() -> None:
-        nonlocal written
+    async def write_on(exactly_once: bool, sink: KafkaWriter) -> None:
         while not stop.is_set():
-            rows = upserts(written + 1, *[(key, written + 1) for key in range(20)])
+            step = written[exactly_once] + 1
+            rows = upserts(step, *[(key, step) for key in range(20)])
             try:
-                await sink.write(table, batch(rows), 2.0)
-                written += 1
-            except UnknownOutcomeError as error:
-                errors.add(error.reason)
+                await sink.write(tables[exactly_once], batch(rows, upto=step), 2.0)
+                written[exactly_once] = step
+            except RetryableError as error:
+                errors[exactly_once].add(error.reason)
 
-    running = asyncio.create_task(write_on())
+    sinks = {exactly_once: writer(exactly_once=exactly_once) for exactly_once in tables}
+    for exactly_once, sink in sinks.items():
+        await sink.open(tables[exactly_once], Opening.NEW, 1)
+    running = [asyncio.create_task(write_on(*each)) for each in sinks.items()]
     await asyncio.sleep(0.5)
     broker.kill()
     await asyncio.sleep(2.5)
     await asyncio.to_thread(broker.start)
-    after = written
-    while written < after + 5:
+    after = dict(written)
+    while any(written[each] < after[each] + 5 for each in written):
         await asyncio.sleep(0.1)
     stop.set()
-    await running
-    assert errors == {"SINK_TIMEOUT"}
-    seen = by_key(read_all(broker.brokers, topic_of(table)))
-    for values in seen.values():
-        numbers = [int(value or 0) for value in values]
-        assert set(numbers) == set(range(1, written + 1))
-        # Repeated ones come after themselves, never after something newer.
-        assert numbers == sorted(numbers)
+    await asyncio.gather(*running)
+    assert errors[False] == {"SINK_TIMEOUT"}
+    assert errors[True]
+    for exactly_once, table in tables.items():
+        expected = list(range(1, written[exactly_once] + 1))
+        seen = by_key(read_all(broker.brokers, topic_of(table)))
+        assert len(seen) == 20
+        for values in seen.values():
+            numbers = [int(value or 0) for value in values]
+            # Repeated ones come after themselves, never after something newer.
+            assert numbers == sorted(numbers)
+            assert (numbers if exactly_once else sorted(set(numbers))) == expected
 
 
 async def test_a_broker_that_is_away(

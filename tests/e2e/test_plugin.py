@@ -27,7 +27,7 @@ def _installed(example_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, found)))
 
 
-def sqlite(path: object) -> task_pb2.Sink:
+def sqlite(path: str | float) -> task_pb2.Sink:
     sink = task_pb2.Sink()
     sink.plugin.name = "sqlite"
     sink.plugin.config.update({"path": path})

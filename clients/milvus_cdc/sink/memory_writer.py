@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from milvus_cdc.errors import BugError, RetryableError, UnknownOutcomeError, UserError
 from milvus_cdc.rows import ChangeOp, Changes, Table
@@ -81,7 +81,7 @@ DESTINATIONS: dict[str, MemoryDestination] = {}
 class MemoryWriter:
     """See `milvus_cdc.sink.writer.Writer`."""
 
-    CONFIG_SCHEMA: Mapping[str, Any] = {
+    CONFIG_SCHEMA: ClassVar[Mapping[str, Any]] = {
         "type": "object",
         "properties": {
             "destination": {"type": "string", "minLength": 1},

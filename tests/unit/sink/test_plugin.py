@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ SECRET = {"type": "string", "secret": True}
 class Taker(memory_writer.MemoryWriter):
     """Shows what it was given."""
 
-    CONFIG_SCHEMA: ClassVar[dict[str, Any]] = {
+    CONFIG_SCHEMA: ClassVar[Mapping[str, Any]] = {
         "type": "object",
         "properties": {
             "url": {"type": "string", "pattern": "^https?://"},
@@ -61,15 +62,15 @@ class NoSchema:
 
 
 class BadSchema(Taker):
-    CONFIG_SCHEMA: ClassVar[dict[str, Any]] = {"type": "objekt"}
+    CONFIG_SCHEMA: ClassVar[Mapping[str, Any]] = {"type": "objekt"}
 
 
 class HiddenSecret(Taker):
-    CONFIG_SCHEMA: ClassVar[dict[str, Any]] = {"anyOf": [{"properties": {"password": SECRET}}]}
+    CONFIG_SCHEMA: ClassVar[Mapping[str, Any]] = {"anyOf": [{"properties": {"password": SECRET}}]}
 
 
 class Halfway:
-    CONFIG_SCHEMA: ClassVar[dict[str, Any]] = {}
+    CONFIG_SCHEMA: ClassVar[Mapping[str, Any]] = {}
     capabilities = None
 
     def __init__(self, config: dict[str, Any]) -> None:

@@ -56,6 +56,6 @@ def of_changes(
 
 
 def of_event(kind: str, shared: Headers, ts: int = 0) -> Headers:
-    """Those of a schema change; `ts` (TSO) is when the source made it, 0 where that is not known."""
+    """Those of a schema change, which the source made at `ts` (TSO; 0: not known)."""
     when = [("cdc.ts", b"%d" % ts), ("cdc.ts_ms", b"%d" % tso_to_ms(ts))] if ts else []
     return [("cdc.event", kind.encode()), *when, *shared]
