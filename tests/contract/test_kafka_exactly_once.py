@@ -203,7 +203,7 @@ async def test_who_is_cancelled_in_a_commit(broker: KafkaServer, writer: Open) -
 async def test_a_process_killed_at_any_moment(broker: KafkaServer) -> None:
     table = some_table()
     chance = random.Random(5)
-    last = 120
+    last = 600
     for epoch in range(1, 7):
         victim = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tests.contract.kafka_crash_victim", broker.brokers),
