@@ -40,9 +40,17 @@ from tests.servers.kafka import KafkaServer
 from tests.servers.postgres import PASSWORD, USER, PostgresServer
 
 ROUNDS = (("replicator", "kill"), ("replicator", "term"), ("both", "kill"))
-SOAK = tuple(itertools.islice(itertools.cycle(ROUNDS), 40))
+SOAK = tuple(itertools.islice(itertools.cycle(ROUNDS), 60))
 SETTLE_SECONDS = 60
+few_or_many = pytest.mark.parametrize(
+    "rounds",
+    [
+        pytest.param(ROUNDS, id="few", marks=pytest.mark.timeout(400)),
+        pytest.param(SOAK, id="many", marks=pytest.mark.soak),
+    ],
+)
 Read = Callable[[Shape], Rows]
+Rounds = tuple[tuple[str, str], ...]
 
 
 def follow(
@@ -51,7 +59,7 @@ def follow(
     database: str,
     sink: task_pb2.Sink,
     read: Read,
-    rounds: tuple[tuple[str, str], ...],
+    rounds: Rounds,
     during: Callable[[int], None] = lambda _: None,
 ) -> None:
     """A mixed load, a crash a round, and in the end `read` gives what the source has."""
@@ -119,17 +127,18 @@ def postgres_reader(server: PostgresServer, database: str, at: str = "") -> Read
     return read
 
 
-@pytest.mark.timeout(400)
+@few_or_many
 def test_postgres_is_the_source_whatever_ends(
     nats_stack: Stack,
     postgres_server: PostgresServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    rounds: Rounds,
 ) -> None:
-    database = "out_postgres"
+    database = f"out_postgres_{len(rounds)}"
     sink = postgres_sink(postgres_server, database, monkeypatch)
     read = postgres_reader(postgres_server, database)
-    follow(nats_stack, tmp_path, database, sink, read, ROUNDS)
+    follow(nats_stack, tmp_path, database, sink, read, rounds)
 
 
 def files_reader(folder: Path, database: str) -> Read:
@@ -154,17 +163,17 @@ def files_reader(folder: Path, database: str) -> Read:
     return read
 
 
-@pytest.mark.timeout(400)
+@few_or_many
 def test_files_hold_the_source_and_no_change_twice_whatever_ends(
-    nats_stack: Stack, tmp_path: Path
+    nats_stack: Stack, tmp_path: Path, rounds: Rounds
 ) -> None:
-    database = "out_files"
+    database = f"out_files_{len(rounds)}"
     folder = tmp_path / "archive"
     folder.mkdir()
     files = sink_file_pb2.FileSink(uri=folder.as_uri(), parquet=sink_file_pb2.ParquetFiles())
     files.rotate_interval.FromMilliseconds(1500)
     sink = task_pb2.Sink(files=files)
-    follow(nats_stack, tmp_path, database, sink, files_reader(folder, database), ROUNDS)
+    follow(nats_stack, tmp_path, database, sink, files_reader(folder, database), rounds)
 
 
 def kafka_reader(brokers: str, database: str, *, once: bool) -> Read:
@@ -222,12 +231,12 @@ def committed(brokers: str, topic: str) -> list[Message]:
 
 
 @pytest.mark.kafka
-@pytest.mark.timeout(400)
+@few_or_many
 @pytest.mark.parametrize("once", [False, True], ids=["at_least_once", "exactly_once"])
 def test_records_on_kafka_are_the_source_whatever_ends(
-    nats_stack: Stack, kafka_broker: KafkaServer, tmp_path: Path, once: bool
+    nats_stack: Stack, kafka_broker: KafkaServer, tmp_path: Path, once: bool, rounds: Rounds
 ) -> None:
-    database = f"out_kafka_{once}".lower()
+    database = f"out_kafka_{once}_{len(rounds)}".lower()
     kafka = sink_kafka_pb2.KafkaSink(
         brokers=[kafka_broker.brokers],
         delivery=sink_kafka_pb2.KAFKA_DELIVERY_EXACTLY_ONCE
@@ -236,4 +245,4 @@ def test_records_on_kafka_are_the_source_whatever_ends(
         create_topics=sink_kafka_pb2.KafkaTopicCreation(partitions=3),
     )
     read = kafka_reader(kafka_broker.brokers, database, once=once)
-    follow(nats_stack, tmp_path, database, task_pb2.Sink(kafka=kafka), read, ROUNDS)
+    follow(nats_stack, tmp_path, database, task_pb2.Sink(kafka=kafka), read, rounds)
