@@ -6,18 +6,30 @@ Rows are those of dimension 128; larger vectors get fewer, so that the bytes sta
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from pathlib import Path
 
+import structlog
 from rich.console import Console
 
-from benchmarks import catchup, footprint, lag, metadata, reconcile, steady
+from benchmarks import (
+    catchup,
+    files,
+    footprint,
+    kafka_sink,
+    lag,
+    metadata,
+    postgres,
+    reconcile,
+    steady,
+)
 from benchmarks.rig import Rig
 from benchmarks.rows import Table, drop
 from benchmarks.table import Results
 from benchmarks.writers import best_direct
-from tests.servers.kafka import kafka_unavailable_reason
+from tests.servers import kafka_unavailable_reason, postgres_unavailable_reason
 
 PARTS = (
     "direct",
@@ -31,7 +43,12 @@ PARTS = (
     "list",
     "metadata",
     "reconcile",
+    "kafka-sink",
+    "files",
+    "postgres",
 )
+OF_NO_QUEUE = {"metadata", "reconcile", "kafka-sink", "files", "postgres"}
+"""Parts that need no source's servers."""
 LAG_ROWS_PER_SECOND = 1_000
 IDLE_COLLECTIONS = 64
 LISTED_TASKS = 1_000
@@ -47,6 +64,9 @@ _started = time.monotonic()
 
 def main() -> int:
     options = _options()
+    # What clients say while they try again by themselves is no figure.
+    quiet = structlog.make_filtering_bound_logger(logging.WARNING)
+    structlog.configure(wrapper_class=quiet)
     console = Console(width=None if sys.stdout.isatty() else 200)
     results = Results(command=f"python -m benchmarks {' '.join(sys.argv[1:])}".strip())
     if "metadata" in options.only:
@@ -57,7 +77,8 @@ def main() -> int:
         compared = COMPARED_COLLECTIONS // 10 if options.quick else COMPARED_COLLECTIONS
         _say(f"comparison of {compared:,} collections with a sink")
         results.reconciled = reconcile.measure(compared, compared // LOADED_SHARE)
-    for queue in options.queues if set(options.only) - {"metadata", "reconcile"} else ():
+    _measure_row_sinks(options, results)
+    for queue in options.queues if set(options.only) - OF_NO_QUEUE else ():
         if queue == "kafka" and (reason := kafka_unavailable_reason()):
             _say(f"kafka left out: {reason}")
             continue
@@ -99,13 +120,40 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+def _rows(options: argparse.Namespace, dim: int) -> int:
+    rows: int = options.rows
+    return rows * 128 // max(dim, 128)
+
+
+def _measure_row_sinks(options: argparse.Namespace, results: Results) -> None:
+    """Kafka, files and PostgreSQL, fed without a source."""
+    parts = options.only
+    if "kafka-sink" in parts:
+        if reason := kafka_unavailable_reason():
+            _say(f"Kafka sink left out: {reason}")
+        else:
+            _say("Kafka sink: starting a broker")
+            results.kafka_sink = kafka_sink.measure(options.dims, options.rows, _say)
+    if "files" in parts:
+        for dim in options.dims:
+            _say(f"Parquet files, dimension {dim}")
+            results.files.append(files.measure(_rows(options, dim), dim))
+    if "postgres" in parts:
+        if reason := postgres_unavailable_reason():
+            _say(f"PostgreSQL left out: {reason}")
+            return
+        for dim in options.dims:
+            _say(f"PostgreSQL, dimension {dim}")
+            results.postgres.append(postgres.measure(_rows(options, dim), dim))
+
+
 def _measure(rig: Rig, options: argparse.Namespace, results: Results) -> None:
     queue, parts = rig.queue, options.only
     stream_seconds = 20 if options.quick else 60
     probe_seconds = 15 if options.quick else PROBE_SECONDS
     for dim in options.dims:
         key = f"{queue} {dim}"
-        rows = options.rows * 128 // max(dim, 128)
+        rows = _rows(options, dim)
         if "direct" in parts:
             _say(f"{key}: direct writers, the best of all batch sizes and parallelisms")
             uri = rig.stack.sink.uri

@@ -11,9 +11,12 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.catchup import CatchUp, Crash
+from benchmarks.files import FileFigures
 from benchmarks.footprint import Idle, Listing, Stalled
+from benchmarks.kafka_sink import AT_LEAST_ONCE, EXACTLY_ONCE, KafkaFigures
 from benchmarks.lag import Lag
 from benchmarks.metadata import Metadata
+from benchmarks.postgres import PostgresFigures
 from benchmarks.reconcile import Reconciled
 from benchmarks.steady import Steady
 from benchmarks.usage import machine
@@ -32,6 +35,18 @@ GOAL_LISTING_SECONDS = 10.0
 GOAL_CONTROLLER_MIB = 400.0
 GOAL_RECONCILE_SECONDS = 60.0
 GOAL_RECONCILE_CALLS = 5
+GOAL_KAFKA_CPU = {
+    ("flat JSON", 128): 40.0,
+    ("Debezium JSON", 128): 60.0,
+    ("Avro", 128): 12.0,
+    ("Avro", 768): 40.0,
+    ("Protobuf", 128): 12.0,
+    ("Protobuf", 768): 40.0,
+}
+GOAL_KAFKA_RATIO = {AT_LEAST_ONCE: 0.5, EXACTLY_ONCE: 0.8}
+GOAL_FILES_RATE = 150_000
+GOAL_FILES_SIZE = 1.1
+GOAL_POSTGRES_RATIO = 0.7
 
 
 @dataclass(slots=True)
@@ -52,6 +67,9 @@ class Results:
     listing: dict[str, Listing] = field(default_factory=dict)
     metadata: list[Metadata] = field(default_factory=list)
     reconciled: Reconciled | None = None
+    kafka_sink: list[KafkaFigures] = field(default_factory=list)
+    files: list[FileFigures] = field(default_factory=list)
+    postgres: list[PostgresFigures] = field(default_factory=list)
 
     def ratio(self, run: CatchUp) -> float | None:
         """To plain pymilvus under the same conditions."""
@@ -70,10 +88,17 @@ class Results:
 
     def show(self, console: Console) -> None:
         console.print(f"\n{self.command}\n{self.machine}")
-        self._show_throughput(console)
-        self._show_figures(console)
+        for table in (
+            self._throughput(),
+            self._figures(),
+            self._kafka_sink(),
+            self._files(),
+            self._postgres(),
+        ):
+            if table.row_count:
+                console.print(table)
 
-    def _show_throughput(self, console: Console) -> None:
+    def _throughput(self) -> RichTable:
         table = RichTable(title="Throughput (no index, not loaded, 2 shards)", title_justify="left")
         for column in ("", "queue", "dim", "rows/s", "10-90 %", "of direct", "goal"):
             table.add_column(column, justify="left" if column in ("", "queue") else "right")
@@ -125,9 +150,9 @@ class Results:
                 _cpu(stream.cpu_per_million, None),
                 _judged(stream.peak_mib, GOAL_MIB, digits=0),
             )
-        console.print(table)
+        return table
 
-    def _show_figures(self, console: Console) -> None:
+    def _figures(self) -> RichTable:
         table = RichTable(title="Other figures", title_justify="left")
         for column in ("", "seen", "goal"):
             table.add_column(column)
@@ -192,7 +217,69 @@ class Results:
                 f"{look.calls:.1f} on average",
                 f"< {GOAL_RECONCILE_SECONDS:.0f} s, {GOAL_RECONCILE_CALLS} calls",
             )
-        console.print(table)
+        return table
+
+    def _kafka_sink(self) -> RichTable:
+        table = RichTable(title="Kafka sink (CPU of its process)", title_justify="left")
+        table.add_column("format")
+        table.add_column("")
+        for column in ("dim", "rows/s", "CPU s per M rows", "goal", "ratio"):
+            table.add_column(column, justify="right")
+        table.add_column("goal")
+        for seen in self.kafka_sink:
+            judged = seen.contender == AT_LEAST_ONCE
+            cpu_goal = GOAL_KAFKA_CPU.get((seen.format, seen.dim)) if judged else None
+            goal = GOAL_KAFKA_RATIO.get(seen.contender) if seen.ratio is not None else None
+            rival = "at least once" if seen.contender == EXACTLY_ONCE else "raw"
+            table.add_row(
+                seen.format,
+                seen.contender,
+                str(seen.dim),
+                f"{seen.rate:,.0f}",
+                _judged(seen.cpu_per_million, cpu_goal, 1),
+                "" if cpu_goal is None else f"<= {cpu_goal:.0f}",
+                "" if seen.ratio is None else _judged(seen.ratio, goal, at_least=True),
+                "" if goal is None else f">= {goal} of {rival}",
+            )
+        return table
+
+    def _files(self) -> RichTable:
+        table = RichTable(title="Parquet files (default options)", title_justify="left")
+        for column in ("dim", "rows/s", "goal", "CPU s per M rows", "MiB more"):
+            table.add_column(column, justify="right")
+        for column in ("files", "bytes to vectors'", "goal"):
+            table.add_column(column, justify="right")
+        for seen in self.files:
+            goal = GOAL_FILES_RATE if seen.dim == JUDGED_DIM else None
+            table.add_row(
+                str(seen.dim),
+                _judged(seen.rate, goal, 0, at_least=True),
+                "" if goal is None else f">= {goal:,}",
+                f"{seen.cpu_per_million:.1f}",
+                f"{seen.growth_mib:.0f}",
+                str(seen.files),
+                _judged(seen.size_ratio, GOAL_FILES_SIZE),
+                f"<= {GOAL_FILES_SIZE}",
+            )
+        return table
+
+    def _postgres(self) -> RichTable:
+        table = RichTable(title="PostgreSQL sink", title_justify="left")
+        for column in ("dim", "rows/s", "upserts/s", "CPU s per M rows"):
+            table.add_column(column, justify="right")
+        for column in ("plain COPY rows/s", "of plain COPY", "goal"):
+            table.add_column(column, justify="right")
+        for seen in self.postgres:
+            table.add_row(
+                str(seen.dim),
+                f"{seen.rate:,.0f}",
+                f"{seen.upserts:,.0f}",
+                f"{seen.cpu_per_million:.1f}",
+                f"{seen.plain_copy:,.0f}",
+                _judged(seen.ratio, GOAL_POSTGRES_RATIO, at_least=True),
+                f">= {GOAL_POSTGRES_RATIO}",
+            )
+        return table
 
 
 def _judged(value: float, goal: float | None, digits: int = 2, *, at_least: bool = False) -> str:
