@@ -123,9 +123,11 @@ def flush(
     """
     until = ts if everything else rng.randint(max(START, ts - 6), ts)
     rng.shuffle(messages)
-    kept = [each for each in messages if each[0] > until and rng.random() < 0.5]
+    kept: list[tuple[int, bytes]] = []
     for each in messages:
-        if each not in kept:
+        if each[0] > until and rng.random() < 0.5:
+            kept.append(each)
+        else:
             world.append(pchannel, each[1])
     world.append(pchannel, tick(until))
     messages[:] = kept
