@@ -72,6 +72,15 @@ class Carry:
 
 
 @dataclass(frozen=True, slots=True)
+class Batching:
+    """What a user wants of batches; what is None or 0 is as the sink has it."""
+
+    max_rows: int = 0
+    max_bytes: int = 0
+    linger_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Database:
     database_id: int
     name: str

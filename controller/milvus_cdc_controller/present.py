@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from google.protobuf import json_format, timestamp_pb2
-from milvus_cdc.model import Carry, Drift, Import, split_assignment_id, tso_to_ms
+from milvus_cdc.model import Batching, Carry, Drift, Import, split_assignment_id, tso_to_ms
 from milvus_cdc.selection import Selection
 from milvus_cdc.source.registry import position_text
 from milvuscdc.v1 import fleet_service_pb2, task_pb2
@@ -26,7 +26,7 @@ from milvus_cdc_controller.core.status import (
 from milvus_cdc_controller.core.task import LeftCollection, StartAt, TaskRecord, TaskSpec, TaskState
 from milvus_cdc_controller.core.world import World
 from milvus_cdc_controller.retention_alarm import RETENTION_LOW, retention_text
-from milvus_cdc_controller.wire import DRIFTS, carry_message, duration
+from milvus_cdc_controller.wire import DRIFTS, batching_message, carry_message, duration
 
 TASK_STATES = {
     TaskState.CREATING: task_pb2.TASK_STATE_CREATING,
@@ -124,6 +124,7 @@ def task_spec(task: task_pb2.Task) -> TaskSpec:
         ),
         carry=carry(task.carry),
         drift=drift(task.drift),
+        batching=batching(task.batching),
     )
 
 
@@ -134,6 +135,13 @@ def carry(message: task_pb2.Carry) -> Carry:
 
 def drift(value: task_pb2.Drift.ValueType) -> Drift:
     return Drift.REPORT if value == task_pb2.DRIFT_REPORT else Drift.REPAIR
+
+
+def batching(message: task_pb2.Batching) -> Batching:
+    linger = None
+    if message.HasField("linger"):
+        linger = message.linger.ToMilliseconds()
+    return Batching(message.max_rows, message.max_bytes, linger)
 
 
 def fingerprint(task: task_pb2.Task) -> str:
@@ -171,6 +179,7 @@ def task_message(world: World, task: TaskRecord, store_error: str = "") -> task_
         rename=[task_pb2.NameRule(**{"from": r.source, "to": r.sink}) for r in spec.rename],
         carry=carry_message(spec.carry),
         drift=DRIFTS[spec.drift],
+        batching=batching_message(spec.batching),
         state=TASK_STATES[state],
         reason=reason,
         message=message,

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+from google.protobuf.message import Message
 from milvus_cdc.errors import CdcError
 from milvus_cdc.model import Carry, Catalogue, Collection, ObjectState
 from milvuscdc.v1 import task_pb2
@@ -28,6 +29,7 @@ from milvus_cdc_controller.pages import page
 from milvus_cdc_controller.setting_positions import set_positions
 from milvus_cdc_controller.validation import (
     check,
+    check_batching,
     check_task_part,
     check_update,
 )
@@ -183,6 +185,11 @@ class TaskService(rpc.TaskServiceServicer):
         if "drift" in paths:
             whole.drift = request.task.drift
             check_task_part(whole, "drift")
+        with_batching = any(path.startswith("batching") for path in paths)
+        if with_batching:
+            _take_over(request.task.batching, whole.batching, paths, "batching")
+            check_task_part(whole, "batching")
+            check_batching(whole)
         task = await self._loop.call(
             lambda at, call: ev.UpdateTask(
                 at,
@@ -195,6 +202,7 @@ class TaskService(rpc.TaskServiceServicer):
                 request.validate_only,
                 present.carry(whole.carry) if with_carry else None,
                 present.drift(whole.drift) if "drift" in paths else None,
+                present.batching(whole.batching) if with_batching else None,
             )
         )
         return pb.UpdateTaskResponse(task=self._message(task))
@@ -315,6 +323,20 @@ class TaskService(rpc.TaskServiceServicer):
         # The state may have moved since the command was decided; its own wish stands in both.
         newest = world.tasks.get(task.uid, task)
         return present.task_message(world, newest, self._loop.store_error)
+
+
+def _take_over(given: Message, whole: Message, paths: set[str], name: str) -> None:
+    """Of a message of the task what the paths name; what is not given is cleared."""
+    if name in paths:
+        whole.CopyFrom(given)
+        return
+    for part in (path.partition(".")[2] for path in paths if path.startswith(f"{name}.")):
+        whole.ClearField(part)
+        for field, value in given.ListFields():
+            if field.name == part and field.message_type is not None:
+                getattr(whole, part).CopyFrom(value)
+            elif field.name == part:
+                setattr(whole, part, value)
 
 
 def _planned(spec: TaskSpec, catalogue: Catalogue) -> list[Collection]:

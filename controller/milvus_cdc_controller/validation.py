@@ -13,14 +13,21 @@ from milvus_cdc_controller.api_errors import ApiError
 from milvus_cdc_controller.present import endpoint_id
 
 _CARRIES = frozenset(f"carry.{each.name}" for each in task_pb2.Carry.DESCRIPTOR.fields)
-_UPDATABLE = {
-    "labels",
-    "selection",
-    "selection.include",
-    "selection.exclude",
-    "drift",
-    "carry",
-} | _CARRIES
+_BATCHING = frozenset(f"batching.{each.name}" for each in task_pb2.Batching.DESCRIPTOR.fields)
+_UPDATABLE = (
+    {
+        "labels",
+        "selection",
+        "selection.include",
+        "selection.exclude",
+        "drift",
+        "carry",
+        "batching",
+    }
+    | _CARRIES
+    | _BATCHING
+)
+_ROTATION = {"max_bytes": "rotate_bytes", "linger": "rotate_interval"}
 _OUTPUT_ONLY = {
     "uid", "etag", "generation", "observed_generation", "state", "reason", "message",
     "state_time", "create_time", "update_time", "progress", "conditions",
@@ -49,6 +56,22 @@ def check_create(request: pb.CreateTaskRequest) -> None:
             "Source and sink are the same Milvus: the task would feed itself.",
             field="task.sink.milvus.uri",
         )
+    check_batching(task)
+
+
+def check_batching(task: task_pb2.Task) -> None:
+    """Raises ApiError for what has no meaning at the task's kind of sink."""
+    if task.sink.WhichOneof("kind") != "files":
+        return
+    for field, _ in task.batching.ListFields():
+        if field.name in _ROTATION:
+            raise ApiError(
+                "INVALID_ARGUMENT",
+                "NOT_FOR_THIS_SINK",
+                f"batching.{field.name} says nothing about files, which are published whole; "
+                f"sink.files.{_ROTATION[field.name]} says when.",
+                field=f"task.batching.{field.name}",
+            )
 
 
 def check_update(request: pb.UpdateTaskRequest) -> tuple[bool, bool]:
@@ -77,7 +100,7 @@ def check_update(request: pb.UpdateTaskRequest) -> tuple[bool, bool]:
                 f"{path!r} is set by the server; {_can()}.",
                 field="update_mask",
             )
-        if head in ("labels", "selection", "carry", "drift"):
+        if head in ("labels", "selection", "carry", "drift", "batching"):
             raise ApiError(
                 "INVALID_ARGUMENT",
                 "UNKNOWN_FIELD_PATH",
@@ -114,7 +137,7 @@ def invalid(violations: tuple[tuple[str, str], ...]) -> ApiError:
 
 
 def _can() -> str:
-    return "only labels, selection, carry and drift can be updated"
+    return "only labels, selection, carry, drift and batching can be updated"
 
 
 def _path(path: object) -> str:

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from google.protobuf import duration_pb2
 from milvus_cdc.model import (
+    Batching,
     Carry,
     Collection,
     Drift,
@@ -263,6 +264,7 @@ def _assign(message: fx.Assign) -> pb.Assign:
         sink=task_pb2.Sink.FromString(message.task.spec.sink),
         carry=carry_message(message.task.spec.carry),
         drift=DRIFTS[message.task.spec.drift],
+        batching=batching_message(message.task.spec.batching),
     )
     if message.collection is not None:
         assert message.progress is not None
@@ -378,6 +380,18 @@ def _load_spec(load: Load) -> pb.LoadSpec:
 def carry_message(carry: Carry) -> task_pb2.Carry:
     """Every switch said."""
     return task_pb2.Carry(**{each.name: getattr(carry, each.name) for each in fields(Carry)})
+
+
+def batching_message(batching: Batching) -> task_pb2.Batching | None:
+    """None where the user said nothing."""
+    if batching == Batching():
+        return None
+    linger = batching.linger_ms
+    return task_pb2.Batching(
+        max_rows=batching.max_rows,
+        max_bytes=batching.max_bytes,
+        linger=None if linger is None else duration(linger),
+    )
 
 
 def metadata_spec(metadata: MetadataRecord, carry: Carry) -> pb.MetadataSpec:

@@ -150,6 +150,9 @@ class CollectionRunner:
 
     def update(self, assignment: CollectionAssignment) -> None:
         def apply() -> None:
+            if assignment.batching != self.assignment.batching and self._linger is not None:
+                self._linger.cancel()
+                self._linger = None
             self.assignment = assignment
             self._object.update(assignment)
             self._core.update(assignment.want)

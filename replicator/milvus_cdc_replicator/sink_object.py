@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 from milvus_cdc.errors import UserError
-from milvus_cdc.model import Collection, Drift, ObjectState, ms_to_tso
+from milvus_cdc.model import Batching, Collection, Drift, ObjectState, ms_to_tso
 from milvus_cdc.sink import Opened, Sink
 from milvus_cdc.sink.writer import Capabilities, Checkpoint
 
@@ -55,6 +55,20 @@ def _name(want: Collection) -> tuple[str, str]:
 
 def _named(want: Collection, name: tuple[str, str]) -> Collection:
     return want if _name(want) == name else replace(want, database=name[0], name=name[1])
+
+
+def bounded(own: WriteLimits, linger_seconds: float, wish: Batching) -> tuple[WriteLimits, float]:
+    """What the sink has of its own, under what the user wants: a smaller number counts, and any
+    time.
+    """
+    seconds = linger_seconds if wish.linger_ms is None else wish.linger_ms / 1000
+    limits = replace(
+        own,
+        rows_per_request=min(own.rows_per_request, wish.max_rows or own.rows_per_request),
+        bytes_per_request=min(own.bytes_per_request, wish.max_bytes or own.bytes_per_request),
+        lingers=seconds > 0,
+    )
+    return limits, seconds
 
 
 def _nothing() -> None:
@@ -100,6 +114,8 @@ class SinkObject:
         self.conditions: dict[str, str] = {}
         self.linger_seconds = 0.0
         """How long an unfinished request waits for more."""
+        self._own: tuple[WriteLimits, float] | None = None
+        """Of the sink: bounds of a request, and how long an unfinished one waits."""
         self.heartbeats = False
         """The sink wants to hear that source time goes on."""
         self.renamed_to: tuple[str, str] | None = None
@@ -124,8 +140,11 @@ class SinkObject:
         )
 
     def update(self, assignment: CollectionAssignment) -> None:
+        rebatched = assignment.batching != self._assignment.batching
         self._assignment = assignment
         self.placed = _named(assignment.want, _name(self.placed))
+        if rebatched:
+            self._bound()
 
     @property
     def applied_version(self) -> int:
@@ -237,29 +256,37 @@ class SinkObject:
             note_emptied(self.conditions, sorted(known.intersection(opened.created_partitions)))
         if opened.writes_in_flight:
             self._core.sequencer.limit_in_flight(opened.writes_in_flight)
+        self._own = self._core.sequencer.limits, 0.0
         if opened.writer is not None:
             self._arrange(opened.writer, opened.checkpoints)
+        self._bound()
         self._core.mark_opened(existing_until)
         self._log.info("collection opened", adopted=opened.adopted)
         self._changed()
 
     def _arrange(self, writer: Capabilities, checkpoints: Iterable[Checkpoint]) -> None:
         """As the sink wants its batches, from where it says that it is."""
-        self.linger_seconds = writer.linger_seconds
         self.heartbeats = writer.heartbeats
-        self._core.sequencer.arrange(
-            WriteLimits(
-                writer.rows_per_batch,
-                writer.bytes_per_batch,
-                1 if writer.own_checkpoint else writer.in_flight,
-                ordered=True,
-                atomic=writer.own_checkpoint,
-                lingers=writer.linger_seconds > 0,
-            )
+        limits = WriteLimits(
+            writer.rows_per_batch,
+            writer.bytes_per_batch,
+            1 if writer.own_checkpoint else writer.in_flight,
+            ordered=True,
+            atomic=writer.own_checkpoint,
         )
+        self._own = limits, writer.linger_seconds
+        self._core.sequencer.arrange(limits)
         for known in checkpoints:
             if (lane := self._core.lanes.get(known.vchannel)) is not None:
                 lane.resume(known.read_from, known.resolved_ts)
+
+    def _bound(self) -> None:
+        if self._own is None:
+            return  # it is taken up when the sink is open
+        limits, self.linger_seconds = bounded(*self._own, self._assignment.batching)
+        self._core.sequencer.bound(
+            limits.rows_per_request, limits.bytes_per_request, lingers=limits.lingers
+        )
 
     async def heartbeat(self) -> None:
         """Tells the sink how far it is."""

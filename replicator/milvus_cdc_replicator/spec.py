@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from milvus_cdc.model import (
+    Batching,
     Carry,
     Collection,
     Drift,
@@ -63,6 +64,7 @@ class CollectionAssignment:
     """Its name there."""
     carry: Carry = field(default_factory=Carry)
     drift: Drift = Drift.REPAIR
+    batching: Batching = field(default_factory=Batching)
     applied: Applied | None = None
     """What an owner before has carried out."""
     flush_ts: int = 0
@@ -189,6 +191,7 @@ def from_assign(message: pb.Assign) -> Assignment:
         source_collection=spec.source_collection,
         carry=carry_of(message.carry),
         drift=_drift(message.drift),
+        batching=_batching(message.batching),
         applied=_applied(spec.applied) if spec.HasField("applied") else None,
         flush_ts=spec.flush_ts,
         awaited_ts=spec.awaited_ts,
@@ -202,6 +205,11 @@ def carry_of(message: task_pb2.Carry) -> Carry:
 
 def _drift(value: task_pb2.Drift.ValueType) -> Drift:
     return Drift.REPORT if value == task_pb2.DRIFT_REPORT else Drift.REPAIR
+
+
+def _batching(message: task_pb2.Batching) -> Batching:
+    linger = message.linger.ToMilliseconds() if message.HasField("linger") else None
+    return Batching(message.max_rows, message.max_bytes, linger)
 
 
 def _operations(spec: pb.MetadataSpec) -> Operations | None:

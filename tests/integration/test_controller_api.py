@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf import field_mask_pb2
+from google.protobuf import duration_pb2, field_mask_pb2
 from google.rpc import error_details_pb2, status_pb2
 from milvus_cdc.errors import RetryableError
 from milvus_cdc_controller.core.task import TaskRecord
@@ -208,6 +208,56 @@ async def test_update_changes_what_it_may(api: Api) -> None:
     assert (code, info.reason) == (grpc.StatusCode.ABORTED, "ETAG_MISMATCH")
     current = api_pb.PauseTaskRequest(name="tasks/copy", etag=changed.etag)
     await api.tasks.PauseTask(current)
+
+
+async def test_batching_is_changed_part_by_part_and_reaches_the_owner(api: Api) -> None:
+    def request(*paths: str, **fields: Any) -> api_pb.UpdateTaskRequest:
+        wish = task_pb2.Task(name="tasks/copy", batching=task_pb2.Batching(**fields))
+        return api_pb.UpdateTaskRequest(
+            task=wish, update_mask=field_mask_pb2.FieldMask(paths=paths)
+        )
+
+    async with FakeReplicator(api, "a") as replicator:
+        task = task_message()
+        task.batching.max_rows = 500
+        created = await create(api, task)
+        assert created.batching == task.batching
+        await until(lambda: len(replicator.held) == 2)
+        linger = duration_pb2.Duration(seconds=2)
+        await api.tasks.UpdateTask(request("batching.linger", linger=linger))
+        cleared = await api.tasks.UpdateTask(request("batching.max_rows"))
+        assert cleared.task.batching == task_pb2.Batching(linger=linger)
+        found = (await api.tasks.GetTask(api_pb.GetTaskRequest(name="tasks/copy"))).task
+        assert found.batching == task_pb2.Batching(linger=linger)
+        await until(
+            lambda: any(
+                assign.batching == task_pb2.Batching(linger=linger)
+                for assign in replicator.held.values()
+            )
+        )
+        whole = await api.tasks.UpdateTask(request("batching", max_bytes=1000))
+        assert whole.task.batching == task_pb2.Batching(max_bytes=1000)
+        for path, fields in (
+            ("batching.max_rows", {"max_rows": -1}),
+            ("batching.linger", {"linger": duration_pb2.Duration(seconds=3601)}),
+        ):
+            code, info = await refused(api.tasks.UpdateTask(request(path, **fields)))
+            assert code == grpc.StatusCode.INVALID_ARGUMENT
+            assert info.metadata["field"] == f"task.{path}"
+    files = task_message("files")
+    files.sink.files.uri = "file:///tmp/x"
+    for path in ("max_bytes", "linger"):
+        refused_task = task_pb2.Task()
+        refused_task.CopyFrom(files)
+        if path == "linger":
+            refused_task.batching.linger.seconds = 1
+        else:
+            refused_task.batching.max_bytes = 1
+        code, info = await refused(
+            api.tasks.CreateTask(api_pb.CreateTaskRequest(task=refused_task))
+        )
+        assert (code, info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "NOT_FOR_THIS_SINK")
+        assert info.metadata["field"] == f"task.batching.{path}"
 
 
 async def test_what_is_not_there(api: Api) -> None:

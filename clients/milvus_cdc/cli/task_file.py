@@ -19,6 +19,8 @@ from milvuscdc.v1 import secret_pb2, task_pb2
 from milvus_cdc.errors import UserError
 
 _SECRET = secret_pb2.Secret.DESCRIPTOR.full_name
+_IN_PARTS = ("selection", "carry", "batching")
+"""Fields of a task that a patch changes part by part."""
 _NULL = "tag:yaml.org,2002:null"
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -61,8 +63,10 @@ def parse_patch(text: str) -> tuple[task_pb2.Task, list[str]]:
         name = fields[key].name
         if name in ("name", "etag"):
             continue
-        if name in ("selection", "carry") and isinstance(value, dict) and value:
-            mask += [f"{name}.{part}" for part in value]
+        if name in _IN_PARTS and isinstance(value, dict) and value:
+            kind = cast("Descriptor", fields[key].message_type)
+            known = {f.json_name: f.name for f in kind.fields}
+            mask += [f"{name}.{known.get(part, part)}" for part in value]
         else:
             mask.append(name)
     return task, sorted(mask)

@@ -279,6 +279,7 @@ class Assign(_message.Message):
     METADATA_FIELD_NUMBER: _builtins.int
     CARRY_FIELD_NUMBER: _builtins.int
     DRIFT_FIELD_NUMBER: _builtins.int
+    BATCHING_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """`{task uid}.{collection id}` or `{task uid}.metadata`."""
     epoch: _builtins.int
@@ -298,6 +299,8 @@ class Assign(_message.Message):
     def metadata(self) -> Global___MetadataSpec: ...
     @_builtins.property
     def carry(self) -> _task_pb2.Carry: ...
+    @_builtins.property
+    def batching(self) -> _task_pb2.Batching: ...
     def __init__(
         self,
         *,
@@ -311,10 +314,11 @@ class Assign(_message.Message):
         metadata: Global___MetadataSpec | None = ...,
         carry: _task_pb2.Carry | None = ...,
         drift: _task_pb2.Drift.ValueType = ...,
+        batching: _task_pb2.Batching | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["carry", b"carry", "collection", b"collection", "metadata", b"metadata", "sink", b"sink", "source", b"source", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "carry", b"carry", "collection", b"collection", "metadata", b"metadata", "sink", b"sink", "source", b"source", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "carry", b"carry", "collection", b"collection", "drift", b"drift", "epoch", b"epoch", "metadata", b"metadata", "sink", b"sink", "source", b"source", "spec", b"spec", "task", b"task", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "batching", b"batching", "carry", b"carry", "collection", b"collection", "drift", b"drift", "epoch", b"epoch", "metadata", b"metadata", "sink", b"sink", "source", b"source", "spec", b"spec", "task", b"task", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["collection", "metadata"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015

@@ -155,6 +155,7 @@ class Task(_message.Message):
     RENAME_FIELD_NUMBER: _builtins.int
     CARRY_FIELD_NUMBER: _builtins.int
     DRIFT_FIELD_NUMBER: _builtins.int
+    BATCHING_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
@@ -211,6 +212,10 @@ class Task(_message.Message):
         """Kinds of operation to carry. May be changed while the task runs."""
 
     @_builtins.property
+    def batching(self) -> Global___Batching:
+        """How rows are put together to batches. May be changed while the task runs."""
+
+    @_builtins.property
     def state_time(self) -> _timestamp_pb2.Timestamp:
         """When the state last changed."""
 
@@ -241,6 +246,7 @@ class Task(_message.Message):
         rename: _abc.Iterable[Global___NameRule] | None = ...,
         carry: Global___Carry | None = ...,
         drift: Global___Drift.ValueType = ...,
+        batching: Global___Batching | None = ...,
         state: Global___TaskState.ValueType = ...,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
@@ -250,9 +256,9 @@ class Task(_message.Message):
         progress: Global___TaskProgress | None = ...,
         conditions: _abc.Iterable[Global___Condition] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["carry", b"carry", "create_time", b"create_time", "progress", b"progress", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state_time", b"state_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "carry", b"carry", "create_time", b"create_time", "progress", b"progress", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state_time", b"state_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "carry", b"carry", "conditions", b"conditions", "create_time", b"create_time", "drift", b"drift", "etag", b"etag", "generation", b"generation", "labels", b"labels", "message", b"message", "name", b"name", "observed_generation", b"observed_generation", "progress", b"progress", "reason", b"reason", "rename", b"rename", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state", b"state", "state_time", b"state_time", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "batching", b"batching", "carry", b"carry", "conditions", b"conditions", "create_time", b"create_time", "drift", b"drift", "etag", b"etag", "generation", b"generation", "labels", b"labels", "message", b"message", "name", b"name", "observed_generation", b"observed_generation", "progress", b"progress", "reason", b"reason", "rename", b"rename", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state", b"state", "state_time", b"state_time", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -347,6 +353,46 @@ class Carry(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__schema) -> _WhichOneofReturnType__schema | None: ...
 
 Global___Carry: _TypeAlias = Carry  # noqa: Y015
+
+@_typing.final
+class Batching(_message.Message):
+    """Bounds of one batch: a request to a Milvus, a transaction, a file. What is unset is as the sink has it; a value
+    larger than what the sink takes at once is bounded by that. A request of the source is never divided, so a batch
+    can be larger than these.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_ROWS_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    LINGER_FIELD_NUMBER: _builtins.int
+    max_rows: _builtins.int
+    """Rows of one batch at most; as the sink has it when 0."""
+    max_bytes: _builtins.int
+    """Bytes of one batch in the source's log at most; as the sink has it when 0. Not for `sink.files`: see its
+    `rotate_bytes`.
+    """
+    @_builtins.property
+    def linger(self) -> _duration_pb2.Duration:
+        """How long an unfinished batch waits for more rows; 0 = it goes as soon as there is room. As the sink has it when
+        unset. Memory that is needed, and a drop or rename that waits, end it early. Not for `sink.files`: see its
+        `rotate_interval`.
+        """
+
+    def __init__(
+        self,
+        *,
+        max_rows: _builtins.int = ...,
+        max_bytes: _builtins.int = ...,
+        linger: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["linger", b"linger"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["linger", b"linger", "max_bytes", b"max_bytes", "max_rows", b"max_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Batching: _TypeAlias = Batching  # noqa: Y015
 
 @_typing.final
 class TaskProgress(_message.Message):

@@ -204,7 +204,9 @@ class UpdateTaskRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """`labels`, `selection`, `selection.include`, `selection.exclude`, `carry` (and below), `drift`."""
+        """`labels`, `selection`, `selection.include`, `selection.exclude`, `carry` (and below), `drift`,
+        `batching` (and below).
+        """
 
     def __init__(
         self,

@@ -131,7 +131,7 @@ class TaskServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateTask(self, request, context):
-        """Changes `labels`, `selection`, `carry` and `drift`.
+        """Changes `labels`, `selection`, `carry`, `drift` and `batching`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -239,17 +239,21 @@ def update_task(world: World, command: UpdateTask) -> None:
         spec = replace(spec, carry=command.carry)
     if command.drift is not None:
         spec = replace(spec, drift=command.drift)
+    if command.batching is not None:
+        spec = replace(spec, batching=command.batching)
     if command.validate_only:
         _answer(world, command, replace(task, spec=spec))
         return
     if spec != task.spec:
         retold = (spec.carry, spec.drift) != (task.spec.carry, task.spec.drift)
+        arranged = spec.batching != task.spec.batching
         # Who changes the selection has seen what a rename had taken out of it.
         left = task.left if spec.selection == task.spec.selection else ()
         task = _change(world, task, spec=spec, left=left)
-        if retold:
+        if retold or arranged:
             for record in list(world.collections[task.uid].values()):
                 world.put_collection(changed(record))
+        if retold:
             metadata = world.metadata[task.uid]
             world.put_metadata(replace(metadata, version=metadata.version + 1))
         adopt_catalogue(world, task.uid)

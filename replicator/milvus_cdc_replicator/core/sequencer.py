@@ -72,10 +72,20 @@ class Sequencer:
         """What is unfinished goes out as soon as it can."""
         self._hurry = self._open is not None
 
+    @property
+    def limits(self) -> WriteLimits:
+        return self._limits
+
     def arrange(self, limits: WriteLimits) -> None:
         """As the sink wants it, before anything was added."""
         assert self.idle
         self._limits = limits
+
+    def bound(self, rows: int, size: int, *, lingers: bool) -> None:
+        """Other bounds of what is added from now on; what is unfinished goes on under them."""
+        self._limits = replace(
+            self._limits, rows_per_request=rows, bytes_per_request=size, lingers=lingers
+        )
 
     def mark(self, mark: Mark) -> None:
         """Between the operations added so far and all others, `mark` is the place of a vchannel."""

@@ -213,6 +213,11 @@ async def test_update_builds_the_mask_of_what_was_given(api: Api) -> None:
     patch = "carry: {rows: false}\ndrift: DRIFT_REPAIR\n"
     assert (await api.run("task", "update", "products-dr", "-f", "-", text=patch)).code == 0
     assert list(api.tasks.requests[-1].update_mask.paths) == ["carry.rows", "drift"]
+    patch = "batching: {maxRows: 500, linger: 0.5s}\n"
+    assert (await api.run("task", "update", "products-dr", "-f", "-", text=patch)).code == 0
+    request = api.tasks.requests[-1]
+    assert list(request.update_mask.paths) == ["batching.linger", "batching.max_rows"]
+    assert request.task.batching.linger.ToMilliseconds() == 500
     for wrong in ("index", "index=maybe", "nothing=true"):
         ended = await api.run("task", "update", "products-dr", "--carry", wrong)
         assert (ended.code, wrong in ended.err) == (2, True)

@@ -76,7 +76,13 @@ def split(rng: random.Random, log: list[Entry]) -> list[Entry]:
 
 
 def run(
-    seed: int, lanes: int, steps: int, crash_rate: float, forget_rate: float, limits: WriteLimits
+    seed: int,
+    lanes: int,
+    steps: int,
+    crash_rate: float,
+    forget_rate: float,
+    rebound_rate: float,
+    limits: WriteLimits,
 ) -> None:
     rng = random.Random(seed)
     logs: dict[str, list[Entry]] = {}
@@ -145,6 +151,11 @@ def run(
                     core.grant(v, horizon)
             elif core.sequencer.lingering:
                 core.sequencer.hurry()
+            if rng.random() < rebound_rate:
+                lingers = rng.random() < 0.5
+                core.sequencer.bound(
+                    rng.choice((1, 3, 8)), rng.choice((1, 1 << 20)), lingers=lingers
+                )
             for effect in core.step():
                 assert isinstance(effect, StartWrite)
                 assert effect.write.kind is WriteKind.CHANGES
@@ -192,6 +203,7 @@ def _read(lane: Lane, entry: Entry, order: int) -> None:
     steps=st.integers(1, 40),
     crash_rate=st.sampled_from([0.0, 0.005, 0.02]),
     forget_rate=st.sampled_from([0.0, 0.1, 1.0]),
+    rebound_rate=st.sampled_from([0.0, 0.1]),
     atomic=st.booleans(),
     lingers=st.booleans(),
 )
@@ -201,6 +213,7 @@ def test_in_order_over_any_crashes(
     steps: int,
     crash_rate: float,
     forget_rate: float,
+    rebound_rate: float,
     atomic: bool,
     lingers: bool,
 ) -> None:
@@ -212,4 +225,4 @@ def test_in_order_over_any_crashes(
         atomic=atomic,
         lingers=lingers,
     )
-    run(seed, lanes, steps, crash_rate, forget_rate, limits)
+    run(seed, lanes, steps, crash_rate, forget_rate, rebound_rate, limits)

@@ -886,6 +886,7 @@ type Assign struct {
 	Spec          isAssign_Spec `protobuf_oneof:"spec"`
 	Carry         *Carry        `protobuf:"bytes,9,opt,name=carry,proto3" json:"carry,omitempty"`
 	Drift         Drift         `protobuf:"varint,10,opt,name=drift,proto3,enum=milvuscdc.v1.Drift" json:"drift,omitempty"`
+	Batching      *Batching     `protobuf:"bytes,11,opt,name=batching,proto3" json:"batching,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -999,6 +1000,13 @@ func (x *Assign) GetDrift() Drift {
 		return x.Drift
 	}
 	return Drift_DRIFT_UNSPECIFIED
+}
+
+func (x *Assign) GetBatching() *Batching {
+	if x != nil {
+		return x.Batching
+	}
+	return nil
 }
 
 type isAssign_Spec interface {
@@ -4917,7 +4925,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\tlease_ttl\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\bleaseTtl\x12H\n" +
 	"\x12heartbeat_interval\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x11heartbeatInterval\x12F\n" +
 	"\x11progress_interval\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x10progressInterval\"\b\n" +
-	"\x06Synced\"\x9f\x03\n" +
+	"\x06Synced\"\xd3\x03\n" +
 	"\x06Assign\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x18\n" +
@@ -4931,7 +4939,8 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\bmetadata\x18\b \x01(\v2\x1a.milvuscdc.v1.MetadataSpecH\x00R\bmetadata\x12)\n" +
 	"\x05carry\x18\t \x01(\v2\x13.milvuscdc.v1.CarryR\x05carry\x12)\n" +
 	"\x05drift\x18\n" +
-	" \x01(\x0e2\x13.milvuscdc.v1.DriftR\x05driftB\x06\n" +
+	" \x01(\x0e2\x13.milvuscdc.v1.DriftR\x05drift\x122\n" +
+	"\bbatching\x18\v \x01(\v2\x16.milvuscdc.v1.BatchingR\bbatchingB\x06\n" +
 	"\x04spec\"\xb6\t\n" +
 	"\x0eCollectionSpec\x12#\n" +
 	"\rcollection_id\x18\x01 \x01(\x03R\fcollectionId\x12\x1a\n" +
@@ -5370,12 +5379,13 @@ var file_milvuscdc_v1_replication_service_proto_goTypes = []any{
 	(*Sink)(nil),                   // 65: milvuscdc.v1.Sink
 	(*Carry)(nil),                  // 66: milvuscdc.v1.Carry
 	(Drift)(0),                     // 67: milvuscdc.v1.Drift
-	(*Condition)(nil),              // 68: milvuscdc.v1.Condition
-	(*VerifyProgress)(nil),         // 69: milvuscdc.v1.VerifyProgress
-	(*VerifyDifference)(nil),       // 70: milvuscdc.v1.VerifyDifference
-	(*VerifyCollectionResult)(nil), // 71: milvuscdc.v1.VerifyCollectionResult
-	(*DiffProgress)(nil),           // 72: milvuscdc.v1.DiffProgress
-	(*ObjectDifference)(nil),       // 73: milvuscdc.v1.ObjectDifference
+	(*Batching)(nil),               // 68: milvuscdc.v1.Batching
+	(*Condition)(nil),              // 69: milvuscdc.v1.Condition
+	(*VerifyProgress)(nil),         // 70: milvuscdc.v1.VerifyProgress
+	(*VerifyDifference)(nil),       // 71: milvuscdc.v1.VerifyDifference
+	(*VerifyCollectionResult)(nil), // 72: milvuscdc.v1.VerifyCollectionResult
+	(*DiffProgress)(nil),           // 73: milvuscdc.v1.DiffProgress
+	(*ObjectDifference)(nil),       // 74: milvuscdc.v1.ObjectDifference
 }
 var file_milvuscdc_v1_replication_service_proto_depIdxs = []int32{
 	6,  // 0: milvuscdc.v1.ConnectRequest.hello:type_name -> milvuscdc.v1.Hello
@@ -5404,82 +5414,83 @@ var file_milvuscdc_v1_replication_service_proto_depIdxs = []int32{
 	18, // 23: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
 	66, // 24: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
 	67, // 25: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
-	60, // 26: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
-	0,  // 27: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
-	14, // 28: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
-	15, // 29: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
-	16, // 30: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
-	17, // 31: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
-	13, // 32: milvuscdc.v1.CollectionSpec.renamed_from:type_name -> milvuscdc.v1.SinkName
-	12, // 33: milvuscdc.v1.CollectionSpec.applied:type_name -> milvuscdc.v1.AppliedObjects
-	15, // 34: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
-	16, // 35: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
-	1,  // 36: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
-	61, // 37: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
-	2,  // 38: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
-	19, // 39: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
-	20, // 40: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
-	13, // 41: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
-	21, // 42: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
-	25, // 43: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
-	62, // 44: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
-	22, // 45: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
-	23, // 46: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
-	24, // 47: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
-	22, // 48: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
-	23, // 49: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
-	3,  // 50: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
-	35, // 51: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
-	68, // 52: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
-	34, // 53: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
-	13, // 54: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
-	33, // 55: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
-	36, // 56: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
-	63, // 57: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
-	63, // 58: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
-	38, // 59: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
-	41, // 60: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
-	42, // 61: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
-	43, // 62: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
-	45, // 63: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
-	46, // 64: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
-	64, // 65: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
-	65, // 66: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
-	11, // 67: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	64, // 68: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
-	64, // 69: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
-	65, // 70: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
-	44, // 71: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
-	64, // 72: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
-	65, // 73: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
-	11, // 74: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	18, // 75: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	66, // 76: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
-	64, // 77: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
-	47, // 78: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
-	50, // 79: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
-	51, // 80: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
-	52, // 81: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
-	54, // 82: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
-	56, // 83: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
-	58, // 84: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
-	53, // 85: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
-	69, // 86: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
-	70, // 87: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
-	71, // 88: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
-	55, // 89: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
-	72, // 90: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
-	73, // 91: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
-	57, // 92: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
-	59, // 93: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
-	36, // 94: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
-	4,  // 95: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
-	5,  // 96: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
-	96, // [96:97] is the sub-list for method output_type
-	95, // [95:96] is the sub-list for method input_type
-	95, // [95:95] is the sub-list for extension type_name
-	95, // [95:95] is the sub-list for extension extendee
-	0,  // [0:95] is the sub-list for field type_name
+	68, // 26: milvuscdc.v1.Assign.batching:type_name -> milvuscdc.v1.Batching
+	60, // 27: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
+	0,  // 28: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
+	14, // 29: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
+	15, // 30: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
+	16, // 31: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
+	17, // 32: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
+	13, // 33: milvuscdc.v1.CollectionSpec.renamed_from:type_name -> milvuscdc.v1.SinkName
+	12, // 34: milvuscdc.v1.CollectionSpec.applied:type_name -> milvuscdc.v1.AppliedObjects
+	15, // 35: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
+	16, // 36: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
+	1,  // 37: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
+	61, // 38: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
+	2,  // 39: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
+	19, // 40: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
+	20, // 41: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
+	13, // 42: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
+	21, // 43: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
+	25, // 44: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
+	62, // 45: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
+	22, // 46: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
+	23, // 47: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
+	24, // 48: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
+	22, // 49: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
+	23, // 50: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
+	3,  // 51: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
+	35, // 52: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
+	69, // 53: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
+	34, // 54: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
+	13, // 55: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
+	33, // 56: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
+	36, // 57: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
+	63, // 58: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
+	63, // 59: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
+	38, // 60: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
+	41, // 61: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
+	42, // 62: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
+	43, // 63: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
+	45, // 64: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
+	46, // 65: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
+	64, // 66: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
+	65, // 67: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
+	11, // 68: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	64, // 69: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
+	64, // 70: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
+	65, // 71: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
+	44, // 72: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
+	64, // 73: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
+	65, // 74: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
+	11, // 75: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	18, // 76: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	66, // 77: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
+	64, // 78: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
+	47, // 79: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
+	50, // 80: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
+	51, // 81: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
+	52, // 82: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
+	54, // 83: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
+	56, // 84: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
+	58, // 85: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
+	53, // 86: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
+	70, // 87: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
+	71, // 88: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
+	72, // 89: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
+	55, // 90: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
+	73, // 91: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
+	74, // 92: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
+	57, // 93: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
+	59, // 94: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
+	36, // 95: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
+	4,  // 96: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
+	5,  // 97: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
+	97, // [97:98] is the sub-list for method output_type
+	96, // [96:97] is the sub-list for method input_type
+	96, // [96:96] is the sub-list for extension type_name
+	96, // [96:96] is the sub-list for extension extendee
+	0,  // [0:96] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_replication_service_proto_init() }

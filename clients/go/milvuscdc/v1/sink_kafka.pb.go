@@ -25,6 +25,63 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Headers of the sink; a format's own come in any case.
+type KafkaHeaders int32
+
+const (
+	// As KAFKA_HEADERS_ALL.
+	KafkaHeaders_KAFKA_HEADERS_UNSPECIFIED KafkaHeaders = 0
+	// Those of KAFKA_HEADERS_CHANGE, `cdc.ts_ms`, `cdc.database`, `cdc.collection`, `cdc.collection_id`,
+	// `content-type`.
+	KafkaHeaders_KAFKA_HEADERS_ALL KafkaHeaders = 1
+	// `cdc.op`, `cdc.ts`, `cdc.vchannel`, `cdc.position`, `cdc.schema_version`.
+	KafkaHeaders_KAFKA_HEADERS_CHANGE KafkaHeaders = 2
+	KafkaHeaders_KAFKA_HEADERS_NONE   KafkaHeaders = 3
+)
+
+// Enum value maps for KafkaHeaders.
+var (
+	KafkaHeaders_name = map[int32]string{
+		0: "KAFKA_HEADERS_UNSPECIFIED",
+		1: "KAFKA_HEADERS_ALL",
+		2: "KAFKA_HEADERS_CHANGE",
+		3: "KAFKA_HEADERS_NONE",
+	}
+	KafkaHeaders_value = map[string]int32{
+		"KAFKA_HEADERS_UNSPECIFIED": 0,
+		"KAFKA_HEADERS_ALL":         1,
+		"KAFKA_HEADERS_CHANGE":      2,
+		"KAFKA_HEADERS_NONE":        3,
+	}
+)
+
+func (x KafkaHeaders) Enum() *KafkaHeaders {
+	p := new(KafkaHeaders)
+	*p = x
+	return p
+}
+
+func (x KafkaHeaders) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (KafkaHeaders) Descriptor() protoreflect.EnumDescriptor {
+	return file_milvuscdc_v1_sink_kafka_proto_enumTypes[0].Descriptor()
+}
+
+func (KafkaHeaders) Type() protoreflect.EnumType {
+	return &file_milvuscdc_v1_sink_kafka_proto_enumTypes[0]
+}
+
+func (x KafkaHeaders) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use KafkaHeaders.Descriptor instead.
+func (KafkaHeaders) EnumDescriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_sink_kafka_proto_rawDescGZIP(), []int{0}
+}
+
 type KafkaDelivery int32
 
 const (
@@ -61,11 +118,11 @@ func (x KafkaDelivery) String() string {
 }
 
 func (KafkaDelivery) Descriptor() protoreflect.EnumDescriptor {
-	return file_milvuscdc_v1_sink_kafka_proto_enumTypes[0].Descriptor()
+	return file_milvuscdc_v1_sink_kafka_proto_enumTypes[1].Descriptor()
 }
 
 func (KafkaDelivery) Type() protoreflect.EnumType {
-	return &file_milvuscdc_v1_sink_kafka_proto_enumTypes[0]
+	return &file_milvuscdc_v1_sink_kafka_proto_enumTypes[1]
 }
 
 func (x KafkaDelivery) Number() protoreflect.EnumNumber {
@@ -74,7 +131,7 @@ func (x KafkaDelivery) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use KafkaDelivery.Descriptor instead.
 func (KafkaDelivery) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_sink_kafka_proto_rawDescGZIP(), []int{0}
+	return file_milvuscdc_v1_sink_kafka_proto_rawDescGZIP(), []int{1}
 }
 
 type KafkaCompression int32
@@ -120,11 +177,11 @@ func (x KafkaCompression) String() string {
 }
 
 func (KafkaCompression) Descriptor() protoreflect.EnumDescriptor {
-	return file_milvuscdc_v1_sink_kafka_proto_enumTypes[1].Descriptor()
+	return file_milvuscdc_v1_sink_kafka_proto_enumTypes[2].Descriptor()
 }
 
 func (KafkaCompression) Type() protoreflect.EnumType {
-	return &file_milvuscdc_v1_sink_kafka_proto_enumTypes[1]
+	return &file_milvuscdc_v1_sink_kafka_proto_enumTypes[2]
 }
 
 func (x KafkaCompression) Number() protoreflect.EnumNumber {
@@ -133,7 +190,7 @@ func (x KafkaCompression) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use KafkaCompression.Descriptor instead.
 func (KafkaCompression) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_sink_kafka_proto_rawDescGZIP(), []int{1}
+	return file_milvuscdc_v1_sink_kafka_proto_rawDescGZIP(), []int{2}
 }
 
 type KafkaSaslMechanism int32
@@ -175,11 +232,11 @@ func (x KafkaSaslMechanism) String() string {
 }
 
 func (KafkaSaslMechanism) Descriptor() protoreflect.EnumDescriptor {
-	return file_milvuscdc_v1_sink_kafka_proto_enumTypes[2].Descriptor()
+	return file_milvuscdc_v1_sink_kafka_proto_enumTypes[3].Descriptor()
 }
 
 func (KafkaSaslMechanism) Type() protoreflect.EnumType {
-	return &file_milvuscdc_v1_sink_kafka_proto_enumTypes[2]
+	return &file_milvuscdc_v1_sink_kafka_proto_enumTypes[3]
 }
 
 func (x KafkaSaslMechanism) Number() protoreflect.EnumNumber {
@@ -188,7 +245,7 @@ func (x KafkaSaslMechanism) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use KafkaSaslMechanism.Descriptor instead.
 func (KafkaSaslMechanism) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_sink_kafka_proto_rawDescGZIP(), []int{2}
+	return file_milvuscdc_v1_sink_kafka_proto_rawDescGZIP(), []int{3}
 }
 
 // One record per row; its key is the primary key, so all changes of a row stay in order on one partition.
@@ -216,7 +273,9 @@ type KafkaSink struct {
 	// Any other setting of librdkafka's producer, by its name there. What this sink must own is refused by name.
 	Librdkafka map[string]string `protobuf:"bytes,12,rep,name=librdkafka,proto3" json:"librdkafka,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// How rows and checkpoint become one transaction. Only with KAFKA_DELIVERY_EXACTLY_ONCE.
-	Transactions  *KafkaTransactions `protobuf:"bytes,13,opt,name=transactions,proto3" json:"transactions,omitempty"`
+	Transactions *KafkaTransactions `protobuf:"bytes,13,opt,name=transactions,proto3" json:"transactions,omitempty"`
+	// What rows say of themselves besides key and value; each header costs time and space.
+	Headers       KafkaHeaders `protobuf:"varint,14,opt,name=headers,proto3,enum=milvuscdc.v1.KafkaHeaders" json:"headers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -340,6 +399,13 @@ func (x *KafkaSink) GetTransactions() *KafkaTransactions {
 		return x.Transactions
 	}
 	return nil
+}
+
+func (x *KafkaSink) GetHeaders() KafkaHeaders {
+	if x != nil {
+		return x.Headers
+	}
+	return KafkaHeaders_KAFKA_HEADERS_UNSPECIFIED
 }
 
 // Each collection has a transactional id of its own, which keeps a replaced replicator from writing.
@@ -734,7 +800,7 @@ var File_milvuscdc_v1_sink_kafka_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_sink_kafka_proto_rawDesc = "" +
 	"\n" +
-	"\x1dmilvuscdc/v1/sink_kafka.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\"\xd5\x06\n" +
+	"\x1dmilvuscdc/v1/sink_kafka.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\"\x95\a\n" +
 	"\tKafkaSink\x12>\n" +
 	"\abrokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10@\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\abrokers\x12\x1e\n" +
 	"\x05topic\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\xf9\x01R\x05topic\x12+\n" +
@@ -754,7 +820,8 @@ const file_milvuscdc_v1_sink_kafka_proto_rawDesc = "" +
 	"\n" +
 	"librdkafka\x18\f \x03(\v2'.milvuscdc.v1.KafkaSink.LibrdkafkaEntryB\b\xbaH\x05\x9a\x01\x02\x10dR\n" +
 	"librdkafka\x12C\n" +
-	"\ftransactions\x18\r \x01(\v2\x1f.milvuscdc.v1.KafkaTransactionsR\ftransactions\x1a=\n" +
+	"\ftransactions\x18\r \x01(\v2\x1f.milvuscdc.v1.KafkaTransactionsR\ftransactions\x12>\n" +
+	"\aheaders\x18\x0e \x01(\x0e2\x1a.milvuscdc.v1.KafkaHeadersB\b\xbaH\x05\x82\x01\x02\x10\x01R\aheaders\x1a=\n" +
 	"\x0fLibrdkafkaEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xac\x01\n" +
@@ -793,7 +860,12 @@ const file_milvuscdc_v1_sink_kafka_proto_rawDesc = "" +
 	"\tclient_id\x18\x02 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\xff\x01R\bclientId\x12A\n" +
 	"\rclient_secret\x18\x03 \x01(\v2\x14.milvuscdc.v1.SecretB\x06\xbaH\x03\xc8\x01\x01R\fclientSecret\x12\x1e\n" +
-	"\x05scope\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\x80\bR\x05scope*r\n" +
+	"\x05scope\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\x80\bR\x05scope*v\n" +
+	"\fKafkaHeaders\x12\x1d\n" +
+	"\x19KAFKA_HEADERS_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11KAFKA_HEADERS_ALL\x10\x01\x12\x18\n" +
+	"\x14KAFKA_HEADERS_CHANGE\x10\x02\x12\x16\n" +
+	"\x12KAFKA_HEADERS_NONE\x10\x03*r\n" +
 	"\rKafkaDelivery\x12\x1e\n" +
 	"\x1aKAFKA_DELIVERY_UNSPECIFIED\x10\x00\x12 \n" +
 	"\x1cKAFKA_DELIVERY_AT_LEAST_ONCE\x10\x01\x12\x1f\n" +
@@ -825,47 +897,49 @@ func file_milvuscdc_v1_sink_kafka_proto_rawDescGZIP() []byte {
 	return file_milvuscdc_v1_sink_kafka_proto_rawDescData
 }
 
-var file_milvuscdc_v1_sink_kafka_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_milvuscdc_v1_sink_kafka_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
 var file_milvuscdc_v1_sink_kafka_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_milvuscdc_v1_sink_kafka_proto_goTypes = []any{
-	(KafkaDelivery)(0),          // 0: milvuscdc.v1.KafkaDelivery
-	(KafkaCompression)(0),       // 1: milvuscdc.v1.KafkaCompression
-	(KafkaSaslMechanism)(0),     // 2: milvuscdc.v1.KafkaSaslMechanism
-	(*KafkaSink)(nil),           // 3: milvuscdc.v1.KafkaSink
-	(*KafkaTransactions)(nil),   // 4: milvuscdc.v1.KafkaTransactions
-	(*KafkaTopicCreation)(nil),  // 5: milvuscdc.v1.KafkaTopicCreation
-	(*KafkaSecurity)(nil),       // 6: milvuscdc.v1.KafkaSecurity
-	(*KafkaTls)(nil),            // 7: milvuscdc.v1.KafkaTls
-	(*KafkaSasl)(nil),           // 8: milvuscdc.v1.KafkaSasl
-	(*KafkaOauth)(nil),          // 9: milvuscdc.v1.KafkaOauth
-	nil,                         // 10: milvuscdc.v1.KafkaSink.LibrdkafkaEntry
-	nil,                         // 11: milvuscdc.v1.KafkaTopicCreation.ConfigEntry
-	(*durationpb.Duration)(nil), // 12: google.protobuf.Duration
-	(*Format)(nil),              // 13: milvuscdc.v1.Format
-	(*Secret)(nil),              // 14: milvuscdc.v1.Secret
+	(KafkaHeaders)(0),           // 0: milvuscdc.v1.KafkaHeaders
+	(KafkaDelivery)(0),          // 1: milvuscdc.v1.KafkaDelivery
+	(KafkaCompression)(0),       // 2: milvuscdc.v1.KafkaCompression
+	(KafkaSaslMechanism)(0),     // 3: milvuscdc.v1.KafkaSaslMechanism
+	(*KafkaSink)(nil),           // 4: milvuscdc.v1.KafkaSink
+	(*KafkaTransactions)(nil),   // 5: milvuscdc.v1.KafkaTransactions
+	(*KafkaTopicCreation)(nil),  // 6: milvuscdc.v1.KafkaTopicCreation
+	(*KafkaSecurity)(nil),       // 7: milvuscdc.v1.KafkaSecurity
+	(*KafkaTls)(nil),            // 8: milvuscdc.v1.KafkaTls
+	(*KafkaSasl)(nil),           // 9: milvuscdc.v1.KafkaSasl
+	(*KafkaOauth)(nil),          // 10: milvuscdc.v1.KafkaOauth
+	nil,                         // 11: milvuscdc.v1.KafkaSink.LibrdkafkaEntry
+	nil,                         // 12: milvuscdc.v1.KafkaTopicCreation.ConfigEntry
+	(*durationpb.Duration)(nil), // 13: google.protobuf.Duration
+	(*Format)(nil),              // 14: milvuscdc.v1.Format
+	(*Secret)(nil),              // 15: milvuscdc.v1.Secret
 }
 var file_milvuscdc_v1_sink_kafka_proto_depIdxs = []int32{
-	12, // 0: milvuscdc.v1.KafkaSink.heartbeat_interval:type_name -> google.protobuf.Duration
-	13, // 1: milvuscdc.v1.KafkaSink.format:type_name -> milvuscdc.v1.Format
-	0,  // 2: milvuscdc.v1.KafkaSink.delivery:type_name -> milvuscdc.v1.KafkaDelivery
-	5,  // 3: milvuscdc.v1.KafkaSink.create_topics:type_name -> milvuscdc.v1.KafkaTopicCreation
-	1,  // 4: milvuscdc.v1.KafkaSink.compression:type_name -> milvuscdc.v1.KafkaCompression
-	6,  // 5: milvuscdc.v1.KafkaSink.security:type_name -> milvuscdc.v1.KafkaSecurity
-	10, // 6: milvuscdc.v1.KafkaSink.librdkafka:type_name -> milvuscdc.v1.KafkaSink.LibrdkafkaEntry
-	4,  // 7: milvuscdc.v1.KafkaSink.transactions:type_name -> milvuscdc.v1.KafkaTransactions
-	11, // 8: milvuscdc.v1.KafkaTopicCreation.config:type_name -> milvuscdc.v1.KafkaTopicCreation.ConfigEntry
-	7,  // 9: milvuscdc.v1.KafkaSecurity.tls:type_name -> milvuscdc.v1.KafkaTls
-	8,  // 10: milvuscdc.v1.KafkaSecurity.sasl:type_name -> milvuscdc.v1.KafkaSasl
-	14, // 11: milvuscdc.v1.KafkaTls.key_password:type_name -> milvuscdc.v1.Secret
-	2,  // 12: milvuscdc.v1.KafkaSasl.mechanism:type_name -> milvuscdc.v1.KafkaSaslMechanism
-	14, // 13: milvuscdc.v1.KafkaSasl.password:type_name -> milvuscdc.v1.Secret
-	9,  // 14: milvuscdc.v1.KafkaSasl.oauth:type_name -> milvuscdc.v1.KafkaOauth
-	14, // 15: milvuscdc.v1.KafkaOauth.client_secret:type_name -> milvuscdc.v1.Secret
-	16, // [16:16] is the sub-list for method output_type
-	16, // [16:16] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	13, // 0: milvuscdc.v1.KafkaSink.heartbeat_interval:type_name -> google.protobuf.Duration
+	14, // 1: milvuscdc.v1.KafkaSink.format:type_name -> milvuscdc.v1.Format
+	1,  // 2: milvuscdc.v1.KafkaSink.delivery:type_name -> milvuscdc.v1.KafkaDelivery
+	6,  // 3: milvuscdc.v1.KafkaSink.create_topics:type_name -> milvuscdc.v1.KafkaTopicCreation
+	2,  // 4: milvuscdc.v1.KafkaSink.compression:type_name -> milvuscdc.v1.KafkaCompression
+	7,  // 5: milvuscdc.v1.KafkaSink.security:type_name -> milvuscdc.v1.KafkaSecurity
+	11, // 6: milvuscdc.v1.KafkaSink.librdkafka:type_name -> milvuscdc.v1.KafkaSink.LibrdkafkaEntry
+	5,  // 7: milvuscdc.v1.KafkaSink.transactions:type_name -> milvuscdc.v1.KafkaTransactions
+	0,  // 8: milvuscdc.v1.KafkaSink.headers:type_name -> milvuscdc.v1.KafkaHeaders
+	12, // 9: milvuscdc.v1.KafkaTopicCreation.config:type_name -> milvuscdc.v1.KafkaTopicCreation.ConfigEntry
+	8,  // 10: milvuscdc.v1.KafkaSecurity.tls:type_name -> milvuscdc.v1.KafkaTls
+	9,  // 11: milvuscdc.v1.KafkaSecurity.sasl:type_name -> milvuscdc.v1.KafkaSasl
+	15, // 12: milvuscdc.v1.KafkaTls.key_password:type_name -> milvuscdc.v1.Secret
+	3,  // 13: milvuscdc.v1.KafkaSasl.mechanism:type_name -> milvuscdc.v1.KafkaSaslMechanism
+	15, // 14: milvuscdc.v1.KafkaSasl.password:type_name -> milvuscdc.v1.Secret
+	10, // 15: milvuscdc.v1.KafkaSasl.oauth:type_name -> milvuscdc.v1.KafkaOauth
+	15, // 16: milvuscdc.v1.KafkaOauth.client_secret:type_name -> milvuscdc.v1.Secret
+	17, // [17:17] is the sub-list for method output_type
+	17, // [17:17] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_sink_kafka_proto_init() }
@@ -880,7 +954,7 @@ func file_milvuscdc_v1_sink_kafka_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_sink_kafka_proto_rawDesc), len(file_milvuscdc_v1_sink_kafka_proto_rawDesc)),
-			NumEnums:      3,
+			NumEnums:      4,
 			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   0,

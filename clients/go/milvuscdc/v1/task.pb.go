@@ -240,8 +240,10 @@ type Task struct {
 	// Kinds of operation to carry. May be changed while the task runs.
 	Carry *Carry `protobuf:"bytes,13,opt,name=carry,proto3" json:"carry,omitempty"`
 	// What to do about differences of the sink that the source did not cause. May be changed while the task runs.
-	Drift Drift     `protobuf:"varint,14,opt,name=drift,proto3,enum=milvuscdc.v1.Drift" json:"drift,omitempty"`
-	State TaskState `protobuf:"varint,20,opt,name=state,proto3,enum=milvuscdc.v1.TaskState" json:"state,omitempty"`
+	Drift Drift `protobuf:"varint,14,opt,name=drift,proto3,enum=milvuscdc.v1.Drift" json:"drift,omitempty"`
+	// How rows are put together to batches. May be changed while the task runs.
+	Batching *Batching `protobuf:"bytes,15,opt,name=batching,proto3" json:"batching,omitempty"`
+	State    TaskState `protobuf:"varint,20,opt,name=state,proto3,enum=milvuscdc.v1.TaskState" json:"state,omitempty"`
 	// Upper-case reason of the state, for programs, for example NO_REPLICATOR; empty when all is well.
 	Reason string `protobuf:"bytes,21,opt,name=reason,proto3" json:"reason,omitempty"`
 	// The same for people, with what to do.
@@ -383,6 +385,13 @@ func (x *Task) GetDrift() Drift {
 		return x.Drift
 	}
 	return Drift_DRIFT_UNSPECIFIED
+}
+
+func (x *Task) GetBatching() *Batching {
+	if x != nil {
+		return x.Batching
+	}
+	return nil
 }
 
 func (x *Task) GetState() TaskState {
@@ -588,6 +597,75 @@ func (x *Carry) GetFlush() bool {
 	return false
 }
 
+// Bounds of one batch: a request to a Milvus, a transaction, a file. What is unset is as the sink has it; a value
+// larger than what the sink takes at once is bounded by that. A request of the source is never divided, so a batch
+// can be larger than these.
+type Batching struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Rows of one batch at most; as the sink has it when 0.
+	MaxRows int64 `protobuf:"varint,1,opt,name=max_rows,json=maxRows,proto3" json:"max_rows,omitempty"`
+	// Bytes of one batch in the source's log at most; as the sink has it when 0. Not for `sink.files`: see its
+	// `rotate_bytes`.
+	MaxBytes int64 `protobuf:"varint,2,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
+	// How long an unfinished batch waits for more rows; 0 = it goes as soon as there is room. As the sink has it when
+	// unset. Memory that is needed, and a drop or rename that waits, end it early. Not for `sink.files`: see its
+	// `rotate_interval`.
+	Linger        *durationpb.Duration `protobuf:"bytes,3,opt,name=linger,proto3" json:"linger,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Batching) Reset() {
+	*x = Batching{}
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Batching) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Batching) ProtoMessage() {}
+
+func (x *Batching) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Batching.ProtoReflect.Descriptor instead.
+func (*Batching) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Batching) GetMaxRows() int64 {
+	if x != nil {
+		return x.MaxRows
+	}
+	return 0
+}
+
+func (x *Batching) GetMaxBytes() int64 {
+	if x != nil {
+		return x.MaxBytes
+	}
+	return 0
+}
+
+func (x *Batching) GetLinger() *durationpb.Duration {
+	if x != nil {
+		return x.Linger
+	}
+	return nil
+}
+
 // Sums over a task's collections.
 type TaskProgress struct {
 	state              protoimpl.MessageState `protogen:"open.v1"`
@@ -605,7 +683,7 @@ type TaskProgress struct {
 
 func (x *TaskProgress) Reset() {
 	*x = TaskProgress{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[3]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -617,7 +695,7 @@ func (x *TaskProgress) String() string {
 func (*TaskProgress) ProtoMessage() {}
 
 func (x *TaskProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[3]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -630,7 +708,7 @@ func (x *TaskProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskProgress.ProtoReflect.Descriptor instead.
 func (*TaskProgress) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{3}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *TaskProgress) GetCollections() int32 {
@@ -702,7 +780,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -714,7 +792,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -727,7 +805,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{4}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Source) GetEtcd() *EtcdMetadata {
@@ -800,7 +878,7 @@ type EtcdMetadata struct {
 
 func (x *EtcdMetadata) Reset() {
 	*x = EtcdMetadata{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -812,7 +890,7 @@ func (x *EtcdMetadata) String() string {
 func (*EtcdMetadata) ProtoMessage() {}
 
 func (x *EtcdMetadata) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -825,7 +903,7 @@ func (x *EtcdMetadata) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EtcdMetadata.ProtoReflect.Descriptor instead.
 func (*EtcdMetadata) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{5}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *EtcdMetadata) GetEndpoints() []string {
@@ -860,7 +938,7 @@ type NatsQueue struct {
 
 func (x *NatsQueue) Reset() {
 	*x = NatsQueue{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -872,7 +950,7 @@ func (x *NatsQueue) String() string {
 func (*NatsQueue) ProtoMessage() {}
 
 func (x *NatsQueue) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -885,7 +963,7 @@ func (x *NatsQueue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NatsQueue.ProtoReflect.Descriptor instead.
 func (*NatsQueue) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{6}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *NatsQueue) GetUrl() string {
@@ -906,7 +984,7 @@ type KafkaQueue struct {
 
 func (x *KafkaQueue) Reset() {
 	*x = KafkaQueue{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -918,7 +996,7 @@ func (x *KafkaQueue) String() string {
 func (*KafkaQueue) ProtoMessage() {}
 
 func (x *KafkaQueue) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -931,7 +1009,7 @@ func (x *KafkaQueue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KafkaQueue.ProtoReflect.Descriptor instead.
 func (*KafkaQueue) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{7}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *KafkaQueue) GetBrokers() []string {
@@ -954,7 +1032,7 @@ type MilvusEndpoint struct {
 
 func (x *MilvusEndpoint) Reset() {
 	*x = MilvusEndpoint{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -966,7 +1044,7 @@ func (x *MilvusEndpoint) String() string {
 func (*MilvusEndpoint) ProtoMessage() {}
 
 func (x *MilvusEndpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -979,7 +1057,7 @@ func (x *MilvusEndpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MilvusEndpoint.ProtoReflect.Descriptor instead.
 func (*MilvusEndpoint) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{8}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *MilvusEndpoint) GetUri() string {
@@ -1013,7 +1091,7 @@ type Sink struct {
 
 func (x *Sink) Reset() {
 	*x = Sink{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1025,7 +1103,7 @@ func (x *Sink) String() string {
 func (*Sink) ProtoMessage() {}
 
 func (x *Sink) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1038,7 +1116,7 @@ func (x *Sink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sink.ProtoReflect.Descriptor instead.
 func (*Sink) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{9}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Sink) GetKind() isSink_Kind {
@@ -1144,7 +1222,7 @@ type Selection struct {
 
 func (x *Selection) Reset() {
 	*x = Selection{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1156,7 +1234,7 @@ func (x *Selection) String() string {
 func (*Selection) ProtoMessage() {}
 
 func (x *Selection) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1169,7 +1247,7 @@ func (x *Selection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selection.ProtoReflect.Descriptor instead.
 func (*Selection) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{10}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Selection) GetInclude() []string {
@@ -1200,7 +1278,7 @@ type Start struct {
 
 func (x *Start) Reset() {
 	*x = Start{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1212,7 +1290,7 @@ func (x *Start) String() string {
 func (*Start) ProtoMessage() {}
 
 func (x *Start) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1225,7 +1303,7 @@ func (x *Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Start.ProtoReflect.Descriptor instead.
 func (*Start) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{11}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Start) GetAt() isStart_At {
@@ -1279,7 +1357,7 @@ type Earliest struct {
 
 func (x *Earliest) Reset() {
 	*x = Earliest{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1291,7 +1369,7 @@ func (x *Earliest) String() string {
 func (*Earliest) ProtoMessage() {}
 
 func (x *Earliest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1304,7 +1382,7 @@ func (x *Earliest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Earliest.ProtoReflect.Descriptor instead.
 func (*Earliest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{12}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{13}
 }
 
 type Latest struct {
@@ -1315,7 +1393,7 @@ type Latest struct {
 
 func (x *Latest) Reset() {
 	*x = Latest{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1327,7 +1405,7 @@ func (x *Latest) String() string {
 func (*Latest) ProtoMessage() {}
 
 func (x *Latest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1340,7 +1418,7 @@ func (x *Latest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Latest.ProtoReflect.Descriptor instead.
 func (*Latest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{13}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{14}
 }
 
 // One collection of a task: state, place in the log, counters.
@@ -1381,7 +1459,7 @@ type TaskCollection struct {
 
 func (x *TaskCollection) Reset() {
 	*x = TaskCollection{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1393,7 +1471,7 @@ func (x *TaskCollection) String() string {
 func (*TaskCollection) ProtoMessage() {}
 
 func (x *TaskCollection) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1406,7 +1484,7 @@ func (x *TaskCollection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskCollection.ProtoReflect.Descriptor instead.
 func (*TaskCollection) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{14}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *TaskCollection) GetName() string {
@@ -1561,7 +1639,7 @@ type Condition struct {
 
 func (x *Condition) Reset() {
 	*x = Condition{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1573,7 +1651,7 @@ func (x *Condition) String() string {
 func (*Condition) ProtoMessage() {}
 
 func (x *Condition) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1586,7 +1664,7 @@ func (x *Condition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Condition.ProtoReflect.Descriptor instead.
 func (*Condition) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{15}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Condition) GetType() string {
@@ -1627,7 +1705,7 @@ type VchannelProgress struct {
 
 func (x *VchannelProgress) Reset() {
 	*x = VchannelProgress{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1639,7 +1717,7 @@ func (x *VchannelProgress) String() string {
 func (*VchannelProgress) ProtoMessage() {}
 
 func (x *VchannelProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1652,7 +1730,7 @@ func (x *VchannelProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VchannelProgress.ProtoReflect.Descriptor instead.
 func (*VchannelProgress) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{16}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *VchannelProgress) GetVchannel() string {
@@ -1715,7 +1793,7 @@ var File_milvuscdc_v1_task_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\n" +
-	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\"\xa9\n" +
+	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\"\xdd\n" +
 	"\n" +
 	"\x04Task\x12F\n" +
 	"\x04name\x18\x01 \x01(\tB2\xe2A\x01\b\xbaH+r)2'^tasks/[a-z]([a-z0-9-]{0,61}[a-z0-9])?$R\x04name\x12\x16\n" +
@@ -1735,7 +1813,8 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x0eadopt_existing\x18\v \x01(\bB\x04\xe2A\x01\x05R\radoptExisting\x12=\n" +
 	"\x06rename\x18\f \x03(\v2\x16.milvuscdc.v1.NameRuleB\r\xe2A\x01\x05\xbaH\x06\x92\x01\x03\x10\xe8\aR\x06rename\x12)\n" +
 	"\x05carry\x18\r \x01(\v2\x13.milvuscdc.v1.CarryR\x05carry\x123\n" +
-	"\x05drift\x18\x0e \x01(\x0e2\x13.milvuscdc.v1.DriftB\b\xbaH\x05\x82\x01\x02\x10\x01R\x05drift\x123\n" +
+	"\x05drift\x18\x0e \x01(\x0e2\x13.milvuscdc.v1.DriftB\b\xbaH\x05\x82\x01\x02\x10\x01R\x05drift\x122\n" +
+	"\bbatching\x18\x0f \x01(\v2\x16.milvuscdc.v1.BatchingR\bbatching\x123\n" +
 	"\x05state\x18\x14 \x01(\x0e2\x17.milvuscdc.v1.TaskStateB\x04\xe2A\x01\x03R\x05state\x12\x1c\n" +
 	"\x06reason\x18\x15 \x01(\tB\x04\xe2A\x01\x03R\x06reason\x12\x1e\n" +
 	"\amessage\x18\x16 \x01(\tB\x04\xe2A\x01\x03R\amessage\x12?\n" +
@@ -1768,7 +1847,12 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x06_indexB\a\n" +
 	"\x05_loadB\a\n" +
 	"\x05_rbacB\b\n" +
-	"\x06_flush\"\xaa\x02\n" +
+	"\x06_flush\"\x96\x01\n" +
+	"\bBatching\x12\"\n" +
+	"\bmax_rows\x18\x01 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\amaxRows\x12$\n" +
+	"\tmax_bytes\x18\x02 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\bmaxBytes\x12@\n" +
+	"\x06linger\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\r\xbaH\n" +
+	"\xaa\x01\a\"\x03\b\x90\x1c2\x00R\x06linger\"\xaa\x02\n" +
 	"\fTaskProgress\x12 \n" +
 	"\vcollections\x18\x01 \x01(\x05R\vcollections\x12/\n" +
 	"\x13collections_running\x18\x02 \x01(\x05R\x12collectionsRunning\x12-\n" +
@@ -1892,7 +1976,7 @@ func file_milvuscdc_v1_task_proto_rawDescGZIP() []byte {
 }
 
 var file_milvuscdc_v1_task_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(Drift)(0),                    // 0: milvuscdc.v1.Drift
 	(TaskState)(0),                // 1: milvuscdc.v1.TaskState
@@ -1900,69 +1984,72 @@ var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(*Task)(nil),                  // 3: milvuscdc.v1.Task
 	(*NameRule)(nil),              // 4: milvuscdc.v1.NameRule
 	(*Carry)(nil),                 // 5: milvuscdc.v1.Carry
-	(*TaskProgress)(nil),          // 6: milvuscdc.v1.TaskProgress
-	(*Source)(nil),                // 7: milvuscdc.v1.Source
-	(*EtcdMetadata)(nil),          // 8: milvuscdc.v1.EtcdMetadata
-	(*NatsQueue)(nil),             // 9: milvuscdc.v1.NatsQueue
-	(*KafkaQueue)(nil),            // 10: milvuscdc.v1.KafkaQueue
-	(*MilvusEndpoint)(nil),        // 11: milvuscdc.v1.MilvusEndpoint
-	(*Sink)(nil),                  // 12: milvuscdc.v1.Sink
-	(*Selection)(nil),             // 13: milvuscdc.v1.Selection
-	(*Start)(nil),                 // 14: milvuscdc.v1.Start
-	(*Earliest)(nil),              // 15: milvuscdc.v1.Earliest
-	(*Latest)(nil),                // 16: milvuscdc.v1.Latest
-	(*TaskCollection)(nil),        // 17: milvuscdc.v1.TaskCollection
-	(*Condition)(nil),             // 18: milvuscdc.v1.Condition
-	(*VchannelProgress)(nil),      // 19: milvuscdc.v1.VchannelProgress
-	nil,                           // 20: milvuscdc.v1.Task.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 21: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 22: google.protobuf.Duration
-	(*Secret)(nil),                // 23: milvuscdc.v1.Secret
-	(*KafkaSink)(nil),             // 24: milvuscdc.v1.KafkaSink
-	(*FileSink)(nil),              // 25: milvuscdc.v1.FileSink
-	(*PostgresSink)(nil),          // 26: milvuscdc.v1.PostgresSink
-	(*Plugin)(nil),                // 27: milvuscdc.v1.Plugin
+	(*Batching)(nil),              // 6: milvuscdc.v1.Batching
+	(*TaskProgress)(nil),          // 7: milvuscdc.v1.TaskProgress
+	(*Source)(nil),                // 8: milvuscdc.v1.Source
+	(*EtcdMetadata)(nil),          // 9: milvuscdc.v1.EtcdMetadata
+	(*NatsQueue)(nil),             // 10: milvuscdc.v1.NatsQueue
+	(*KafkaQueue)(nil),            // 11: milvuscdc.v1.KafkaQueue
+	(*MilvusEndpoint)(nil),        // 12: milvuscdc.v1.MilvusEndpoint
+	(*Sink)(nil),                  // 13: milvuscdc.v1.Sink
+	(*Selection)(nil),             // 14: milvuscdc.v1.Selection
+	(*Start)(nil),                 // 15: milvuscdc.v1.Start
+	(*Earliest)(nil),              // 16: milvuscdc.v1.Earliest
+	(*Latest)(nil),                // 17: milvuscdc.v1.Latest
+	(*TaskCollection)(nil),        // 18: milvuscdc.v1.TaskCollection
+	(*Condition)(nil),             // 19: milvuscdc.v1.Condition
+	(*VchannelProgress)(nil),      // 20: milvuscdc.v1.VchannelProgress
+	nil,                           // 21: milvuscdc.v1.Task.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 23: google.protobuf.Duration
+	(*Secret)(nil),                // 24: milvuscdc.v1.Secret
+	(*KafkaSink)(nil),             // 25: milvuscdc.v1.KafkaSink
+	(*FileSink)(nil),              // 26: milvuscdc.v1.FileSink
+	(*PostgresSink)(nil),          // 27: milvuscdc.v1.PostgresSink
+	(*Plugin)(nil),                // 28: milvuscdc.v1.Plugin
 }
 var file_milvuscdc_v1_task_proto_depIdxs = []int32{
-	20, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
-	7,  // 1: milvuscdc.v1.Task.source:type_name -> milvuscdc.v1.Source
-	12, // 2: milvuscdc.v1.Task.sink:type_name -> milvuscdc.v1.Sink
-	13, // 3: milvuscdc.v1.Task.selection:type_name -> milvuscdc.v1.Selection
-	14, // 4: milvuscdc.v1.Task.start:type_name -> milvuscdc.v1.Start
+	21, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
+	8,  // 1: milvuscdc.v1.Task.source:type_name -> milvuscdc.v1.Source
+	13, // 2: milvuscdc.v1.Task.sink:type_name -> milvuscdc.v1.Sink
+	14, // 3: milvuscdc.v1.Task.selection:type_name -> milvuscdc.v1.Selection
+	15, // 4: milvuscdc.v1.Task.start:type_name -> milvuscdc.v1.Start
 	4,  // 5: milvuscdc.v1.Task.rename:type_name -> milvuscdc.v1.NameRule
 	5,  // 6: milvuscdc.v1.Task.carry:type_name -> milvuscdc.v1.Carry
 	0,  // 7: milvuscdc.v1.Task.drift:type_name -> milvuscdc.v1.Drift
-	1,  // 8: milvuscdc.v1.Task.state:type_name -> milvuscdc.v1.TaskState
-	21, // 9: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
-	21, // 10: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
-	21, // 11: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
-	6,  // 12: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
-	18, // 13: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
-	22, // 14: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
-	8,  // 15: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
-	9,  // 16: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
-	10, // 17: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
-	11, // 18: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	23, // 19: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
-	11, // 20: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	24, // 21: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
-	25, // 22: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
-	26, // 23: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
-	27, // 24: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
-	15, // 25: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
-	16, // 26: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
-	2,  // 27: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
-	21, // 28: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
-	21, // 29: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
-	22, // 30: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
-	19, // 31: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
-	18, // 32: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
-	22, // 33: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
-	34, // [34:34] is the sub-list for method output_type
-	34, // [34:34] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	6,  // 8: milvuscdc.v1.Task.batching:type_name -> milvuscdc.v1.Batching
+	1,  // 9: milvuscdc.v1.Task.state:type_name -> milvuscdc.v1.TaskState
+	22, // 10: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
+	22, // 11: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
+	22, // 12: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
+	7,  // 13: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
+	19, // 14: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
+	23, // 15: milvuscdc.v1.Batching.linger:type_name -> google.protobuf.Duration
+	23, // 16: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
+	9,  // 17: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
+	10, // 18: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
+	11, // 19: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
+	12, // 20: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	24, // 21: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
+	12, // 22: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	25, // 23: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
+	26, // 24: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
+	27, // 25: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
+	28, // 26: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
+	16, // 27: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
+	17, // 28: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
+	2,  // 29: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
+	22, // 30: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
+	22, // 31: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
+	23, // 32: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
+	20, // 33: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
+	19, // 34: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
+	23, // 35: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
+	36, // [36:36] is the sub-list for method output_type
+	36, // [36:36] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_task_proto_init() }
@@ -1976,18 +2063,18 @@ func file_milvuscdc_v1_task_proto_init() {
 	file_milvuscdc_v1_sink_kafka_proto_init()
 	file_milvuscdc_v1_sink_postgres_proto_init()
 	file_milvuscdc_v1_task_proto_msgTypes[2].OneofWrappers = []any{}
-	file_milvuscdc_v1_task_proto_msgTypes[4].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[5].OneofWrappers = []any{
 		(*Source_Nats)(nil),
 		(*Source_Kafka)(nil),
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[9].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[10].OneofWrappers = []any{
 		(*Sink_Milvus)(nil),
 		(*Sink_Kafka)(nil),
 		(*Sink_Files)(nil),
 		(*Sink_Postgres)(nil),
 		(*Sink_Plugin)(nil),
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[11].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[12].OneofWrappers = []any{
 		(*Start_Earliest)(nil),
 		(*Start_Latest)(nil),
 	}
@@ -1997,7 +2084,7 @@ func file_milvuscdc_v1_task_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_task_proto_rawDesc), len(file_milvuscdc_v1_task_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   18,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
