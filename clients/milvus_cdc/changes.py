@@ -75,7 +75,11 @@ def op_of(
 
 
 def changes_of(op: LogOp) -> Changes:
-    """Of an operation that `op_of` made of rows or keys."""
+    """Of an operation that `op_of` made of rows or keys.
+
+    Its partition is the operation's: messages name a physical one also where a partition key
+    places the rows, and there a key's next row may come with another.
+    """
     message = op.payload
     if isinstance(message, Delete):
         return Changes(
@@ -83,7 +87,7 @@ def changes_of(op: LogOp) -> Changes:
             op.ts,
             message.vchannel,
             op.order,
-            message.partition_name,
+            op.partition,
             op.rows,
             delete_keys=message.keys,
             size=op.size,
@@ -93,7 +97,7 @@ def changes_of(op: LogOp) -> Changes:
         op.ts,
         message.vchannel,
         op.order,
-        message.partition_name,
+        op.partition,
         op.rows,
         columns=message.columns,
         size=op.size,

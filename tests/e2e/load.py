@@ -226,6 +226,11 @@ def create_collection(client: MilvusClient, shape: Shape) -> None:
     client.create_collection(shape.name, schema=schema, num_shards=shape.shards)
     for partition in shape.partitions:
         client.create_partition(shape.name, partition)
+    make_readable(client, shape)
+
+
+def make_readable(client: MilvusClient, shape: Shape) -> None:
+    """An index on every vector, and loaded."""
     params = client.prepare_index_params()
     for f in shape.fields:
         if f.dtype == DataType.FLOAT_VECTOR:

@@ -158,6 +158,8 @@ def files_reader(folder: Path, database: str) -> Read:
         )
         assert not seen or max(seen.values()) == 1, seen.most_common(3)
         rows = history.state().to_pylist()
+        keys = [row[shape.key.name] for row in rows]
+        assert len(keys) == len(set(keys)), "a key twice"
         return {row[shape.key.name]: canonical(shape, row) for row in rows}
 
     return read

@@ -39,6 +39,7 @@ class Followed:
         """Dropped according to the metadata: its log may end without a word."""
         self.table: Table = table_of(want)
         """As handed out last."""
+        self._partition_key = any(field.partition_key for field in self.table.fields)
         self.incarnations: dict[str, bytes] = {}
         self.lanes: dict[str, Lane] = {}
         for place in want.vchannels:
@@ -145,6 +146,8 @@ class Followed:
             if mark is not None and full:
                 break
             op, mark = self._take(lane)
+            if self._partition_key:
+                op.partition = ""
             ops.append(op)
             rows += op.rows
             size += op.size

@@ -284,8 +284,8 @@ class AssignmentCore:
                     continue
             lane.take()
             self._lane_of[id(op)] = lane
-            partition = self._partition_name(op)
-            self.sequencer.add(self._kind(lane, op), partition, op, lane.vchannel)
+            op.partition = self._partition_name(op)
+            self.sequencer.add(self._kind(lane, op), op.partition, op, lane.vchannel)
             self._mark(lane, op)
         return []
 
