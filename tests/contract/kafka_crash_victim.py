@@ -27,7 +27,7 @@ async def main(brokers: str, collection: str, epoch: int, last: int) -> None:
             await sink.write(table, batch(*rows, upto=done + 3), 8.0)
         except RetryableError as error:
             print(error.reason, flush=True)
-            if error.reason == "FENCED":
+            if error.reason == "SINK_FENCED":
                 break
             continue
         done += 3

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from milvus_cdc.errors import RetryableError, UnknownOutcomeError
+from confluent_kafka.admin import AdminClient, NewTopic
+from milvus_cdc.errors import RetryableError, UnknownOutcomeError, UserError
 from milvus_cdc.sink.kafka import KafkaWriter
 from milvus_cdc.sink.kafka.transactions import TransactionalProducer
 from milvus_cdc.sink.writer import Opening
@@ -198,6 +199,23 @@ async def test_who_is_cancelled_in_a_commit(broker: KafkaServer, writer: Open) -
         await asyncio.gather(writing, return_exceptions=True)
         await sink.write(table, batch(upserts(step, (1, step)), upto=step), SECONDS)
     assert numbers(read_all(broker.brokers, topic_of(table))) == list(range(1, 8))
+
+
+async def test_a_checkpoint_topic_that_forgets_is_refused(
+    broker: KafkaServer, writer: Open
+) -> None:
+    name = f"forgets-{some_table().collection}"
+    admin = AdminClient({"bootstrap.servers": broker.brokers})
+    admin.create_topics([NewTopic(name, 1, config={"cleanup.policy": "delete"})])[name].result(10)
+    sink = writer(transactions=sink_kafka_pb2.KafkaTransactions(checkpoint_topic=name))
+    for attempt in (sink.probe(), sink.open(some_table(), Opening.NEW, 1)):
+        with pytest.raises(UserError, match=f"SINK_CHECKPOINT_TOPIC.*{name}.*delete") as caught:
+            await attempt
+        assert caught.value.field == "sink.kafka.transactions.checkpoint_topic"
+
+
+async def test_several_probe_at_once(writer: Open) -> None:
+    assert len(await asyncio.gather(*(writer().probe() for _ in range(3)))) == 3
 
 
 async def test_a_process_killed_at_any_moment(broker: KafkaServer) -> None:

@@ -250,6 +250,19 @@ async def test_schema_changes_and_source_time_are_told(broker: KafkaServer, writ
     assert [json.loads(beat.value or "")["resolved_ts"] for beat in beats] == [BEGIN, BEGIN + 9]
 
 
+async def test_no_room_for_a_heartbeat_is_no_trouble(broker: KafkaServer, writer: Open) -> None:
+    table = some_table()
+    sink = writer(
+        heartbeat_topic=f"time.{table.collection}",
+        librdkafka={"queue.buffering.max.messages": "1", "linger.ms": "2000"},
+    )
+    await sink.open(table, Opening.NEW, 1)
+    for number in range(3):
+        await sink.heartbeat(table_named(f"{table.collection}_{number}"), BEGIN)
+    await asyncio.sleep(2.5)
+    assert len(read_all(broker.brokers, f"time.{table.collection}")) == 1
+
+
 async def test_a_new_beginning_empties_the_topic(broker: KafkaServer, writer: Open) -> None:
     table = some_table()
     sink = writer()

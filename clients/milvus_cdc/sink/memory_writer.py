@@ -176,7 +176,9 @@ class MemoryWriter:
 
     def _check(self, table: Table, held: Held, epoch: int) -> None:
         if self._capabilities.own_checkpoint and held.epoch > epoch:
-            raise RetryableError("FENCED", f"{table.full_name} has an owner of epoch {held.epoch}")
+            raise RetryableError(
+                "SINK_FENCED", f"{table.full_name} has an owner of epoch {held.epoch}"
+            )
 
 
 def _key(table: Table) -> tuple[str, int]:

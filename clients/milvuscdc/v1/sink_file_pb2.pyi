@@ -56,7 +56,7 @@ class FileSink(_message.Message):
     uri: _builtins.str
     """`file:///folder` or `s3://bucket/prefix`, as every replicator sees it; the folder or bucket must exist."""
     rotate_bytes: _builtins.int
-    """A file is published when the changes for it have so many bytes in the source's log; 64 MiB when 0."""
+    """A file is published when the changes for it have so many bytes in the source's log; 32 MiB when 0."""
     @_builtins.property
     def parquet(self) -> Global___ParquetFiles: ...
     @_builtins.property

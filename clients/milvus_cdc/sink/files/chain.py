@@ -136,8 +136,8 @@ class Chain:
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 "MANIFEST_UNREADABLE",
-                f"{path}: {type(error).__name__}: {error}; restore the file from a copy, or resync "
-                "the collection",
+                f"{path}: {type(error).__name__}: {error}; restore the file from a copy, or move "
+                f"{self._folder} away and resync the collection",
                 field="sink.files.uri",
             ) from error
 
@@ -204,6 +204,6 @@ def _gap(folder: str, number: int) -> UserError:
     return UserError(
         "MANIFEST_MISSING",
         f"{folder}: manifest {number} is missing, so it cannot be told what is complete; restore "
-        "the file from a copy, or resync the collection",
+        "the file from a copy, or move the folder away and resync the collection",
         field="sink.files.uri",
     )

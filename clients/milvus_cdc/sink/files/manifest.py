@@ -196,7 +196,7 @@ def load(text: bytes, where: str) -> Manifest:
         raise UserError(
             "MANIFEST_UNREADABLE",
             f"{where} is no manifest of a version known here ({type(error).__name__}: {error}); "
-            "restore the file from a copy, or resync the collection",
+            "restore the file from a copy, or move the collection's folder away and resync it",
             field="sink.files.uri",
         ) from error
 

@@ -9,7 +9,7 @@ an earlier opening.
 
 from __future__ import annotations
 
-from milvus_cdc.errors import UserError
+from milvus_cdc.errors import CdcError
 from milvus_cdc.sink.files import places
 from milvus_cdc.sink.files.chain import Chain
 from milvus_cdc.sink.files.manifest import Manifest
@@ -23,7 +23,7 @@ def remove_orphans(
     orphans = _orphans(store, folder, chain, head)
     try:
         store.remove(orphans)
-    except UserError as error:
+    except CdcError as error:
         text = f"{len(orphans)} files below {folder} that no manifest names cannot be removed"
         return (("ORPHANS_LEFT", f"{text}: {error.message}"),)
     return ()

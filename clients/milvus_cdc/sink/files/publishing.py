@@ -279,7 +279,7 @@ class Published:
             self.uncertain = False
 
     def _newest(self) -> Manifest:
-        """Takes the newest manifest for the state. Raises FENCED unless it is ours."""
+        """Takes the newest manifest for the state. Raises SINK_FENCED unless it is ours."""
         there = self.chain.newest()
         if there is None:
             raise UserError(
@@ -290,7 +290,7 @@ class Published:
             )
         if there.writer != self.writer:
             raise RetryableError(
-                "FENCED",
+                "SINK_FENCED",
                 f"{self.store.uri}/{self.folder} has a new owner (manifest {there.number}, epoch "
                 f"{there.epoch}, ours is {self.epoch}); this one writes no more",
                 field=URI_FIELD,
@@ -344,7 +344,7 @@ def _check_owner(store: Store, table: Table, head: Manifest, opening: Opening, e
         )
     if ours and head.epoch > epoch:
         raise RetryableError(
-            "FENCED",
+            "SINK_FENCED",
             f"{table.full_name} below {store.uri} was opened with epoch {head.epoch}, this is "
             f"{epoch}: another process owns it by now",
             field=URI_FIELD,

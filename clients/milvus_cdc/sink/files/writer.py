@@ -37,7 +37,8 @@ from milvus_cdc.sink.writer import (
 
 log = structlog.get_logger(__name__)
 
-_ROTATE_BYTES = 64 * 2**20
+_ROTATE_BYTES = 32 * 2**20
+"""Half of what a replicator holds by default."""
 _ROTATE_SECONDS = 60.0
 _ROWS_PER_FILE = 1_000_000
 _OPEN_SECONDS = 120.0

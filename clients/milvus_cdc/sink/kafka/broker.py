@@ -60,6 +60,12 @@ class Brokers:
         """
         return await asyncio.to_thread(self._probe, topics)
 
+    async def probe_topic(
+        self, topic: str, field: str, creation: sink_kafka_pb2.KafkaTopicCreation
+    ) -> None:
+        """Raises what would keep `ensure_as` from making it, or us from writing there."""
+        await asyncio.to_thread(self._probe_topics, {topic: field}, creation)
+
     async def ensure(self, topic: str, field: str) -> None:
         """The topic exists when this returns. Raises UserError SINK_TOPIC_MISSING."""
         creation = self._spec.create_topics if self._spec.HasField("create_topics") else None
@@ -106,11 +112,19 @@ class Brokers:
             "describing the cluster",
             lambda client: client.describe_cluster(request_timeout=REQUEST_SECONDS),
         )
+        creation = self._spec.create_topics if self._spec.HasField("create_topics") else None
+        self._probe_topics(topics, creation)
+        nodes = cluster.nodes or []
+        return f"Kafka cluster {cluster.cluster_id}, {len(nodes)} broker(s)"
+
+    def _probe_topics(
+        self, topics: Mapping[str, str], creation: sink_kafka_pb2.KafkaTopicCreation | None
+    ) -> None:
         described = self._describe(topics, rights=True)
         for topic, field in topics.items():
             found = described[topic]
             if not found:
-                self._probe_creation(topic, field)
+                self._probe_creation(topic, field, creation)
             elif found.authorized_operations and (
                 not {AclOperation.WRITE, AclOperation.ALL} & set(found.authorized_operations)
             ):
@@ -120,13 +134,13 @@ class Brokers:
                     "grant it WRITE",
                     field=field,
                 )
-        nodes = cluster.nodes or []
-        return f"Kafka cluster {cluster.cluster_id}, {len(nodes)} broker(s)"
 
-    def _probe_creation(self, topic: str, field: str) -> None:
-        if not self._spec.HasField("create_topics"):
+    def _probe_creation(
+        self, topic: str, field: str, creation: sink_kafka_pb2.KafkaTopicCreation | None
+    ) -> None:
+        if creation is None:
             raise self._missing(topic, field)
-        new = _new(topic, self._spec.create_topics)
+        new = _new(topic, creation)
         self._ask(
             f"making topic {topic} (tried only)",
             lambda client: client.create_topics(
@@ -227,7 +241,7 @@ class Brokers:
                     resource
                 ],
             )
-        except UserError:
+        except (UserError, _NoTopic):
             return ""
         entry = entries.get("cleanup.policy")
         return str(entry.value) if entry is not None else ""

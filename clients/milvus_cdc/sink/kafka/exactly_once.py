@@ -5,7 +5,7 @@ How one owner follows another, for a collection:
 1. connecting with the collection's transactional id ends what the last owner had under way;
 2. the collection's record is then read from the checkpoint topic: nothing can be added to what is
    seen there but by us, or by someone who connects after us;
-3. a higher epoch in it than ours: somebody newer owns the collection, so we stop (FENCED);
+3. a higher epoch in it than ours: somebody newer owns the collection, so we stop (SINK_FENCED);
 4. ours is written, and each batch of rows together with its checkpoints.
 
 Any transaction of ours was preceded by 2 and 3 on the same connection. So although a replaced
@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 
 import structlog
 from milvuscdc.v1 import sink_kafka_pb2
 
-from milvus_cdc.errors import CdcError, RetryableError
+from milvus_cdc.errors import CdcError, RetryableError, UserError
 from milvus_cdc.rows import Changes, Table
 from milvus_cdc.sink.kafka.broker import Brokers
 from milvus_cdc.sink.kafka.checkpoints import (
@@ -94,10 +95,14 @@ class ExactlyOnce:
 
     async def probe(self) -> None:
         """Raises when transactions, or the checkpoint topic, are out of reach."""
+        await self._brokers.probe_topic(self.topic, self.field, self._creation)
+        await self._check_policy()
         deadline = time.monotonic() + OPEN_SECONDS
-        async with self._pool.lease("probe", OPEN_SECONDS) as producer:
+        # Several may probe at once, and must not fence each other.
+        name = f"probe/{uuid.uuid4().hex}"
+        async with self._pool.lease(name, OPEN_SECONDS) as producer:
             await self._pool.in_thread(lambda: producer.connect(deadline))
-        await self._pool.drop("probe")
+        await self._pool.drop(name)
 
     async def open(self, table: Table, opening: Opening, epoch: int, created: HandEvent) -> Opened:
         """`created` hands over the news that the collection was created, when it was not told."""
@@ -207,7 +212,7 @@ class ExactlyOnce:
             await self._pool.in_thread(lambda: producer.connect(deadline))
 
     async def _read(self, owned: _Owned, deadline: float) -> None:
-        """What is committed by now becomes what is known. Raises FENCED."""
+        """What is committed by now becomes what is known. Raises SINK_FENCED."""
         partition = partition_of(owned.key, self._partitions)
         ends = await self._brokers.ends(self.topic, partition)
         known = await asyncio.to_thread(self._reader.read, owned.key, partition, ends, deadline)
@@ -221,7 +226,20 @@ class ExactlyOnce:
 
     async def _ready_topic(self) -> None:
         if not self._partitions:
-            self._partitions = await self._brokers.ensure_as(self.topic, self.field, self._creation)
+            partitions = await self._brokers.ensure_as(self.topic, self.field, self._creation)
+            await self._check_policy()
+            self._partitions = partitions
+
+    async def _check_policy(self) -> None:
+        """A topic that forgets by time or size would forget how far collections are."""
+        policy = await self._brokers.policy(self.topic)
+        if policy not in ("", TOPIC_CONFIG["cleanup.policy"]):
+            raise UserError(
+                "SINK_CHECKPOINT_TOPIC",
+                f"topic {self.topic} has cleanup.policy={policy} and would lose checkpoints: set "
+                "it to compact, or name another topic",
+                field=self.field,
+            )
 
 
 def _stored(known: Known, changes: Changes) -> bool:
@@ -231,7 +249,7 @@ def _stored(known: Known, changes: Changes) -> bool:
 
 def _fenced(owned: _Owned) -> CdcError:
     return RetryableError(
-        "FENCED",
+        "SINK_FENCED",
         f"another replicator owns {owned.name} by now (epoch {owned.known.epoch}, ours was "
         f"{owned.epoch}); this one writes no more of it",
     )

@@ -48,6 +48,17 @@ class TopicTemplate:
         """One topic for all collections."""
         return not _VARIABLE.search(self.text)
 
+    @property
+    def of_one_collection(self) -> bool:
+        """No two collections of a sink ever have the same topic: names of Milvus have neither '.'
+        nor '-'.
+        """
+        found = list(_VARIABLE.finditer(self.text))
+        if {each[1] for each in found} != set(_VARIABLES):
+            return False
+        between = self.text[found[0].end() : found[1].start()]
+        return found[0][1] != found[1][1] and ("." in between or "-" in between)
+
     def topic(self, table: Table) -> str:
         """Raises UserError INVALID_TOPIC_NAME."""
         name = self._name(table)

@@ -13,6 +13,7 @@ the new name. Schema changes are told at least once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -206,12 +207,14 @@ class KafkaWriter:
             "resolved_ts_ms": tso_to_ms(resolved_ts),
             "ts_ms": time.time_ns() // 1_000_000,
         }
-        self._producers.offer(
-            self._heartbeat_topic.topic(table),
-            table.full_name.encode(),
-            orjson.dumps(value),
-            headers.of_event("HEARTBEAT", headers.of_table(table, "application/json")),
-        )
+        # The next one says more; rows find out what is wrong with the brokers.
+        with contextlib.suppress(RetryableError):
+            self._producers.offer(
+                self._heartbeat_topic.topic(table),
+                table.full_name.encode(),
+                orjson.dumps(value),
+                headers.of_event("HEARTBEAT", headers.of_table(table, "application/json")),
+            )
 
     async def release(self, table: Table) -> None:
         self._collections.pop(_key(table), None)
@@ -242,8 +245,8 @@ class KafkaWriter:
 
     async def _forget(self, collection: _Collection) -> tuple[tuple[str, str], ...]:
         """The rows of the collection go, where they can; else somebody should know."""
-        reason = "all collections share it"
-        if not self._topic.constant:
+        reason = "other collections may share it"
+        if self._topic.of_one_collection:
             try:
                 await self._brokers.empty(collection.topic)
                 return ()

@@ -42,6 +42,21 @@ def test_names_that_kafka_does_not_take() -> None:
         assert "sink.kafka.topic" in text
 
 
+@pytest.mark.parametrize(
+    ("text", "alone"),
+    [
+        ("milvus.{database}.{collection}", True),
+        ("{collection}-of-{database}", True),
+        ("{database}_{collection}", False),  # a_b of c, and b of c_a
+        ("{collection}", False),
+        ("{database}.{database}", False),
+        ("all", False),
+    ],
+)
+def test_whether_a_topic_is_of_one_collection(text: str, alone: bool) -> None:
+    assert template(text).of_one_collection is alone
+
+
 def test_collections_that_would_share_a_topic() -> None:
     one = table_named("c", database="a_b", collection_id=1)
     two = table_named("b_c", database="a", collection_id=2)
