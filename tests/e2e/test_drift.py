@@ -318,8 +318,15 @@ def test_properties_arrive_though_the_metadata_hides_them(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("victim", ["controller", "replicator"])
-@pytest.mark.parametrize("drift", ["repair", "report"])
+@pytest.mark.parametrize(
+    ("drift", "victim"),
+    [
+        ("repair", "replicator"),
+        ("report", "controller"),
+        pytest.param("repair", "controller", marks=pytest.mark.soak),
+        pytest.param("report", "replicator", marks=pytest.mark.soak),
+    ],
+)
 def test_changes_arrive_once_whoever_is_killed(
     nats_stack: Stack, tmp_path: Path, victim: str, drift: str
 ) -> None:

@@ -334,7 +334,10 @@ def test_rules_that_cannot_be_meant_are_refused_before_anything_is_done(
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("who", ["controller", "replicator", "both"])
+@pytest.mark.parametrize(
+    "who",
+    ["both", *(pytest.param(who, marks=pytest.mark.soak) for who in ("controller", "replicator"))],
+)
 def test_killed_around_renames(nats_stack: Stack, tmp_path: Path, database: str, who: str) -> None:
     database = f"{database}_{who}"
     source = Source(nats_stack, database)
