@@ -81,6 +81,14 @@ class Batching:
 
 
 @dataclass(frozen=True, slots=True)
+class RateLimits:
+    """How fast rows may be written; 0 = no limit."""
+
+    rows_per_second: int = 0
+    bytes_per_second: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Database:
     database_id: int
     name: str

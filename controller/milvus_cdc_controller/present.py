@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from google.protobuf import json_format, timestamp_pb2
-from milvus_cdc.model import Batching, Carry, Drift, Import, split_assignment_id, tso_to_ms
+from milvus_cdc.model import (
+    Batching,
+    Carry,
+    Drift,
+    Import,
+    RateLimits,
+    split_assignment_id,
+    tso_to_ms,
+)
 from milvus_cdc.selection import Selection
 from milvus_cdc.source.registry import position_text
 from milvuscdc.v1 import fleet_service_pb2, task_pb2
@@ -26,7 +34,13 @@ from milvus_cdc_controller.core.status import (
 from milvus_cdc_controller.core.task import LeftCollection, StartAt, TaskRecord, TaskSpec, TaskState
 from milvus_cdc_controller.core.world import World
 from milvus_cdc_controller.retention_alarm import RETENTION_LOW, retention_text
-from milvus_cdc_controller.wire import DRIFTS, batching_message, carry_message, duration
+from milvus_cdc_controller.wire import (
+    DRIFTS,
+    batching_message,
+    carry_message,
+    duration,
+    limits_message,
+)
 
 TASK_STATES = {
     TaskState.CREATING: task_pb2.TASK_STATE_CREATING,
@@ -125,6 +139,7 @@ def task_spec(task: task_pb2.Task) -> TaskSpec:
         carry=carry(task.carry),
         drift=drift(task.drift),
         batching=batching(task.batching),
+        limits=limits(task.limits),
     )
 
 
@@ -142,6 +157,10 @@ def batching(message: task_pb2.Batching) -> Batching:
     if message.HasField("linger"):
         linger = message.linger.ToMilliseconds()
     return Batching(message.max_rows, message.max_bytes, linger)
+
+
+def limits(message: task_pb2.Limits) -> RateLimits:
+    return RateLimits(message.rows_per_second, message.bytes_per_second)
 
 
 def fingerprint(task: task_pb2.Task) -> str:
@@ -180,6 +199,7 @@ def task_message(world: World, task: TaskRecord, store_error: str = "") -> task_
         carry=carry_message(spec.carry),
         drift=DRIFTS[spec.drift],
         batching=batching_message(spec.batching),
+        limits=limits_message(spec.limits),
         state=TASK_STATES[state],
         reason=reason,
         message=message,

@@ -190,6 +190,10 @@ class TaskService(rpc.TaskServiceServicer):
             _take_over(request.task.batching, whole.batching, paths, "batching")
             check_task_part(whole, "batching")
             check_batching(whole)
+        with_limits = any(path.startswith("limits") for path in paths)
+        if with_limits:
+            _take_over(request.task.limits, whole.limits, paths, "limits")
+            check_task_part(whole, "limits")
         task = await self._loop.call(
             lambda at, call: ev.UpdateTask(
                 at,
@@ -203,6 +207,7 @@ class TaskService(rpc.TaskServiceServicer):
                 present.carry(whole.carry) if with_carry else None,
                 present.drift(whole.drift) if "drift" in paths else None,
                 present.batching(whole.batching) if with_batching else None,
+                present.limits(whole.limits) if with_limits else None,
             )
         )
         return pb.UpdateTaskResponse(task=self._message(task))

@@ -14,6 +14,7 @@ from milvus_cdc_controller.present import endpoint_id
 
 _CARRIES = frozenset(f"carry.{each.name}" for each in task_pb2.Carry.DESCRIPTOR.fields)
 _BATCHING = frozenset(f"batching.{each.name}" for each in task_pb2.Batching.DESCRIPTOR.fields)
+_LIMITS = frozenset(f"limits.{each.name}" for each in task_pb2.Limits.DESCRIPTOR.fields)
 _UPDATABLE = (
     {
         "labels",
@@ -23,9 +24,11 @@ _UPDATABLE = (
         "drift",
         "carry",
         "batching",
+        "limits",
     }
     | _CARRIES
     | _BATCHING
+    | _LIMITS
 )
 _ROTATION = {"max_bytes": "rotate_bytes", "linger": "rotate_interval"}
 _OUTPUT_ONLY = {
@@ -100,7 +103,7 @@ def check_update(request: pb.UpdateTaskRequest) -> tuple[bool, bool]:
                 f"{path!r} is set by the server; {_can()}.",
                 field="update_mask",
             )
-        if head in ("labels", "selection", "carry", "drift", "batching"):
+        if head in ("labels", "selection", "carry", "drift", "batching", "limits"):
             raise ApiError(
                 "INVALID_ARGUMENT",
                 "UNKNOWN_FIELD_PATH",
@@ -137,7 +140,7 @@ def invalid(violations: tuple[tuple[str, str], ...]) -> ApiError:
 
 
 def _can() -> str:
-    return "only labels, selection, carry, drift and batching can be updated"
+    return "only labels, selection, carry, drift, batching and limits can be updated"
 
 
 def _path(path: object) -> str:

@@ -15,6 +15,7 @@ from milvus_cdc.model import (
     Load,
     LoadKind,
     ObjectState,
+    RateLimits,
     Rbac,
     RoleGrant,
 )
@@ -252,6 +253,9 @@ def response(
             return pb.ConnectResponse(job_request=_job_request(job_id, payload))
         case fx.JobCancel(job_id=job_id):
             return pb.ConnectResponse(job_cancel=pb.JobCancel(job_id=job_id))
+        case fx.TaskLimits(task_uid=uid, limits=limits):
+            told = pb.TaskLimits(task_uid=uid, limits=limits_message(limits))
+            return pb.ConnectResponse(task_limits=told)
 
 
 def _assign(message: fx.Assign) -> pb.Assign:
@@ -391,6 +395,15 @@ def batching_message(batching: Batching) -> task_pb2.Batching | None:
         max_rows=batching.max_rows,
         max_bytes=batching.max_bytes,
         linger=None if linger is None else duration(linger),
+    )
+
+
+def limits_message(limits: RateLimits) -> task_pb2.Limits | None:
+    """None where there are none."""
+    if limits == RateLimits():
+        return None
+    return task_pb2.Limits(
+        rows_per_second=limits.rows_per_second, bytes_per_second=limits.bytes_per_second
     )
 
 

@@ -27,6 +27,11 @@ WRITE_SECONDS = Histogram(
     ["op"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
+RATE_LIMITED_SECONDS = Counter(
+    "milvus_cdc_replicator_rate_limited_seconds",
+    "Time that writes waited for the task's limits, summed over those that waited together",
+    ["task"],
+)
 WRITE_ERRORS = Counter(
     "milvus_cdc_replicator_write_errors",
     "Sink requests that failed",

@@ -31,6 +31,7 @@ from milvus_cdc_replicator.core.budget import Budget
 from milvus_cdc_replicator.core.ops import Write
 from milvus_cdc_replicator.gate import WriteGate, boottime
 from milvus_cdc_replicator.intake import Intake
+from milvus_cdc_replicator.pacing import Pacer
 from milvus_cdc_replicator.report import LaneReport, Report, lag_ms
 from milvus_cdc_replicator.schema import key_field
 from milvus_cdc_replicator.settings import Limits
@@ -69,7 +70,9 @@ class CollectionRunner:
         notify: Callable[[str], None],
         query_partition: Callable[[str, int, int], None],
         on_room: Callable[[], None],
+        pacer: Pacer | None = None,
     ) -> None:
+        """`pacer`: of the task; without one it has no limits."""
         self.assignment = assignment
         self._connections = connections
         self._notify = notify
@@ -130,6 +133,7 @@ class CollectionRunner:
             self._core,
             converter=self._converter,
             gate=gate,
+            pacer=pacer or Pacer(),
             halt=self._halt,
             troubles=self._troubles,
             check_log=self._intake.check,
@@ -240,7 +244,7 @@ class CollectionRunner:
             lanes=lanes,
             counters=replace(self._core.counters),
             lag_ms=lag,
-            conditions=tuple(sorted(self._object.conditions.items())),
+            conditions=tuple(sorted(self._object.remarks.items())),
             opened=self._object.opened,
             dropped=self._object.dropped,
             renamed_to=self._object.renamed_to,

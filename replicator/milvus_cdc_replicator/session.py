@@ -19,6 +19,7 @@ from functools import partial
 
 import grpc
 import structlog
+from milvus_cdc.model import RateLimits, split_assignment_id
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import replication_service_pb2_grpc as pb_grpc
 
@@ -30,6 +31,7 @@ from milvus_cdc_replicator.core.lease import Lease
 from milvus_cdc_replicator.gate import WriteGate, boottime
 from milvus_cdc_replicator.jobs import JobRunner
 from milvus_cdc_replicator.metadata import MetadataRunner
+from milvus_cdc_replicator.pacing import Pacers
 from milvus_cdc_replicator.report import to_progress
 from milvus_cdc_replicator.retention import RetentionWatch
 from milvus_cdc_replicator.runner import CollectionRunner
@@ -72,6 +74,7 @@ class Replicator:
         self._budget = Budget(settings.memory_mib * MIB)
         self._lease = Lease()
         self._gate = WriteGate(self._lease, settings.writes.in_flight_per_sink)
+        self._pacers = Pacers()
         self._holdings = Holdings()
         self._runners: dict[str, Runner] = {}
         self._instance_id = str(uuid.uuid4())
@@ -240,11 +243,20 @@ class Replicator:
                 self._jobs.start(response.job_request)
             case "job_cancel":
                 self._jobs.cancel(response.job_cancel.job_id)
+            case "task_limits":
+                limits = response.task_limits.limits
+                self._pacers.tell(
+                    response.task_limits.task_uid,
+                    RateLimits(limits.rows_per_second, limits.bytes_per_second),
+                )
+            case "synced":
+                self._pacers.synced()
             case _:
-                pass  # Synced, and what a newer controller may say
+                pass  # what a newer controller may say
 
     def _welcome(self, welcome: pb.Welcome) -> None:
         log.info("connected to the controller", controller_id=welcome.controller_id)
+        self._pacers.connected()
         self._lease.configure(welcome.lease_ttl.ToTimedelta().total_seconds())
         self._heartbeat_seconds = welcome.heartbeat_interval.ToTimedelta().total_seconds()
         self._progress_seconds = welcome.progress_interval.ToTimedelta().total_seconds()
@@ -384,6 +396,7 @@ class Replicator:
                 notify=self._notify,
                 query_partition=self._query_partition,
                 on_room=self._connections.wake_readers,
+                pacer=self._pacers.of(split_assignment_id(assignment_id)[0]),
             )
         else:
             runner = MetadataRunner(

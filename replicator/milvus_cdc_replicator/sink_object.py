@@ -17,17 +17,19 @@ from typing import Any
 
 import structlog
 from milvus_cdc.errors import UserError
-from milvus_cdc.model import Batching, Collection, Drift, ObjectState, ms_to_tso
+from milvus_cdc.model import Collection, Drift, ObjectState, ms_to_tso
 from milvus_cdc.sink import Opened, Sink
 from milvus_cdc.sink.writer import Capabilities, Checkpoint
 
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.convert import Converter
 from milvus_cdc_replicator.core.assignment import AssignmentCore
+from milvus_cdc_replicator.core.batching import bounded
 from milvus_cdc_replicator.core.ops import Write
 from milvus_cdc_replicator.core.sequencer import WriteLimits
 from milvus_cdc_replicator.drift import Reconciler, note_emptied, without_dropped
 from milvus_cdc_replicator.gate import WriteGate
+from milvus_cdc_replicator.pacing import Pacer
 from milvus_cdc_replicator.sink_work import SinkWork, Troubles
 from milvus_cdc_replicator.source_properties import SourceProperties
 from milvus_cdc_replicator.spec import CollectionAssignment
@@ -57,20 +59,6 @@ def _named(want: Collection, name: tuple[str, str]) -> Collection:
     return want if _name(want) == name else replace(want, database=name[0], name=name[1])
 
 
-def bounded(own: WriteLimits, linger_seconds: float, wish: Batching) -> tuple[WriteLimits, float]:
-    """What the sink has of its own, under what the user wants: a smaller number counts, and any
-    time.
-    """
-    seconds = linger_seconds if wish.linger_ms is None else wish.linger_ms / 1000
-    limits = replace(
-        own,
-        rows_per_request=min(own.rows_per_request, wish.max_rows or own.rows_per_request),
-        bytes_per_request=min(own.bytes_per_request, wish.max_bytes or own.bytes_per_request),
-        lingers=seconds > 0,
-    )
-    return limits, seconds
-
-
 def _nothing() -> None:
     """An event that makes the owner look again."""
 
@@ -87,6 +75,7 @@ class SinkObject:
         *,
         converter: Converter,
         gate: WriteGate,
+        pacer: Pacer,
         halt: asyncio.Event,
         troubles: Troubles,
         check_log: Callable[[], Awaitable[None]],
@@ -101,6 +90,7 @@ class SinkObject:
         self._core = core
         self._converter = converter
         self._gate = gate
+        self._pacer = pacer
         self._halt = halt
         self._troubles = troubles
         self._check_log = check_log
@@ -116,6 +106,8 @@ class SinkObject:
         """How long an unfinished request waits for more."""
         self._own: tuple[WriteLimits, float] | None = None
         """Of the sink: bounds of a request, and how long an unfinished one waits."""
+        self._paced = pacer.limits
+        """Those that the bounds of a request speak of."""
         self.heartbeats = False
         """The sink wants to hear that source time goes on."""
         self.renamed_to: tuple[str, str] | None = None
@@ -147,6 +139,23 @@ class SinkObject:
             self._bound()
 
     @property
+    def remarks(self) -> dict[str, str]:
+        """The conditions, and what holds for the moment."""
+        if self._work is None or not self._work.rate_limited or self._halt.is_set():
+            return self.conditions
+        limits = self._pacer.limits
+        parts = [
+            f"{number:,} {what}/s"
+            for number, what in (
+                (limits.rows_per_second, "rows"),
+                (limits.bytes_per_second, "bytes"),
+            )
+            if number
+        ]
+        text = f"writes wait for the task's limits: {' and '.join(parts)} on this replicator"
+        return {**self.conditions, "RATE_LIMITED": text} if parts else self.conditions
+
+    @property
     def applied_version(self) -> int:
         return self._reconciler.applied_version if self._reconciler is not None else 0
 
@@ -168,6 +177,8 @@ class SinkObject:
 
     def act(self) -> None:
         """Begins what is due."""
+        if self._pacer.limits != self._paced:
+            self._bound()
         if self._core.left_out:
             self.conditions["ROWS_LEFT_OUT"] = ROWS_LEFT_OUT
         self._maybe_rename()
@@ -191,6 +202,7 @@ class SinkObject:
             self._assignment.task,
             converter=self._converter,
             gate=self._gate,
+            pacer=self._pacer,
             halt=self._halt,
             troubles=self._troubles,
             restore=self._restore,
@@ -283,7 +295,8 @@ class SinkObject:
     def _bound(self) -> None:
         if self._own is None:
             return  # it is taken up when the sink is open
-        limits, self.linger_seconds = bounded(*self._own, self._assignment.batching)
+        self._paced = self._pacer.limits
+        limits, self.linger_seconds = bounded(*self._own, self._assignment.batching, self._paced)
         self._core.sequencer.bound(
             limits.rows_per_request, limits.bytes_per_request, lingers=limits.lingers
         )

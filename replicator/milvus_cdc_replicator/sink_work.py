@@ -22,10 +22,13 @@ from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.convert import Converter
 from milvus_cdc_replicator.core.ops import Write, WriteKind
 from milvus_cdc_replicator.gate import Halted, WriteGate
+from milvus_cdc_replicator.pacing import Pacer
 
 RESTORES_MAX = 3
 _AWAY = frozenset({"SINK_UNAVAILABLE"})
 _RESTORABLE = frozenset({"SINK_COLLECTION_MISSING", "SINK_PARTITION_MISSING"})
+RATE_LIMITED_SECONDS = 5.0
+"""So long after a write has waited for the task's limits the collection counts as held back."""
 RETRY_BACKOFF_SECONDS = (0.1, 0.3, 1.0, 2.0, 5.0)
 
 
@@ -72,6 +75,7 @@ class SinkWork:
         *,
         converter: Converter,
         gate: WriteGate,
+        pacer: Pacer,
         halt: asyncio.Event,
         troubles: Troubles,
         restore: Callable[[], Awaitable[bool]],
@@ -87,6 +91,10 @@ class SinkWork:
         self._collection = f"{target.database}.{target.collection}"
         self._converter = converter
         self._gate = gate
+        self._pacer = pacer
+        self._pacing = 0
+        """Writes that wait for the task's limits."""
+        self._paced_at = float("-inf")
         self._halt = halt
         self._troubles = troubles
         self._restore = restore
@@ -95,6 +103,8 @@ class SinkWork:
 
     async def write(self, write: Write) -> bool:
         """True when it is durable, False when told to stop before. Raises UserError, BugError."""
+        if not await self._admitted(write):
+            return False
         batch = self._converter.batch(write, as_upsert=False)
         kind = write.kind
         where = f"write {write.write_id}"
@@ -130,6 +140,27 @@ class SinkWork:
         self._answered()
         metrics.ROWS_WRITTEN.labels(self._task, self._collection, kind).inc(write.rows)
         metrics.BYTES_WRITTEN.labels(self._task, self._collection).inc(write.size)
+        return True
+
+    @property
+    def rate_limited(self) -> bool:
+        """A write waits for the task's limits, or did a moment ago."""
+        return self._pacing > 0 or time.monotonic() - self._paced_at < RATE_LIMITED_SECONDS
+
+    async def _admitted(self, write: Write) -> bool:
+        """Once the task's limits allow it; False when told to stop before. Before it has taken
+        anything that others need: a slot, or a part of the lease.
+        """
+        if self._pacer.free(write.rows, write.size):
+            return True
+        self._pacing += 1
+        try:
+            await self._pacer.wait(self._task, write.rows, write.size, self._halt)
+        except Halted:
+            return False
+        finally:
+            self._pacing -= 1
+            self._paced_at = time.monotonic()
         return True
 
     def retarget(self, target: CollectionTarget) -> None:

@@ -176,6 +176,7 @@ class FakeReplicator:
         self.draining = False
         self.held: dict[str, pb.Assign] = {}
         self.acks: dict[str, pb.ProgressAck] = {}
+        self.limits: dict[str, task_pb2.Limits] = {}
         self.history: list[str] = []
         self.jobs: list[pb.JobRequest] = []
         self.cancelled: list[str] = []
@@ -270,6 +271,8 @@ class FakeReplicator:
                     await self.release(revoke.assignment_id, revoke.epoch)
             case "synced":
                 self.synced.set()
+            case "task_limits":
+                self.limits[message.task_limits.task_uid] = message.task_limits.limits
             case "heartbeat_ack":
                 self.beats_acked += 1
             case "progress_ack":

@@ -260,6 +260,45 @@ async def test_batching_is_changed_part_by_part_and_reaches_the_owner(api: Api) 
         assert info.metadata["field"] == f"task.batching.{path}"
 
 
+async def test_limits_are_shared_by_those_that_hold_collections(tmp_path: Path) -> None:
+    source = HandFedSource(collection(11, "a"), collection(12, "b"), collection(13, "c"))
+    async with controller(tmp_path / "store.db", source) as api:
+        task = task_message()
+        task.limits.rows_per_second, task.limits.bytes_per_second = 101, 1 << 20
+
+        def limits(rows: int, size: int = 0) -> task_pb2.Limits:
+            return task_pb2.Limits(rows_per_second=rows, bytes_per_second=size)
+
+        def change(*paths: str, **fields: Any) -> api_pb.UpdateTaskRequest:
+            wish = task_pb2.Task(name="tasks/copy", limits=task_pb2.Limits(**fields))
+            return api_pb.UpdateTaskRequest(
+                task=wish, update_mask=field_mask_pb2.FieldMask(paths=paths)
+            )
+
+        async with FakeReplicator(api, "one") as one, FakeReplicator(api, "two") as two:
+            created = await create(api, task)
+            assert created.limits == task.limits
+            uid = created.uid
+            half = limits(50, 1 << 19)
+            await until(lambda: one.limits.get(uid) == two.limits.get(uid) == half)
+            assert one.collections()
+            assert two.collections()
+            two.draining = True
+            await until(lambda: one.limits[uid] == task.limits)
+            await until(lambda: two.limits[uid] == limits(0))
+            changed = await api.tasks.UpdateTask(change("limits.rows_per_second"))
+            assert changed.task.limits == limits(0, 1 << 20)
+            await until(lambda: one.limits[uid] == limits(0, 1 << 20))
+            await api.tasks.UpdateTask(change("limits"))
+            found = await api.tasks.GetTask(api_pb.GetTaskRequest(name="tasks/copy"))
+            assert not found.task.HasField("limits")
+            await until(lambda: one.limits[uid] == limits(0))
+            _, info = await refused(
+                api.tasks.UpdateTask(change("limits.bytes_per_second", bytes_per_second=-1))
+            )
+            assert info.metadata["field"] == "task.limits.bytes_per_second"
+
+
 async def test_what_is_not_there(api: Api) -> None:
     for call in (
         api.tasks.GetTask(api_pb.GetTaskRequest(name="tasks/no")),

@@ -19,7 +19,7 @@ from milvuscdc.v1 import secret_pb2, task_pb2
 from milvus_cdc.errors import UserError
 
 _SECRET = secret_pb2.Secret.DESCRIPTOR.full_name
-_IN_PARTS = ("selection", "carry", "batching")
+_IN_PARTS = ("selection", "carry", "batching", "limits")
 """Fields of a task that a patch changes part by part."""
 _NULL = "tag:yaml.org,2002:null"
 _MERGE = "tag:yaml.org,2002:merge"

@@ -4,7 +4,7 @@ isort:skip_file
 The stream between a replicator and the controller.
 
 Order on a new stream: Hello -> Welcome -> every Assign this replicator should hold (and Revoke for what it holds
-and should not) -> Synced. After that, deltas. Either side may drop the stream at any time; the next Hello
+and should not), TaskLimits of tasks that have some before the first of them -> Synced. After that, deltas. Either side may drop the stream at any time; the next Hello
 resynchronises fully. Assignments are versioned resources: the controller sends the whole resource whenever it
 changes, the replicator answers each with Ack or Nack.
 """
@@ -95,6 +95,7 @@ class ConnectResponse(_message.Message):
     PROGRESS_ACK_FIELD_NUMBER: _builtins.int
     JOB_REQUEST_FIELD_NUMBER: _builtins.int
     JOB_CANCEL_FIELD_NUMBER: _builtins.int
+    TASK_LIMITS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -111,6 +112,8 @@ class ConnectResponse(_message.Message):
     def job_request(self) -> Global___JobRequest: ...
     @_builtins.property
     def job_cancel(self) -> Global___JobCancel: ...
+    @_builtins.property
+    def task_limits(self) -> Global___TaskLimits: ...
     def __init__(
         self,
         *,
@@ -122,12 +125,13 @@ class ConnectResponse(_message.Message):
         progress_ack: Global___ProgressAck | None = ...,
         job_request: Global___JobRequest | None = ...,
         job_cancel: Global___JobCancel | None = ...,
+        task_limits: Global___TaskLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "heartbeat_ack", b"heartbeat_ack", "job_cancel", b"job_cancel", "job_request", b"job_request", "message", b"message", "progress_ack", b"progress_ack", "revoke", b"revoke", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "heartbeat_ack", b"heartbeat_ack", "job_cancel", b"job_cancel", "job_request", b"job_request", "message", b"message", "progress_ack", b"progress_ack", "revoke", b"revoke", "synced", b"synced", "task_limits", b"task_limits", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "heartbeat_ack", b"heartbeat_ack", "job_cancel", b"job_cancel", "job_request", b"job_request", "message", b"message", "progress_ack", b"progress_ack", "revoke", b"revoke", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "heartbeat_ack", b"heartbeat_ack", "job_cancel", b"job_cancel", "job_request", b"job_request", "message", b"message", "progress_ack", b"progress_ack", "revoke", b"revoke", "synced", b"synced", "task_limits", b"task_limits", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "assign", "revoke", "synced", "heartbeat_ack", "progress_ack", "job_request", "job_cancel"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "assign", "revoke", "synced", "heartbeat_ack", "progress_ack", "job_request", "job_cancel", "task_limits"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -248,7 +252,7 @@ Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
 
 @_typing.final
 class Synced(_message.Message):
-    """The state of the world has been sent in full."""
+    """The state of the world has been sent in full. Limits that were not told before it on this stream are over."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -262,6 +266,35 @@ class Synced(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Synced: _TypeAlias = Synced  # noqa: Y015
+
+@_typing.final
+class TaskLimits(_message.Message):
+    """How fast this replicator may write for a task: its part of the task's limits. It changes with them and with the
+    number of replicators that hold collections of the task.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_UID_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    task_uid: _builtins.str
+    @_builtins.property
+    def limits(self) -> _task_pb2.Limits:
+        """No limit where 0."""
+
+    def __init__(
+        self,
+        *,
+        task_uid: _builtins.str = ...,
+        limits: _task_pb2.Limits | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "task_uid", b"task_uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TaskLimits: _TypeAlias = TaskLimits  # noqa: Y015
 
 @_typing.final
 class Assign(_message.Message):

@@ -4,7 +4,7 @@ isort:skip_file
 The stream between a replicator and the controller.
 
 Order on a new stream: Hello -> Welcome -> every Assign this replicator should hold (and Revoke for what it holds
-and should not) -> Synced. After that, deltas. Either side may drop the stream at any time; the next Hello
+and should not), TaskLimits of tasks that have some before the first of them -> Synced. After that, deltas. Either side may drop the stream at any time; the next Hello
 resynchronises fully. Assignments are versioned resources: the controller sends the whole resource whenever it
 changes, the replicator answers each with Ack or Nack.
 """

@@ -156,6 +156,7 @@ class Task(_message.Message):
     CARRY_FIELD_NUMBER: _builtins.int
     DRIFT_FIELD_NUMBER: _builtins.int
     BATCHING_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
@@ -216,6 +217,10 @@ class Task(_message.Message):
         """How rows are put together to batches. May be changed while the task runs."""
 
     @_builtins.property
+    def limits(self) -> Global___Limits:
+        """How fast rows are written at most. May be changed while the task runs."""
+
+    @_builtins.property
     def state_time(self) -> _timestamp_pb2.Timestamp:
         """When the state last changed."""
 
@@ -247,6 +252,7 @@ class Task(_message.Message):
         carry: Global___Carry | None = ...,
         drift: Global___Drift.ValueType = ...,
         batching: Global___Batching | None = ...,
+        limits: Global___Limits | None = ...,
         state: Global___TaskState.ValueType = ...,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
@@ -256,9 +262,9 @@ class Task(_message.Message):
         progress: Global___TaskProgress | None = ...,
         conditions: _abc.Iterable[Global___Condition] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "carry", b"carry", "create_time", b"create_time", "progress", b"progress", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state_time", b"state_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "carry", b"carry", "create_time", b"create_time", "limits", b"limits", "progress", b"progress", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state_time", b"state_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "batching", b"batching", "carry", b"carry", "conditions", b"conditions", "create_time", b"create_time", "drift", b"drift", "etag", b"etag", "generation", b"generation", "labels", b"labels", "message", b"message", "name", b"name", "observed_generation", b"observed_generation", "progress", b"progress", "reason", b"reason", "rename", b"rename", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state", b"state", "state_time", b"state_time", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "batching", b"batching", "carry", b"carry", "conditions", b"conditions", "create_time", b"create_time", "drift", b"drift", "etag", b"etag", "generation", b"generation", "labels", b"labels", "limits", b"limits", "message", b"message", "name", b"name", "observed_generation", b"observed_generation", "progress", b"progress", "reason", b"reason", "rename", b"rename", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state", b"state", "state_time", b"state_time", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -393,6 +399,36 @@ class Batching(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Batching: _TypeAlias = Batching  # noqa: Y015
+
+@_typing.final
+class Limits(_message.Message):
+    """Bounds of the whole task, however many replicators share it: each gets an equal part, whether its collections use it
+    or not. What waits for them shows the condition RATE_LIMITED. Batches become no larger than what is allowed in a
+    second or in `linger`. One that is larger all the same passes whole, and those after it wait until it is made up for;
+    a batch that has to be repeated counts once.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    rows_per_second: _builtins.int
+    """Rows inserted, upserted and deleted; no limit when 0."""
+    bytes_per_second: _builtins.int
+    """Their bytes in the source's log; no limit when 0."""
+    def __init__(
+        self,
+        *,
+        rows_per_second: _builtins.int = ...,
+        bytes_per_second: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "rows_per_second", b"rows_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
 class TaskProgress(_message.Message):

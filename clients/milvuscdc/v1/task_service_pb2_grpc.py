@@ -131,7 +131,7 @@ class TaskServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateTask(self, request, context):
-        """Changes `labels`, `selection`, `carry`, `drift` and `batching`.
+        """Changes `labels`, `selection`, `carry`, `drift`, `batching` and `limits`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -241,6 +241,8 @@ def update_task(world: World, command: UpdateTask) -> None:
         spec = replace(spec, drift=command.drift)
     if command.batching is not None:
         spec = replace(spec, batching=command.batching)
+    if command.limits is not None:
+        spec = replace(spec, limits=command.limits)
     if command.validate_only:
         _answer(world, command, replace(task, spec=spec))
         return

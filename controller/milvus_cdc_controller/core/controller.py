@@ -13,6 +13,7 @@ from milvus_cdc_controller.core import commands, events, positions, sessions, so
 from milvus_cdc_controller.core.assigning import settle
 from milvus_cdc_controller.core.effects import Effect, Forget, Publish, Record, Save
 from milvus_cdc_controller.core.liveness import Leases, SessionState
+from milvus_cdc_controller.core.sharing import tell_parts
 from milvus_cdc_controller.core.status import refresh
 from milvus_cdc_controller.core.world import World
 
@@ -69,6 +70,7 @@ class Controller:
         if looked_at:
             sources.advance_work(world)
             looked_at |= settle(world)
+            tell_parts(world, looked_at)
         for uid in sorted(looked_at):
             refresh(world, uid)
         assert not world.dirty

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from milvus_cdc.model import RateLimits
+
 from milvus_cdc_controller.core.collection import CollectionProgress, CollectionRecord
 from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_controller.core.jobs import JobPayload, JobResult
@@ -84,8 +86,24 @@ class JobCancel:
     job_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class TaskLimits:
+    """This replicator's part."""
+
+    task_uid: str
+    limits: RateLimits
+
+
 StreamMessage = (
-    Welcome | Assign | Revoke | Synced | HeartbeatAck | ProgressAck | JobRequest | JobCancel
+    Welcome
+    | Assign
+    | Revoke
+    | Synced
+    | HeartbeatAck
+    | ProgressAck
+    | JobRequest
+    | JobCancel
+    | TaskLimits
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from milvus_cdc.model import Batching, Carry, Catalogue, Drift
+from milvus_cdc.model import Batching, Carry, Catalogue, Drift, RateLimits
 from milvus_cdc.selection import Selection
 
 from milvus_cdc_controller.core.collection import NO_ROWS, Counters
@@ -65,6 +65,7 @@ class UpdateTask(Command):
     carry: Carry | None = None
     drift: Drift | None = None
     batching: Batching | None = None
+    limits: RateLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)

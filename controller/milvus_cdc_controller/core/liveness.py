@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from milvus_cdc.model import RateLimits
+
 
 @dataclass(frozen=True, slots=True)
 class Leases:
@@ -52,6 +54,9 @@ class Session:
     """It refused for want of room: nothing new before."""
     stale: set[tuple[str, int]] = field(default_factory=set)
     """(assignment, epoch) it held wrongly at Hello and has not yet released."""
+
+    parts: dict[str, RateLimits] = field(default_factory=dict)
+    """By task uid: what it was told on this stream of a task's limits."""
 
     def heard(self, leases: Leases, mono_ms: int, wall_ms: int) -> None:
         self.heard_ms = mono_ms

@@ -80,6 +80,7 @@ def hello(world: World, event: Hello) -> None:
     world.streams[event.stream] = event.instance
     world.send(event.stream, Welcome(event.protocol))
     session.stale.clear()
+    session.parts.clear()
     for held in event.held:
         grant = world.grants.get(held.assignment_id)
         if grant is None or grant.instance != event.instance or grant.epoch != held.epoch:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from milvus_cdc.model import Batching, Carry, Drift, Rbac
+from milvus_cdc.model import Batching, Carry, Drift, RateLimits, Rbac
 from milvus_cdc.selection import Selection
 
 from milvus_cdc_controller.core.mapping import Flow, Naming, Rules
@@ -94,6 +94,7 @@ class TaskSpec:
     carry: Carry = field(default_factory=Carry)
     drift: Drift = Drift.REPAIR
     batching: Batching = field(default_factory=Batching)
+    limits: RateLimits = field(default_factory=RateLimits)
     rename: Rules = ()
     source_endpoint: str = ""
     """The source's public API, written as a `sink_id`; empty when the task does not name it."""

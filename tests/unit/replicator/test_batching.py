@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from milvus_cdc.model import Batching
+from milvus_cdc.model import Batching, RateLimits
 from milvus_cdc.rows import Table
 from milvus_cdc.sink import CollectionTarget, DeleteBatch, RowBatch
 from milvus_cdc.sink.memory_writer import DESTINATIONS, MemoryWriter
 from milvus_cdc.sink.writer import Batch
 from milvus_cdc.sink.writer_sink import Origin, WriterSink
+from milvus_cdc_replicator.core.batching import bounded
 from milvus_cdc_replicator.core.sequencer import WriteLimits
-from milvus_cdc_replicator.sink_object import bounded
 
 from tests.unit.replicator.test_runner import START, VCHANNEL, Bench, insert, tick, until
 
@@ -37,15 +37,20 @@ ONE_HOUR = 3_600_000
         st.integers(0, 1 << 31),
         st.none() | st.integers(0, ONE_HOUR),
     ),
+    paced=st.builds(RateLimits, st.integers(0, 1 << 20), st.integers(0, 1 << 30)),
 )
 def test_the_smaller_bound_counts_and_what_is_unset_is_the_sinks(
-    own: WriteLimits, linger: float, wish: Batching
+    own: WriteLimits, linger: float, wish: Batching, paced: RateLimits
 ) -> None:
-    limits, seconds = bounded(own, linger, wish)
-    rows, size = limits.rows_per_request, limits.bytes_per_request
-    assert rows == (min(own.rows_per_request, wish.max_rows) or own.rows_per_request)
-    assert size == (min(own.bytes_per_request, wish.max_bytes) or own.bytes_per_request)
+    limits, seconds = bounded(own, linger, wish, paced)
     assert seconds == (linger if wish.linger_ms is None else wish.linger_ms / 1000)
+    for bound, mine, wished, rate in (
+        (limits.rows_per_request, own.rows_per_request, wish.max_rows, paced.rows_per_second),
+        (limits.bytes_per_request, own.bytes_per_request, wish.max_bytes, paced.bytes_per_second),
+    ):
+        allowed = max(1, int(rate * max(1.0, seconds)))
+        others = [each for each, is_set in ((wished, wished), (allowed, rate)) if is_set]
+        assert bound == min([mine, *others])
     assert limits.lingers == (seconds > 0)
     assert (limits.in_flight, limits.atomic, limits.ordered) == (
         own.in_flight,

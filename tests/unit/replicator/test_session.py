@@ -184,6 +184,39 @@ async def running() -> AsyncIterator[Bench]:
         await server.stop(None)
 
 
+async def test_limits_bound_the_task_until_a_new_stream_does_not_tell_them() -> None:
+    async with running() as bench:
+
+        def tell(rows: int) -> None:
+            limits = task_pb2.Limits(rows_per_second=rows)
+            bench.controller.say(task_limits=pb.TaskLimits(task_uid="uid", limits=limits))
+
+        def count() -> int:
+            return bench.sink.count("default", "c")
+
+        def limited() -> bool:
+            return any(
+                condition.type == "RATE_LIMITED"
+                for message in bench.controller.of("progress")[-1:]
+                for condition in message.progress.conditions
+            )
+
+        tell(1)
+        bench.assign(1)
+        bench.controller.say(synced=pb.Synced())
+        for n in range(1, 201):
+            bench.source.append(PCHANNEL, insert(START + n, [n]))
+        bench.source.append(PCHANNEL, tick(START + 200))
+        await until(limited)
+        assert count() < 100
+        bench.controller.break_stream()
+        await until(lambda: bench.controller.streams == 2)
+        await until(limited)
+        assert count() < 100, "who cannot be heard keeps what was said"
+        bench.controller.say(synced=pb.Synced())
+        await until(lambda: count() == 200)
+
+
 async def test_a_stop_answers_no_revoke_before_the_last_request_has_ended() -> None:
     """The controller learns of the stop by a heartbeat and revokes what it already lets go of."""
     async with running() as bench:

@@ -1,7 +1,7 @@
 // The stream between a replicator and the controller.
 //
 // Order on a new stream: Hello -> Welcome -> every Assign this replicator should hold (and Revoke for what it holds
-// and should not) -> Synced. After that, deltas. Either side may drop the stream at any time; the next Hello
+// and should not), TaskLimits of tasks that have some before the first of them -> Synced. After that, deltas. Either side may drop the stream at any time; the next Hello
 // resynchronises fully. Assignments are versioned resources: the controller sends the whole resource whenever it
 // changes, the replicator answers each with Ack or Nack.
 
@@ -76,7 +76,7 @@ func (x CollectionSpec_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CollectionSpec_State.Descriptor instead.
 func (CollectionSpec_State) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{7, 0}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{8, 0}
 }
 
 type PartitionSpec_State int32
@@ -125,7 +125,7 @@ func (x PartitionSpec_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PartitionSpec_State.Descriptor instead.
 func (PartitionSpec_State) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{10, 0}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{11, 0}
 }
 
 type LoadSpec_Kind int32
@@ -176,7 +176,7 @@ func (x LoadSpec_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use LoadSpec_Kind.Descriptor instead.
 func (LoadSpec_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{12, 0}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{13, 0}
 }
 
 type Progress_State int32
@@ -229,7 +229,7 @@ func (x Progress_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Progress_State.Descriptor instead.
 func (Progress_State) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{28, 0}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{29, 0}
 }
 
 // From the replicator.
@@ -424,6 +424,7 @@ type ConnectResponse struct {
 	//	*ConnectResponse_ProgressAck
 	//	*ConnectResponse_JobRequest
 	//	*ConnectResponse_JobCancel
+	//	*ConnectResponse_TaskLimits
 	Message       isConnectResponse_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -538,6 +539,15 @@ func (x *ConnectResponse) GetJobCancel() *JobCancel {
 	return nil
 }
 
+func (x *ConnectResponse) GetTaskLimits() *TaskLimits {
+	if x != nil {
+		if x, ok := x.Message.(*ConnectResponse_TaskLimits); ok {
+			return x.TaskLimits
+		}
+	}
+	return nil
+}
+
 type isConnectResponse_Message interface {
 	isConnectResponse_Message()
 }
@@ -574,6 +584,10 @@ type ConnectResponse_JobCancel struct {
 	JobCancel *JobCancel `protobuf:"bytes,8,opt,name=job_cancel,json=jobCancel,proto3,oneof"`
 }
 
+type ConnectResponse_TaskLimits struct {
+	TaskLimits *TaskLimits `protobuf:"bytes,9,opt,name=task_limits,json=taskLimits,proto3,oneof"`
+}
+
 func (*ConnectResponse_Welcome) isConnectResponse_Message() {}
 
 func (*ConnectResponse_Assign) isConnectResponse_Message() {}
@@ -589,6 +603,8 @@ func (*ConnectResponse_ProgressAck) isConnectResponse_Message() {}
 func (*ConnectResponse_JobRequest) isConnectResponse_Message() {}
 
 func (*ConnectResponse_JobCancel) isConnectResponse_Message() {}
+
+func (*ConnectResponse_TaskLimits) isConnectResponse_Message() {}
 
 // First message on every stream.
 type Hello struct {
@@ -829,7 +845,7 @@ func (x *Welcome) GetProgressInterval() *durationpb.Duration {
 	return nil
 }
 
-// The state of the world has been sent in full.
+// The state of the world has been sent in full. Limits that were not told before it on this stream are over.
 type Synced struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -866,6 +882,61 @@ func (*Synced) Descriptor() ([]byte, []int) {
 	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{5}
 }
 
+// How fast this replicator may write for a task: its part of the task's limits. It changes with them and with the
+// number of replicators that hold collections of the task.
+type TaskLimits struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	TaskUid string                 `protobuf:"bytes,1,opt,name=task_uid,json=taskUid,proto3" json:"task_uid,omitempty"`
+	// No limit where 0.
+	Limits        *Limits `protobuf:"bytes,2,opt,name=limits,proto3" json:"limits,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TaskLimits) Reset() {
+	*x = TaskLimits{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TaskLimits) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TaskLimits) ProtoMessage() {}
+
+func (x *TaskLimits) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TaskLimits.ProtoReflect.Descriptor instead.
+func (*TaskLimits) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *TaskLimits) GetTaskUid() string {
+	if x != nil {
+		return x.TaskUid
+	}
+	return ""
+}
+
+func (x *TaskLimits) GetLimits() *Limits {
+	if x != nil {
+		return x.Limits
+	}
+	return nil
+}
+
 // A versioned resource: everything a replicator needs to run one assignment.
 type Assign struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -893,7 +964,7 @@ type Assign struct {
 
 func (x *Assign) Reset() {
 	*x = Assign{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[6]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -905,7 +976,7 @@ func (x *Assign) String() string {
 func (*Assign) ProtoMessage() {}
 
 func (x *Assign) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[6]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -918,7 +989,7 @@ func (x *Assign) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Assign.ProtoReflect.Descriptor instead.
 func (*Assign) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{6}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Assign) GetAssignmentId() string {
@@ -1074,7 +1145,7 @@ type CollectionSpec struct {
 
 func (x *CollectionSpec) Reset() {
 	*x = CollectionSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[7]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1086,7 +1157,7 @@ func (x *CollectionSpec) String() string {
 func (*CollectionSpec) ProtoMessage() {}
 
 func (x *CollectionSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[7]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1099,7 +1170,7 @@ func (x *CollectionSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectionSpec.ProtoReflect.Descriptor instead.
 func (*CollectionSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{7}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *CollectionSpec) GetCollectionId() int64 {
@@ -1301,7 +1372,7 @@ type AppliedObjects struct {
 
 func (x *AppliedObjects) Reset() {
 	*x = AppliedObjects{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1313,7 +1384,7 @@ func (x *AppliedObjects) String() string {
 func (*AppliedObjects) ProtoMessage() {}
 
 func (x *AppliedObjects) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1326,7 +1397,7 @@ func (x *AppliedObjects) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppliedObjects.ProtoReflect.Descriptor instead.
 func (*AppliedObjects) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{8}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *AppliedObjects) GetIndexes() []*IndexSpec {
@@ -1381,7 +1452,7 @@ type SinkName struct {
 
 func (x *SinkName) Reset() {
 	*x = SinkName{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1393,7 +1464,7 @@ func (x *SinkName) String() string {
 func (*SinkName) ProtoMessage() {}
 
 func (x *SinkName) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1406,7 +1477,7 @@ func (x *SinkName) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SinkName.ProtoReflect.Descriptor instead.
 func (*SinkName) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{9}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SinkName) GetDatabase() string {
@@ -1437,7 +1508,7 @@ type PartitionSpec struct {
 
 func (x *PartitionSpec) Reset() {
 	*x = PartitionSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1449,7 +1520,7 @@ func (x *PartitionSpec) String() string {
 func (*PartitionSpec) ProtoMessage() {}
 
 func (x *PartitionSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1462,7 +1533,7 @@ func (x *PartitionSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PartitionSpec.ProtoReflect.Descriptor instead.
 func (*PartitionSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{10}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PartitionSpec) GetPartitionId() int64 {
@@ -1515,7 +1586,7 @@ type IndexSpec struct {
 
 func (x *IndexSpec) Reset() {
 	*x = IndexSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1527,7 +1598,7 @@ func (x *IndexSpec) String() string {
 func (*IndexSpec) ProtoMessage() {}
 
 func (x *IndexSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1540,7 +1611,7 @@ func (x *IndexSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IndexSpec.ProtoReflect.Descriptor instead.
 func (*IndexSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{11}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *IndexSpec) GetIndexId() int64 {
@@ -1596,7 +1667,7 @@ type LoadSpec struct {
 
 func (x *LoadSpec) Reset() {
 	*x = LoadSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1608,7 +1679,7 @@ func (x *LoadSpec) String() string {
 func (*LoadSpec) ProtoMessage() {}
 
 func (x *LoadSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1621,7 +1692,7 @@ func (x *LoadSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadSpec.ProtoReflect.Descriptor instead.
 func (*LoadSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{12}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *LoadSpec) GetKind() LoadSpec_Kind {
@@ -1663,7 +1734,7 @@ type VchannelSpec struct {
 
 func (x *VchannelSpec) Reset() {
 	*x = VchannelSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1675,7 +1746,7 @@ func (x *VchannelSpec) String() string {
 func (*VchannelSpec) ProtoMessage() {}
 
 func (x *VchannelSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1688,7 +1759,7 @@ func (x *VchannelSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VchannelSpec.ProtoReflect.Descriptor instead.
 func (*VchannelSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{13}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *VchannelSpec) GetVchannel() string {
@@ -1760,7 +1831,7 @@ type MetadataSpec struct {
 
 func (x *MetadataSpec) Reset() {
 	*x = MetadataSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1772,7 +1843,7 @@ func (x *MetadataSpec) String() string {
 func (*MetadataSpec) ProtoMessage() {}
 
 func (x *MetadataSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1785,7 +1856,7 @@ func (x *MetadataSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetadataSpec.ProtoReflect.Descriptor instead.
 func (*MetadataSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{14}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *MetadataSpec) GetDatabases() []*DatabaseSpec {
@@ -1843,7 +1914,7 @@ type DatabaseSpec struct {
 
 func (x *DatabaseSpec) Reset() {
 	*x = DatabaseSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1855,7 +1926,7 @@ func (x *DatabaseSpec) String() string {
 func (*DatabaseSpec) ProtoMessage() {}
 
 func (x *DatabaseSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1868,7 +1939,7 @@ func (x *DatabaseSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DatabaseSpec.ProtoReflect.Descriptor instead.
 func (*DatabaseSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{15}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DatabaseSpec) GetDatabaseId() int64 {
@@ -1912,7 +1983,7 @@ type AliasSpec struct {
 
 func (x *AliasSpec) Reset() {
 	*x = AliasSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1924,7 +1995,7 @@ func (x *AliasSpec) String() string {
 func (*AliasSpec) ProtoMessage() {}
 
 func (x *AliasSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1937,7 +2008,7 @@ func (x *AliasSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AliasSpec.ProtoReflect.Descriptor instead.
 func (*AliasSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{16}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *AliasSpec) GetDatabase() string {
@@ -1980,7 +2051,7 @@ type RbacSpec struct {
 
 func (x *RbacSpec) Reset() {
 	*x = RbacSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1992,7 +2063,7 @@ func (x *RbacSpec) String() string {
 func (*RbacSpec) ProtoMessage() {}
 
 func (x *RbacSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2005,7 +2076,7 @@ func (x *RbacSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RbacSpec.ProtoReflect.Descriptor instead.
 func (*RbacSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{17}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RbacSpec) GetUsers() []string {
@@ -2081,7 +2152,7 @@ type RoleMember struct {
 
 func (x *RoleMember) Reset() {
 	*x = RoleMember{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[18]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2093,7 +2164,7 @@ func (x *RoleMember) String() string {
 func (*RoleMember) ProtoMessage() {}
 
 func (x *RoleMember) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[18]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2106,7 +2177,7 @@ func (x *RoleMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoleMember.ProtoReflect.Descriptor instead.
 func (*RoleMember) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{18}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RoleMember) GetUser() string {
@@ -2139,7 +2210,7 @@ type GrantSpec struct {
 
 func (x *GrantSpec) Reset() {
 	*x = GrantSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[19]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2151,7 +2222,7 @@ func (x *GrantSpec) String() string {
 func (*GrantSpec) ProtoMessage() {}
 
 func (x *GrantSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[19]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2164,7 +2235,7 @@ func (x *GrantSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantSpec.ProtoReflect.Descriptor instead.
 func (*GrantSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{19}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GrantSpec) GetRole() string {
@@ -2212,7 +2283,7 @@ type PrivilegeGroupSpec struct {
 
 func (x *PrivilegeGroupSpec) Reset() {
 	*x = PrivilegeGroupSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[20]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2224,7 +2295,7 @@ func (x *PrivilegeGroupSpec) String() string {
 func (*PrivilegeGroupSpec) ProtoMessage() {}
 
 func (x *PrivilegeGroupSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[20]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2237,7 +2308,7 @@ func (x *PrivilegeGroupSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrivilegeGroupSpec.ProtoReflect.Descriptor instead.
 func (*PrivilegeGroupSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{20}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PrivilegeGroupSpec) GetName() string {
@@ -2268,7 +2339,7 @@ type OperationsSpec struct {
 
 func (x *OperationsSpec) Reset() {
 	*x = OperationsSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[21]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2280,7 +2351,7 @@ func (x *OperationsSpec) String() string {
 func (*OperationsSpec) ProtoMessage() {}
 
 func (x *OperationsSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[21]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2293,7 +2364,7 @@ func (x *OperationsSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OperationsSpec.ProtoReflect.Descriptor instead.
 func (*OperationsSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{21}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *OperationsSpec) GetChannel() string {
@@ -2335,7 +2406,7 @@ type Ack struct {
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[22]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2347,7 +2418,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[22]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2360,7 +2431,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{22}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Ack) GetAssignmentId() string {
@@ -2398,7 +2469,7 @@ type Nack struct {
 
 func (x *Nack) Reset() {
 	*x = Nack{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[23]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2410,7 +2481,7 @@ func (x *Nack) String() string {
 func (*Nack) ProtoMessage() {}
 
 func (x *Nack) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[23]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2423,7 +2494,7 @@ func (x *Nack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nack.ProtoReflect.Descriptor instead.
 func (*Nack) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{23}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Nack) GetAssignmentId() string {
@@ -2472,7 +2543,7 @@ type Revoke struct {
 
 func (x *Revoke) Reset() {
 	*x = Revoke{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[24]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2484,7 +2555,7 @@ func (x *Revoke) String() string {
 func (*Revoke) ProtoMessage() {}
 
 func (x *Revoke) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[24]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2497,7 +2568,7 @@ func (x *Revoke) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revoke.ProtoReflect.Descriptor instead.
 func (*Revoke) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{24}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Revoke) GetAssignmentId() string {
@@ -2532,7 +2603,7 @@ type Released struct {
 
 func (x *Released) Reset() {
 	*x = Released{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[25]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2544,7 +2615,7 @@ func (x *Released) String() string {
 func (*Released) ProtoMessage() {}
 
 func (x *Released) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[25]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2557,7 +2628,7 @@ func (x *Released) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Released.ProtoReflect.Descriptor instead.
 func (*Released) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{25}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Released) GetAssignmentId() string {
@@ -2586,7 +2657,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[26]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2598,7 +2669,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[26]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2611,7 +2682,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{26}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Heartbeat) GetSeq() int64 {
@@ -2637,7 +2708,7 @@ type HeartbeatAck struct {
 
 func (x *HeartbeatAck) Reset() {
 	*x = HeartbeatAck{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[27]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2649,7 +2720,7 @@ func (x *HeartbeatAck) String() string {
 func (*HeartbeatAck) ProtoMessage() {}
 
 func (x *HeartbeatAck) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[27]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2662,7 +2733,7 @@ func (x *HeartbeatAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeartbeatAck.ProtoReflect.Descriptor instead.
 func (*HeartbeatAck) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{27}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *HeartbeatAck) GetSeq() int64 {
@@ -2713,7 +2784,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[28]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2725,7 +2796,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[28]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2738,7 +2809,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{28}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Progress) GetAssignmentId() string {
@@ -2900,7 +2971,7 @@ type FlushOperation struct {
 
 func (x *FlushOperation) Reset() {
 	*x = FlushOperation{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[29]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2912,7 +2983,7 @@ func (x *FlushOperation) String() string {
 func (*FlushOperation) ProtoMessage() {}
 
 func (x *FlushOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[29]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2925,7 +2996,7 @@ func (x *FlushOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlushOperation.ProtoReflect.Descriptor instead.
 func (*FlushOperation) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{29}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *FlushOperation) GetTs() uint64 {
@@ -2962,7 +3033,7 @@ type SinkOpened struct {
 
 func (x *SinkOpened) Reset() {
 	*x = SinkOpened{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[30]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2974,7 +3045,7 @@ func (x *SinkOpened) String() string {
 func (*SinkOpened) ProtoMessage() {}
 
 func (x *SinkOpened) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[30]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2987,7 +3058,7 @@ func (x *SinkOpened) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SinkOpened.ProtoReflect.Descriptor instead.
 func (*SinkOpened) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{30}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *SinkOpened) GetSinkCollectionId() int64 {
@@ -3030,7 +3101,7 @@ type VchannelReport struct {
 
 func (x *VchannelReport) Reset() {
 	*x = VchannelReport{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[31]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3042,7 +3113,7 @@ func (x *VchannelReport) String() string {
 func (*VchannelReport) ProtoMessage() {}
 
 func (x *VchannelReport) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[31]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3055,7 +3126,7 @@ func (x *VchannelReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VchannelReport.ProtoReflect.Descriptor instead.
 func (*VchannelReport) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{31}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *VchannelReport) GetVchannel() string {
@@ -3123,7 +3194,7 @@ type Retention struct {
 
 func (x *Retention) Reset() {
 	*x = Retention{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[32]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3135,7 +3206,7 @@ func (x *Retention) String() string {
 func (*Retention) ProtoMessage() {}
 
 func (x *Retention) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[32]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3148,7 +3219,7 @@ func (x *Retention) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Retention.ProtoReflect.Descriptor instead.
 func (*Retention) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{32}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Retention) GetLeft() *durationpb.Duration {
@@ -3192,7 +3263,7 @@ type ProgressAck struct {
 
 func (x *ProgressAck) Reset() {
 	*x = ProgressAck{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[33]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3204,7 +3275,7 @@ func (x *ProgressAck) String() string {
 func (*ProgressAck) ProtoMessage() {}
 
 func (x *ProgressAck) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[33]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3217,7 +3288,7 @@ func (x *ProgressAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProgressAck.ProtoReflect.Descriptor instead.
 func (*ProgressAck) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{33}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ProgressAck) GetAssignmentId() string {
@@ -3258,7 +3329,7 @@ type HorizonGrant struct {
 
 func (x *HorizonGrant) Reset() {
 	*x = HorizonGrant{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[34]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3270,7 +3341,7 @@ func (x *HorizonGrant) String() string {
 func (*HorizonGrant) ProtoMessage() {}
 
 func (x *HorizonGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[34]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3283,7 +3354,7 @@ func (x *HorizonGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HorizonGrant.ProtoReflect.Descriptor instead.
 func (*HorizonGrant) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{34}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *HorizonGrant) GetVchannel() string {
@@ -3313,7 +3384,7 @@ type PartitionQuery struct {
 
 func (x *PartitionQuery) Reset() {
 	*x = PartitionQuery{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[35]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3325,7 +3396,7 @@ func (x *PartitionQuery) String() string {
 func (*PartitionQuery) ProtoMessage() {}
 
 func (x *PartitionQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[35]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3338,7 +3409,7 @@ func (x *PartitionQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PartitionQuery.ProtoReflect.Descriptor instead.
 func (*PartitionQuery) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{35}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PartitionQuery) GetAssignmentId() string {
@@ -3380,7 +3451,7 @@ type JobRequest struct {
 
 func (x *JobRequest) Reset() {
 	*x = JobRequest{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[36]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3392,7 +3463,7 @@ func (x *JobRequest) String() string {
 func (*JobRequest) ProtoMessage() {}
 
 func (x *JobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[36]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3405,7 +3476,7 @@ func (x *JobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobRequest.ProtoReflect.Descriptor instead.
 func (*JobRequest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{36}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *JobRequest) GetJobId() string {
@@ -3517,7 +3588,7 @@ type ProbeJob struct {
 
 func (x *ProbeJob) Reset() {
 	*x = ProbeJob{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[37]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3529,7 +3600,7 @@ func (x *ProbeJob) String() string {
 func (*ProbeJob) ProtoMessage() {}
 
 func (x *ProbeJob) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[37]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3542,7 +3613,7 @@ func (x *ProbeJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeJob.ProtoReflect.Descriptor instead.
 func (*ProbeJob) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{37}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ProbeJob) GetSource() *Source {
@@ -3584,7 +3655,7 @@ type ResolveJob struct {
 
 func (x *ResolveJob) Reset() {
 	*x = ResolveJob{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[38]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3596,7 +3667,7 @@ func (x *ResolveJob) String() string {
 func (*ResolveJob) ProtoMessage() {}
 
 func (x *ResolveJob) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[38]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3609,7 +3680,7 @@ func (x *ResolveJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveJob.ProtoReflect.Descriptor instead.
 func (*ResolveJob) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{38}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ResolveJob) GetSource() *Source {
@@ -3638,7 +3709,7 @@ type VerifyJob struct {
 
 func (x *VerifyJob) Reset() {
 	*x = VerifyJob{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[39]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3650,7 +3721,7 @@ func (x *VerifyJob) String() string {
 func (*VerifyJob) ProtoMessage() {}
 
 func (x *VerifyJob) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[39]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3663,7 +3734,7 @@ func (x *VerifyJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyJob.ProtoReflect.Descriptor instead.
 func (*VerifyJob) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{39}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *VerifyJob) GetSource() *Source {
@@ -3706,7 +3777,7 @@ type VerifyTarget struct {
 
 func (x *VerifyTarget) Reset() {
 	*x = VerifyTarget{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[40]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3718,7 +3789,7 @@ func (x *VerifyTarget) String() string {
 func (*VerifyTarget) ProtoMessage() {}
 
 func (x *VerifyTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[40]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3731,7 +3802,7 @@ func (x *VerifyTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyTarget.ProtoReflect.Descriptor instead.
 func (*VerifyTarget) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{40}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *VerifyTarget) GetSourceDatabase() string {
@@ -3776,7 +3847,7 @@ type DiffJob struct {
 
 func (x *DiffJob) Reset() {
 	*x = DiffJob{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[41]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3788,7 +3859,7 @@ func (x *DiffJob) String() string {
 func (*DiffJob) ProtoMessage() {}
 
 func (x *DiffJob) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[41]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3801,7 +3872,7 @@ func (x *DiffJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffJob.ProtoReflect.Descriptor instead.
 func (*DiffJob) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{41}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *DiffJob) GetSource() *Source {
@@ -3850,7 +3921,7 @@ type LocateJob struct {
 
 func (x *LocateJob) Reset() {
 	*x = LocateJob{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[42]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3862,7 +3933,7 @@ func (x *LocateJob) String() string {
 func (*LocateJob) ProtoMessage() {}
 
 func (x *LocateJob) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[42]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3875,7 +3946,7 @@ func (x *LocateJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocateJob.ProtoReflect.Descriptor instead.
 func (*LocateJob) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{42}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *LocateJob) GetSource() *Source {
@@ -3912,7 +3983,7 @@ type LocateTarget struct {
 
 func (x *LocateTarget) Reset() {
 	*x = LocateTarget{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[43]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3924,7 +3995,7 @@ func (x *LocateTarget) String() string {
 func (*LocateTarget) ProtoMessage() {}
 
 func (x *LocateTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[43]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3937,7 +4008,7 @@ func (x *LocateTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocateTarget.ProtoReflect.Descriptor instead.
 func (*LocateTarget) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{43}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *LocateTarget) GetVchannel() string {
@@ -4027,7 +4098,7 @@ type JobCancel struct {
 
 func (x *JobCancel) Reset() {
 	*x = JobCancel{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[44]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4039,7 +4110,7 @@ func (x *JobCancel) String() string {
 func (*JobCancel) ProtoMessage() {}
 
 func (x *JobCancel) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[44]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4052,7 +4123,7 @@ func (x *JobCancel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobCancel.ProtoReflect.Descriptor instead.
 func (*JobCancel) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{44}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *JobCancel) GetJobId() string {
@@ -4080,7 +4151,7 @@ type JobUpdate struct {
 
 func (x *JobUpdate) Reset() {
 	*x = JobUpdate{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[45]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4092,7 +4163,7 @@ func (x *JobUpdate) String() string {
 func (*JobUpdate) ProtoMessage() {}
 
 func (x *JobUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[45]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4105,7 +4176,7 @@ func (x *JobUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobUpdate.ProtoReflect.Descriptor instead.
 func (*JobUpdate) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{45}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *JobUpdate) GetJobId() string {
@@ -4232,7 +4303,7 @@ type JobFailed struct {
 
 func (x *JobFailed) Reset() {
 	*x = JobFailed{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[46]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4244,7 +4315,7 @@ func (x *JobFailed) String() string {
 func (*JobFailed) ProtoMessage() {}
 
 func (x *JobFailed) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[46]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4257,7 +4328,7 @@ func (x *JobFailed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobFailed.ProtoReflect.Descriptor instead.
 func (*JobFailed) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{46}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *JobFailed) GetReason() string {
@@ -4298,7 +4369,7 @@ type ProbeResult struct {
 
 func (x *ProbeResult) Reset() {
 	*x = ProbeResult{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[47]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4310,7 +4381,7 @@ func (x *ProbeResult) String() string {
 func (*ProbeResult) ProtoMessage() {}
 
 func (x *ProbeResult) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[47]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4323,7 +4394,7 @@ func (x *ProbeResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeResult.ProtoReflect.Descriptor instead.
 func (*ProbeResult) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{47}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ProbeResult) GetSourceVersion() string {
@@ -4351,7 +4422,7 @@ type ResolveResult struct {
 
 func (x *ResolveResult) Reset() {
 	*x = ResolveResult{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[48]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4363,7 +4434,7 @@ func (x *ResolveResult) String() string {
 func (*ResolveResult) ProtoMessage() {}
 
 func (x *ResolveResult) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[48]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4376,7 +4447,7 @@ func (x *ResolveResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveResult.ProtoReflect.Descriptor instead.
 func (*ResolveResult) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{48}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ResolveResult) GetLogEnds() []*LogEnd {
@@ -4406,7 +4477,7 @@ type LogEnd struct {
 
 func (x *LogEnd) Reset() {
 	*x = LogEnd{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[49]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4418,7 +4489,7 @@ func (x *LogEnd) String() string {
 func (*LogEnd) ProtoMessage() {}
 
 func (x *LogEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[49]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4431,7 +4502,7 @@ func (x *LogEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEnd.ProtoReflect.Descriptor instead.
 func (*LogEnd) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{49}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *LogEnd) GetPchannel() string {
@@ -4470,7 +4541,7 @@ type VerifyUpdate struct {
 
 func (x *VerifyUpdate) Reset() {
 	*x = VerifyUpdate{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[50]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4482,7 +4553,7 @@ func (x *VerifyUpdate) String() string {
 func (*VerifyUpdate) ProtoMessage() {}
 
 func (x *VerifyUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[50]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4495,7 +4566,7 @@ func (x *VerifyUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyUpdate.ProtoReflect.Descriptor instead.
 func (*VerifyUpdate) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{50}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *VerifyUpdate) GetEvent() isVerifyUpdate_Event {
@@ -4578,7 +4649,7 @@ type VerifyDone struct {
 
 func (x *VerifyDone) Reset() {
 	*x = VerifyDone{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[51]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4590,7 +4661,7 @@ func (x *VerifyDone) String() string {
 func (*VerifyDone) ProtoMessage() {}
 
 func (x *VerifyDone) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[51]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4603,7 +4674,7 @@ func (x *VerifyDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyDone.ProtoReflect.Descriptor instead.
 func (*VerifyDone) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{51}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{52}
 }
 
 type DiffUpdate struct {
@@ -4620,7 +4691,7 @@ type DiffUpdate struct {
 
 func (x *DiffUpdate) Reset() {
 	*x = DiffUpdate{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[52]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4632,7 +4703,7 @@ func (x *DiffUpdate) String() string {
 func (*DiffUpdate) ProtoMessage() {}
 
 func (x *DiffUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[52]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4645,7 +4716,7 @@ func (x *DiffUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffUpdate.ProtoReflect.Descriptor instead.
 func (*DiffUpdate) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{52}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *DiffUpdate) GetEvent() isDiffUpdate_Event {
@@ -4712,7 +4783,7 @@ type DiffDone struct {
 
 func (x *DiffDone) Reset() {
 	*x = DiffDone{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[53]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4724,7 +4795,7 @@ func (x *DiffDone) String() string {
 func (*DiffDone) ProtoMessage() {}
 
 func (x *DiffDone) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[53]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4737,7 +4808,7 @@ func (x *DiffDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffDone.ProtoReflect.Descriptor instead.
 func (*DiffDone) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{53}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{54}
 }
 
 type LocateResult struct {
@@ -4749,7 +4820,7 @@ type LocateResult struct {
 
 func (x *LocateResult) Reset() {
 	*x = LocateResult{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[54]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4761,7 +4832,7 @@ func (x *LocateResult) String() string {
 func (*LocateResult) ProtoMessage() {}
 
 func (x *LocateResult) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[54]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4774,7 +4845,7 @@ func (x *LocateResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocateResult.ProtoReflect.Descriptor instead.
 func (*LocateResult) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{54}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *LocateResult) GetLocated() []*LocatedVchannel {
@@ -4801,7 +4872,7 @@ type LocatedVchannel struct {
 
 func (x *LocatedVchannel) Reset() {
 	*x = LocatedVchannel{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[55]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4813,7 +4884,7 @@ func (x *LocatedVchannel) String() string {
 func (*LocatedVchannel) ProtoMessage() {}
 
 func (x *LocatedVchannel) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[55]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4826,7 +4897,7 @@ func (x *LocatedVchannel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocatedVchannel.ProtoReflect.Descriptor instead.
 func (*LocatedVchannel) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{55}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *LocatedVchannel) GetVchannel() string {
@@ -4893,7 +4964,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\n" +
 	"job_update\x18\a \x01(\v2\x17.milvuscdc.v1.JobUpdateH\x00R\tjobUpdate\x12G\n" +
 	"\x0fpartition_query\x18\b \x01(\v2\x1c.milvuscdc.v1.PartitionQueryH\x00R\x0epartitionQueryB\t\n" +
-	"\amessage\"\xd9\x03\n" +
+	"\amessage\"\x96\x04\n" +
 	"\x0fConnectResponse\x121\n" +
 	"\awelcome\x18\x01 \x01(\v2\x15.milvuscdc.v1.WelcomeH\x00R\awelcome\x12.\n" +
 	"\x06assign\x18\x02 \x01(\v2\x14.milvuscdc.v1.AssignH\x00R\x06assign\x12.\n" +
@@ -4904,7 +4975,9 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\vjob_request\x18\a \x01(\v2\x18.milvuscdc.v1.JobRequestH\x00R\n" +
 	"jobRequest\x128\n" +
 	"\n" +
-	"job_cancel\x18\b \x01(\v2\x17.milvuscdc.v1.JobCancelH\x00R\tjobCancelB\t\n" +
+	"job_cancel\x18\b \x01(\v2\x17.milvuscdc.v1.JobCancelH\x00R\tjobCancel\x12;\n" +
+	"\vtask_limits\x18\t \x01(\v2\x18.milvuscdc.v1.TaskLimitsH\x00R\n" +
+	"taskLimitsB\t\n" +
 	"\amessage\"\xea\x01\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n" +
@@ -4925,7 +4998,11 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\tlease_ttl\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\bleaseTtl\x12H\n" +
 	"\x12heartbeat_interval\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x11heartbeatInterval\x12F\n" +
 	"\x11progress_interval\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x10progressInterval\"\b\n" +
-	"\x06Synced\"\xd3\x03\n" +
+	"\x06Synced\"U\n" +
+	"\n" +
+	"TaskLimits\x12\x19\n" +
+	"\btask_uid\x18\x01 \x01(\tR\ataskUid\x12,\n" +
+	"\x06limits\x18\x02 \x01(\v2\x14.milvuscdc.v1.LimitsR\x06limits\"\xd3\x03\n" +
 	"\x06Assign\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x18\n" +
@@ -5309,7 +5386,7 @@ func file_milvuscdc_v1_replication_service_proto_rawDescGZIP() []byte {
 }
 
 var file_milvuscdc_v1_replication_service_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_milvuscdc_v1_replication_service_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
+var file_milvuscdc_v1_replication_service_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_milvuscdc_v1_replication_service_proto_goTypes = []any{
 	(CollectionSpec_State)(0),      // 0: milvuscdc.v1.CollectionSpec.State
 	(PartitionSpec_State)(0),       // 1: milvuscdc.v1.PartitionSpec.State
@@ -5321,176 +5398,180 @@ var file_milvuscdc_v1_replication_service_proto_goTypes = []any{
 	(*HeldAssignment)(nil),         // 7: milvuscdc.v1.HeldAssignment
 	(*Welcome)(nil),                // 8: milvuscdc.v1.Welcome
 	(*Synced)(nil),                 // 9: milvuscdc.v1.Synced
-	(*Assign)(nil),                 // 10: milvuscdc.v1.Assign
-	(*CollectionSpec)(nil),         // 11: milvuscdc.v1.CollectionSpec
-	(*AppliedObjects)(nil),         // 12: milvuscdc.v1.AppliedObjects
-	(*SinkName)(nil),               // 13: milvuscdc.v1.SinkName
-	(*PartitionSpec)(nil),          // 14: milvuscdc.v1.PartitionSpec
-	(*IndexSpec)(nil),              // 15: milvuscdc.v1.IndexSpec
-	(*LoadSpec)(nil),               // 16: milvuscdc.v1.LoadSpec
-	(*VchannelSpec)(nil),           // 17: milvuscdc.v1.VchannelSpec
-	(*MetadataSpec)(nil),           // 18: milvuscdc.v1.MetadataSpec
-	(*DatabaseSpec)(nil),           // 19: milvuscdc.v1.DatabaseSpec
-	(*AliasSpec)(nil),              // 20: milvuscdc.v1.AliasSpec
-	(*RbacSpec)(nil),               // 21: milvuscdc.v1.RbacSpec
-	(*RoleMember)(nil),             // 22: milvuscdc.v1.RoleMember
-	(*GrantSpec)(nil),              // 23: milvuscdc.v1.GrantSpec
-	(*PrivilegeGroupSpec)(nil),     // 24: milvuscdc.v1.PrivilegeGroupSpec
-	(*OperationsSpec)(nil),         // 25: milvuscdc.v1.OperationsSpec
-	(*Ack)(nil),                    // 26: milvuscdc.v1.Ack
-	(*Nack)(nil),                   // 27: milvuscdc.v1.Nack
-	(*Revoke)(nil),                 // 28: milvuscdc.v1.Revoke
-	(*Released)(nil),               // 29: milvuscdc.v1.Released
-	(*Heartbeat)(nil),              // 30: milvuscdc.v1.Heartbeat
-	(*HeartbeatAck)(nil),           // 31: milvuscdc.v1.HeartbeatAck
-	(*Progress)(nil),               // 32: milvuscdc.v1.Progress
-	(*FlushOperation)(nil),         // 33: milvuscdc.v1.FlushOperation
-	(*SinkOpened)(nil),             // 34: milvuscdc.v1.SinkOpened
-	(*VchannelReport)(nil),         // 35: milvuscdc.v1.VchannelReport
-	(*Retention)(nil),              // 36: milvuscdc.v1.Retention
-	(*ProgressAck)(nil),            // 37: milvuscdc.v1.ProgressAck
-	(*HorizonGrant)(nil),           // 38: milvuscdc.v1.HorizonGrant
-	(*PartitionQuery)(nil),         // 39: milvuscdc.v1.PartitionQuery
-	(*JobRequest)(nil),             // 40: milvuscdc.v1.JobRequest
-	(*ProbeJob)(nil),               // 41: milvuscdc.v1.ProbeJob
-	(*ResolveJob)(nil),             // 42: milvuscdc.v1.ResolveJob
-	(*VerifyJob)(nil),              // 43: milvuscdc.v1.VerifyJob
-	(*VerifyTarget)(nil),           // 44: milvuscdc.v1.VerifyTarget
-	(*DiffJob)(nil),                // 45: milvuscdc.v1.DiffJob
-	(*LocateJob)(nil),              // 46: milvuscdc.v1.LocateJob
-	(*LocateTarget)(nil),           // 47: milvuscdc.v1.LocateTarget
-	(*JobCancel)(nil),              // 48: milvuscdc.v1.JobCancel
-	(*JobUpdate)(nil),              // 49: milvuscdc.v1.JobUpdate
-	(*JobFailed)(nil),              // 50: milvuscdc.v1.JobFailed
-	(*ProbeResult)(nil),            // 51: milvuscdc.v1.ProbeResult
-	(*ResolveResult)(nil),          // 52: milvuscdc.v1.ResolveResult
-	(*LogEnd)(nil),                 // 53: milvuscdc.v1.LogEnd
-	(*VerifyUpdate)(nil),           // 54: milvuscdc.v1.VerifyUpdate
-	(*VerifyDone)(nil),             // 55: milvuscdc.v1.VerifyDone
-	(*DiffUpdate)(nil),             // 56: milvuscdc.v1.DiffUpdate
-	(*DiffDone)(nil),               // 57: milvuscdc.v1.DiffDone
-	(*LocateResult)(nil),           // 58: milvuscdc.v1.LocateResult
-	(*LocatedVchannel)(nil),        // 59: milvuscdc.v1.LocatedVchannel
-	nil,                            // 60: milvuscdc.v1.CollectionSpec.PropertiesEntry
-	nil,                            // 61: milvuscdc.v1.IndexSpec.ParamsEntry
-	nil,                            // 62: milvuscdc.v1.DatabaseSpec.PropertiesEntry
-	(*durationpb.Duration)(nil),    // 63: google.protobuf.Duration
-	(*Source)(nil),                 // 64: milvuscdc.v1.Source
-	(*Sink)(nil),                   // 65: milvuscdc.v1.Sink
-	(*Carry)(nil),                  // 66: milvuscdc.v1.Carry
-	(Drift)(0),                     // 67: milvuscdc.v1.Drift
-	(*Batching)(nil),               // 68: milvuscdc.v1.Batching
-	(*Condition)(nil),              // 69: milvuscdc.v1.Condition
-	(*VerifyProgress)(nil),         // 70: milvuscdc.v1.VerifyProgress
-	(*VerifyDifference)(nil),       // 71: milvuscdc.v1.VerifyDifference
-	(*VerifyCollectionResult)(nil), // 72: milvuscdc.v1.VerifyCollectionResult
-	(*DiffProgress)(nil),           // 73: milvuscdc.v1.DiffProgress
-	(*ObjectDifference)(nil),       // 74: milvuscdc.v1.ObjectDifference
+	(*TaskLimits)(nil),             // 10: milvuscdc.v1.TaskLimits
+	(*Assign)(nil),                 // 11: milvuscdc.v1.Assign
+	(*CollectionSpec)(nil),         // 12: milvuscdc.v1.CollectionSpec
+	(*AppliedObjects)(nil),         // 13: milvuscdc.v1.AppliedObjects
+	(*SinkName)(nil),               // 14: milvuscdc.v1.SinkName
+	(*PartitionSpec)(nil),          // 15: milvuscdc.v1.PartitionSpec
+	(*IndexSpec)(nil),              // 16: milvuscdc.v1.IndexSpec
+	(*LoadSpec)(nil),               // 17: milvuscdc.v1.LoadSpec
+	(*VchannelSpec)(nil),           // 18: milvuscdc.v1.VchannelSpec
+	(*MetadataSpec)(nil),           // 19: milvuscdc.v1.MetadataSpec
+	(*DatabaseSpec)(nil),           // 20: milvuscdc.v1.DatabaseSpec
+	(*AliasSpec)(nil),              // 21: milvuscdc.v1.AliasSpec
+	(*RbacSpec)(nil),               // 22: milvuscdc.v1.RbacSpec
+	(*RoleMember)(nil),             // 23: milvuscdc.v1.RoleMember
+	(*GrantSpec)(nil),              // 24: milvuscdc.v1.GrantSpec
+	(*PrivilegeGroupSpec)(nil),     // 25: milvuscdc.v1.PrivilegeGroupSpec
+	(*OperationsSpec)(nil),         // 26: milvuscdc.v1.OperationsSpec
+	(*Ack)(nil),                    // 27: milvuscdc.v1.Ack
+	(*Nack)(nil),                   // 28: milvuscdc.v1.Nack
+	(*Revoke)(nil),                 // 29: milvuscdc.v1.Revoke
+	(*Released)(nil),               // 30: milvuscdc.v1.Released
+	(*Heartbeat)(nil),              // 31: milvuscdc.v1.Heartbeat
+	(*HeartbeatAck)(nil),           // 32: milvuscdc.v1.HeartbeatAck
+	(*Progress)(nil),               // 33: milvuscdc.v1.Progress
+	(*FlushOperation)(nil),         // 34: milvuscdc.v1.FlushOperation
+	(*SinkOpened)(nil),             // 35: milvuscdc.v1.SinkOpened
+	(*VchannelReport)(nil),         // 36: milvuscdc.v1.VchannelReport
+	(*Retention)(nil),              // 37: milvuscdc.v1.Retention
+	(*ProgressAck)(nil),            // 38: milvuscdc.v1.ProgressAck
+	(*HorizonGrant)(nil),           // 39: milvuscdc.v1.HorizonGrant
+	(*PartitionQuery)(nil),         // 40: milvuscdc.v1.PartitionQuery
+	(*JobRequest)(nil),             // 41: milvuscdc.v1.JobRequest
+	(*ProbeJob)(nil),               // 42: milvuscdc.v1.ProbeJob
+	(*ResolveJob)(nil),             // 43: milvuscdc.v1.ResolveJob
+	(*VerifyJob)(nil),              // 44: milvuscdc.v1.VerifyJob
+	(*VerifyTarget)(nil),           // 45: milvuscdc.v1.VerifyTarget
+	(*DiffJob)(nil),                // 46: milvuscdc.v1.DiffJob
+	(*LocateJob)(nil),              // 47: milvuscdc.v1.LocateJob
+	(*LocateTarget)(nil),           // 48: milvuscdc.v1.LocateTarget
+	(*JobCancel)(nil),              // 49: milvuscdc.v1.JobCancel
+	(*JobUpdate)(nil),              // 50: milvuscdc.v1.JobUpdate
+	(*JobFailed)(nil),              // 51: milvuscdc.v1.JobFailed
+	(*ProbeResult)(nil),            // 52: milvuscdc.v1.ProbeResult
+	(*ResolveResult)(nil),          // 53: milvuscdc.v1.ResolveResult
+	(*LogEnd)(nil),                 // 54: milvuscdc.v1.LogEnd
+	(*VerifyUpdate)(nil),           // 55: milvuscdc.v1.VerifyUpdate
+	(*VerifyDone)(nil),             // 56: milvuscdc.v1.VerifyDone
+	(*DiffUpdate)(nil),             // 57: milvuscdc.v1.DiffUpdate
+	(*DiffDone)(nil),               // 58: milvuscdc.v1.DiffDone
+	(*LocateResult)(nil),           // 59: milvuscdc.v1.LocateResult
+	(*LocatedVchannel)(nil),        // 60: milvuscdc.v1.LocatedVchannel
+	nil,                            // 61: milvuscdc.v1.CollectionSpec.PropertiesEntry
+	nil,                            // 62: milvuscdc.v1.IndexSpec.ParamsEntry
+	nil,                            // 63: milvuscdc.v1.DatabaseSpec.PropertiesEntry
+	(*durationpb.Duration)(nil),    // 64: google.protobuf.Duration
+	(*Limits)(nil),                 // 65: milvuscdc.v1.Limits
+	(*Source)(nil),                 // 66: milvuscdc.v1.Source
+	(*Sink)(nil),                   // 67: milvuscdc.v1.Sink
+	(*Carry)(nil),                  // 68: milvuscdc.v1.Carry
+	(Drift)(0),                     // 69: milvuscdc.v1.Drift
+	(*Batching)(nil),               // 70: milvuscdc.v1.Batching
+	(*Condition)(nil),              // 71: milvuscdc.v1.Condition
+	(*VerifyProgress)(nil),         // 72: milvuscdc.v1.VerifyProgress
+	(*VerifyDifference)(nil),       // 73: milvuscdc.v1.VerifyDifference
+	(*VerifyCollectionResult)(nil), // 74: milvuscdc.v1.VerifyCollectionResult
+	(*DiffProgress)(nil),           // 75: milvuscdc.v1.DiffProgress
+	(*ObjectDifference)(nil),       // 76: milvuscdc.v1.ObjectDifference
 }
 var file_milvuscdc_v1_replication_service_proto_depIdxs = []int32{
 	6,  // 0: milvuscdc.v1.ConnectRequest.hello:type_name -> milvuscdc.v1.Hello
-	26, // 1: milvuscdc.v1.ConnectRequest.ack:type_name -> milvuscdc.v1.Ack
-	27, // 2: milvuscdc.v1.ConnectRequest.nack:type_name -> milvuscdc.v1.Nack
-	29, // 3: milvuscdc.v1.ConnectRequest.released:type_name -> milvuscdc.v1.Released
-	30, // 4: milvuscdc.v1.ConnectRequest.heartbeat:type_name -> milvuscdc.v1.Heartbeat
-	32, // 5: milvuscdc.v1.ConnectRequest.progress:type_name -> milvuscdc.v1.Progress
-	49, // 6: milvuscdc.v1.ConnectRequest.job_update:type_name -> milvuscdc.v1.JobUpdate
-	39, // 7: milvuscdc.v1.ConnectRequest.partition_query:type_name -> milvuscdc.v1.PartitionQuery
+	27, // 1: milvuscdc.v1.ConnectRequest.ack:type_name -> milvuscdc.v1.Ack
+	28, // 2: milvuscdc.v1.ConnectRequest.nack:type_name -> milvuscdc.v1.Nack
+	30, // 3: milvuscdc.v1.ConnectRequest.released:type_name -> milvuscdc.v1.Released
+	31, // 4: milvuscdc.v1.ConnectRequest.heartbeat:type_name -> milvuscdc.v1.Heartbeat
+	33, // 5: milvuscdc.v1.ConnectRequest.progress:type_name -> milvuscdc.v1.Progress
+	50, // 6: milvuscdc.v1.ConnectRequest.job_update:type_name -> milvuscdc.v1.JobUpdate
+	40, // 7: milvuscdc.v1.ConnectRequest.partition_query:type_name -> milvuscdc.v1.PartitionQuery
 	8,  // 8: milvuscdc.v1.ConnectResponse.welcome:type_name -> milvuscdc.v1.Welcome
-	10, // 9: milvuscdc.v1.ConnectResponse.assign:type_name -> milvuscdc.v1.Assign
-	28, // 10: milvuscdc.v1.ConnectResponse.revoke:type_name -> milvuscdc.v1.Revoke
+	11, // 9: milvuscdc.v1.ConnectResponse.assign:type_name -> milvuscdc.v1.Assign
+	29, // 10: milvuscdc.v1.ConnectResponse.revoke:type_name -> milvuscdc.v1.Revoke
 	9,  // 11: milvuscdc.v1.ConnectResponse.synced:type_name -> milvuscdc.v1.Synced
-	31, // 12: milvuscdc.v1.ConnectResponse.heartbeat_ack:type_name -> milvuscdc.v1.HeartbeatAck
-	37, // 13: milvuscdc.v1.ConnectResponse.progress_ack:type_name -> milvuscdc.v1.ProgressAck
-	40, // 14: milvuscdc.v1.ConnectResponse.job_request:type_name -> milvuscdc.v1.JobRequest
-	48, // 15: milvuscdc.v1.ConnectResponse.job_cancel:type_name -> milvuscdc.v1.JobCancel
-	7,  // 16: milvuscdc.v1.Hello.held:type_name -> milvuscdc.v1.HeldAssignment
-	63, // 17: milvuscdc.v1.Welcome.lease_ttl:type_name -> google.protobuf.Duration
-	63, // 18: milvuscdc.v1.Welcome.heartbeat_interval:type_name -> google.protobuf.Duration
-	63, // 19: milvuscdc.v1.Welcome.progress_interval:type_name -> google.protobuf.Duration
-	64, // 20: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
-	65, // 21: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
-	11, // 22: milvuscdc.v1.Assign.collection:type_name -> milvuscdc.v1.CollectionSpec
-	18, // 23: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	66, // 24: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
-	67, // 25: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
-	68, // 26: milvuscdc.v1.Assign.batching:type_name -> milvuscdc.v1.Batching
-	60, // 27: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
-	0,  // 28: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
-	14, // 29: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
-	15, // 30: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
-	16, // 31: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
-	17, // 32: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
-	13, // 33: milvuscdc.v1.CollectionSpec.renamed_from:type_name -> milvuscdc.v1.SinkName
-	12, // 34: milvuscdc.v1.CollectionSpec.applied:type_name -> milvuscdc.v1.AppliedObjects
-	15, // 35: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
-	16, // 36: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
-	1,  // 37: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
-	61, // 38: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
-	2,  // 39: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
-	19, // 40: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
-	20, // 41: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
-	13, // 42: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
-	21, // 43: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
-	25, // 44: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
-	62, // 45: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
-	22, // 46: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
-	23, // 47: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
-	24, // 48: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
-	22, // 49: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
-	23, // 50: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
-	3,  // 51: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
-	35, // 52: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
-	69, // 53: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
-	34, // 54: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
-	13, // 55: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
-	33, // 56: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
-	36, // 57: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
-	63, // 58: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
-	63, // 59: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
-	38, // 60: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
-	41, // 61: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
-	42, // 62: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
-	43, // 63: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
-	45, // 64: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
-	46, // 65: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
-	64, // 66: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
-	65, // 67: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
-	11, // 68: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	64, // 69: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
-	64, // 70: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
-	65, // 71: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
-	44, // 72: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
-	64, // 73: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
-	65, // 74: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
-	11, // 75: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	18, // 76: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	66, // 77: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
-	64, // 78: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
-	47, // 79: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
-	50, // 80: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
-	51, // 81: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
-	52, // 82: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
-	54, // 83: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
-	56, // 84: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
-	58, // 85: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
-	53, // 86: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
-	70, // 87: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
-	71, // 88: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
-	72, // 89: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
-	55, // 90: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
-	73, // 91: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
-	74, // 92: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
-	57, // 93: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
-	59, // 94: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
-	36, // 95: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
-	4,  // 96: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
-	5,  // 97: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
-	97, // [97:98] is the sub-list for method output_type
-	96, // [96:97] is the sub-list for method input_type
-	96, // [96:96] is the sub-list for extension type_name
-	96, // [96:96] is the sub-list for extension extendee
-	0,  // [0:96] is the sub-list for field type_name
+	32, // 12: milvuscdc.v1.ConnectResponse.heartbeat_ack:type_name -> milvuscdc.v1.HeartbeatAck
+	38, // 13: milvuscdc.v1.ConnectResponse.progress_ack:type_name -> milvuscdc.v1.ProgressAck
+	41, // 14: milvuscdc.v1.ConnectResponse.job_request:type_name -> milvuscdc.v1.JobRequest
+	49, // 15: milvuscdc.v1.ConnectResponse.job_cancel:type_name -> milvuscdc.v1.JobCancel
+	10, // 16: milvuscdc.v1.ConnectResponse.task_limits:type_name -> milvuscdc.v1.TaskLimits
+	7,  // 17: milvuscdc.v1.Hello.held:type_name -> milvuscdc.v1.HeldAssignment
+	64, // 18: milvuscdc.v1.Welcome.lease_ttl:type_name -> google.protobuf.Duration
+	64, // 19: milvuscdc.v1.Welcome.heartbeat_interval:type_name -> google.protobuf.Duration
+	64, // 20: milvuscdc.v1.Welcome.progress_interval:type_name -> google.protobuf.Duration
+	65, // 21: milvuscdc.v1.TaskLimits.limits:type_name -> milvuscdc.v1.Limits
+	66, // 22: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
+	67, // 23: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
+	12, // 24: milvuscdc.v1.Assign.collection:type_name -> milvuscdc.v1.CollectionSpec
+	19, // 25: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	68, // 26: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
+	69, // 27: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
+	70, // 28: milvuscdc.v1.Assign.batching:type_name -> milvuscdc.v1.Batching
+	61, // 29: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
+	0,  // 30: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
+	15, // 31: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
+	16, // 32: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
+	17, // 33: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
+	18, // 34: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
+	14, // 35: milvuscdc.v1.CollectionSpec.renamed_from:type_name -> milvuscdc.v1.SinkName
+	13, // 36: milvuscdc.v1.CollectionSpec.applied:type_name -> milvuscdc.v1.AppliedObjects
+	16, // 37: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
+	17, // 38: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
+	1,  // 39: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
+	62, // 40: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
+	2,  // 41: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
+	20, // 42: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
+	21, // 43: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
+	14, // 44: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
+	22, // 45: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
+	26, // 46: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
+	63, // 47: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
+	23, // 48: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
+	24, // 49: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
+	25, // 50: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
+	23, // 51: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
+	24, // 52: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
+	3,  // 53: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
+	36, // 54: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
+	71, // 55: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
+	35, // 56: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
+	14, // 57: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
+	34, // 58: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
+	37, // 59: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
+	64, // 60: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
+	64, // 61: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
+	39, // 62: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
+	42, // 63: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
+	43, // 64: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
+	44, // 65: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
+	46, // 66: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
+	47, // 67: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
+	66, // 68: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
+	67, // 69: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
+	12, // 70: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	66, // 71: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
+	66, // 72: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
+	67, // 73: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
+	45, // 74: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
+	66, // 75: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
+	67, // 76: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
+	12, // 77: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	19, // 78: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	68, // 79: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
+	66, // 80: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
+	48, // 81: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
+	51, // 82: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
+	52, // 83: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
+	53, // 84: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
+	55, // 85: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
+	57, // 86: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
+	59, // 87: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
+	54, // 88: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
+	72, // 89: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
+	73, // 90: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
+	74, // 91: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
+	56, // 92: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
+	75, // 93: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
+	76, // 94: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
+	58, // 95: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
+	60, // 96: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
+	37, // 97: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
+	4,  // 98: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
+	5,  // 99: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
+	99, // [99:100] is the sub-list for method output_type
+	98, // [98:99] is the sub-list for method input_type
+	98, // [98:98] is the sub-list for extension type_name
+	98, // [98:98] is the sub-list for extension extendee
+	0,  // [0:98] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_replication_service_proto_init() }
@@ -5520,23 +5601,24 @@ func file_milvuscdc_v1_replication_service_proto_init() {
 		(*ConnectResponse_ProgressAck)(nil),
 		(*ConnectResponse_JobRequest)(nil),
 		(*ConnectResponse_JobCancel)(nil),
+		(*ConnectResponse_TaskLimits)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[6].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[7].OneofWrappers = []any{
 		(*Assign_Collection)(nil),
 		(*Assign_Metadata)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[36].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[37].OneofWrappers = []any{
 		(*JobRequest_Probe)(nil),
 		(*JobRequest_Resolve)(nil),
 		(*JobRequest_Verify)(nil),
 		(*JobRequest_Diff)(nil),
 		(*JobRequest_Locate)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[43].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[44].OneofWrappers = []any{
 		(*LocateTarget_ReadFrom)(nil),
 		(*LocateTarget_Ts)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[45].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[46].OneofWrappers = []any{
 		(*JobUpdate_Failed)(nil),
 		(*JobUpdate_Probe)(nil),
 		(*JobUpdate_Resolve)(nil),
@@ -5544,13 +5626,13 @@ func file_milvuscdc_v1_replication_service_proto_init() {
 		(*JobUpdate_Diff)(nil),
 		(*JobUpdate_Locate)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[50].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[51].OneofWrappers = []any{
 		(*VerifyUpdate_Progress)(nil),
 		(*VerifyUpdate_Difference)(nil),
 		(*VerifyUpdate_Collection)(nil),
 		(*VerifyUpdate_Done)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[52].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[53].OneofWrappers = []any{
 		(*DiffUpdate_Progress)(nil),
 		(*DiffUpdate_Difference)(nil),
 		(*DiffUpdate_Done)(nil),
@@ -5561,7 +5643,7 @@ func file_milvuscdc_v1_replication_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_replication_service_proto_rawDesc), len(file_milvuscdc_v1_replication_service_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   59,
+			NumMessages:   60,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

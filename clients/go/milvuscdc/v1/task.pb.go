@@ -243,7 +243,9 @@ type Task struct {
 	Drift Drift `protobuf:"varint,14,opt,name=drift,proto3,enum=milvuscdc.v1.Drift" json:"drift,omitempty"`
 	// How rows are put together to batches. May be changed while the task runs.
 	Batching *Batching `protobuf:"bytes,15,opt,name=batching,proto3" json:"batching,omitempty"`
-	State    TaskState `protobuf:"varint,20,opt,name=state,proto3,enum=milvuscdc.v1.TaskState" json:"state,omitempty"`
+	// How fast rows are written at most. May be changed while the task runs.
+	Limits *Limits   `protobuf:"bytes,16,opt,name=limits,proto3" json:"limits,omitempty"`
+	State  TaskState `protobuf:"varint,20,opt,name=state,proto3,enum=milvuscdc.v1.TaskState" json:"state,omitempty"`
 	// Upper-case reason of the state, for programs, for example NO_REPLICATOR; empty when all is well.
 	Reason string `protobuf:"bytes,21,opt,name=reason,proto3" json:"reason,omitempty"`
 	// The same for people, with what to do.
@@ -390,6 +392,13 @@ func (x *Task) GetDrift() Drift {
 func (x *Task) GetBatching() *Batching {
 	if x != nil {
 		return x.Batching
+	}
+	return nil
+}
+
+func (x *Task) GetLimits() *Limits {
+	if x != nil {
+		return x.Limits
 	}
 	return nil
 }
@@ -666,6 +675,64 @@ func (x *Batching) GetLinger() *durationpb.Duration {
 	return nil
 }
 
+// Bounds of the whole task, however many replicators share it: each gets an equal part, whether its collections use it
+// or not. What waits for them shows the condition RATE_LIMITED. Batches become no larger than what is allowed in a
+// second or in `linger`. One that is larger all the same passes whole, and those after it wait until it is made up for;
+// a batch that has to be repeated counts once.
+type Limits struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Rows inserted, upserted and deleted; no limit when 0.
+	RowsPerSecond int64 `protobuf:"varint,1,opt,name=rows_per_second,json=rowsPerSecond,proto3" json:"rows_per_second,omitempty"`
+	// Their bytes in the source's log; no limit when 0.
+	BytesPerSecond int64 `protobuf:"varint,2,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *Limits) Reset() {
+	*x = Limits{}
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Limits) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Limits) ProtoMessage() {}
+
+func (x *Limits) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Limits.ProtoReflect.Descriptor instead.
+func (*Limits) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Limits) GetRowsPerSecond() int64 {
+	if x != nil {
+		return x.RowsPerSecond
+	}
+	return 0
+}
+
+func (x *Limits) GetBytesPerSecond() int64 {
+	if x != nil {
+		return x.BytesPerSecond
+	}
+	return 0
+}
+
 // Sums over a task's collections.
 type TaskProgress struct {
 	state              protoimpl.MessageState `protogen:"open.v1"`
@@ -683,7 +750,7 @@ type TaskProgress struct {
 
 func (x *TaskProgress) Reset() {
 	*x = TaskProgress{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -695,7 +762,7 @@ func (x *TaskProgress) String() string {
 func (*TaskProgress) ProtoMessage() {}
 
 func (x *TaskProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -708,7 +775,7 @@ func (x *TaskProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskProgress.ProtoReflect.Descriptor instead.
 func (*TaskProgress) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{4}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *TaskProgress) GetCollections() int32 {
@@ -780,7 +847,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -792,7 +859,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -805,7 +872,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{5}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Source) GetEtcd() *EtcdMetadata {
@@ -878,7 +945,7 @@ type EtcdMetadata struct {
 
 func (x *EtcdMetadata) Reset() {
 	*x = EtcdMetadata{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -890,7 +957,7 @@ func (x *EtcdMetadata) String() string {
 func (*EtcdMetadata) ProtoMessage() {}
 
 func (x *EtcdMetadata) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -903,7 +970,7 @@ func (x *EtcdMetadata) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EtcdMetadata.ProtoReflect.Descriptor instead.
 func (*EtcdMetadata) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{6}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *EtcdMetadata) GetEndpoints() []string {
@@ -938,7 +1005,7 @@ type NatsQueue struct {
 
 func (x *NatsQueue) Reset() {
 	*x = NatsQueue{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -950,7 +1017,7 @@ func (x *NatsQueue) String() string {
 func (*NatsQueue) ProtoMessage() {}
 
 func (x *NatsQueue) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -963,7 +1030,7 @@ func (x *NatsQueue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NatsQueue.ProtoReflect.Descriptor instead.
 func (*NatsQueue) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{7}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *NatsQueue) GetUrl() string {
@@ -984,7 +1051,7 @@ type KafkaQueue struct {
 
 func (x *KafkaQueue) Reset() {
 	*x = KafkaQueue{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -996,7 +1063,7 @@ func (x *KafkaQueue) String() string {
 func (*KafkaQueue) ProtoMessage() {}
 
 func (x *KafkaQueue) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1009,7 +1076,7 @@ func (x *KafkaQueue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KafkaQueue.ProtoReflect.Descriptor instead.
 func (*KafkaQueue) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{8}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *KafkaQueue) GetBrokers() []string {
@@ -1032,7 +1099,7 @@ type MilvusEndpoint struct {
 
 func (x *MilvusEndpoint) Reset() {
 	*x = MilvusEndpoint{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1044,7 +1111,7 @@ func (x *MilvusEndpoint) String() string {
 func (*MilvusEndpoint) ProtoMessage() {}
 
 func (x *MilvusEndpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1057,7 +1124,7 @@ func (x *MilvusEndpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MilvusEndpoint.ProtoReflect.Descriptor instead.
 func (*MilvusEndpoint) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{9}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *MilvusEndpoint) GetUri() string {
@@ -1091,7 +1158,7 @@ type Sink struct {
 
 func (x *Sink) Reset() {
 	*x = Sink{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1103,7 +1170,7 @@ func (x *Sink) String() string {
 func (*Sink) ProtoMessage() {}
 
 func (x *Sink) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1116,7 +1183,7 @@ func (x *Sink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sink.ProtoReflect.Descriptor instead.
 func (*Sink) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{10}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Sink) GetKind() isSink_Kind {
@@ -1222,7 +1289,7 @@ type Selection struct {
 
 func (x *Selection) Reset() {
 	*x = Selection{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1234,7 +1301,7 @@ func (x *Selection) String() string {
 func (*Selection) ProtoMessage() {}
 
 func (x *Selection) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1247,7 +1314,7 @@ func (x *Selection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selection.ProtoReflect.Descriptor instead.
 func (*Selection) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{11}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Selection) GetInclude() []string {
@@ -1278,7 +1345,7 @@ type Start struct {
 
 func (x *Start) Reset() {
 	*x = Start{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1290,7 +1357,7 @@ func (x *Start) String() string {
 func (*Start) ProtoMessage() {}
 
 func (x *Start) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1303,7 +1370,7 @@ func (x *Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Start.ProtoReflect.Descriptor instead.
 func (*Start) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{12}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Start) GetAt() isStart_At {
@@ -1357,7 +1424,7 @@ type Earliest struct {
 
 func (x *Earliest) Reset() {
 	*x = Earliest{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1369,7 +1436,7 @@ func (x *Earliest) String() string {
 func (*Earliest) ProtoMessage() {}
 
 func (x *Earliest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1382,7 +1449,7 @@ func (x *Earliest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Earliest.ProtoReflect.Descriptor instead.
 func (*Earliest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{13}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{14}
 }
 
 type Latest struct {
@@ -1393,7 +1460,7 @@ type Latest struct {
 
 func (x *Latest) Reset() {
 	*x = Latest{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1405,7 +1472,7 @@ func (x *Latest) String() string {
 func (*Latest) ProtoMessage() {}
 
 func (x *Latest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1418,7 +1485,7 @@ func (x *Latest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Latest.ProtoReflect.Descriptor instead.
 func (*Latest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{14}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{15}
 }
 
 // One collection of a task: state, place in the log, counters.
@@ -1459,7 +1526,7 @@ type TaskCollection struct {
 
 func (x *TaskCollection) Reset() {
 	*x = TaskCollection{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1471,7 +1538,7 @@ func (x *TaskCollection) String() string {
 func (*TaskCollection) ProtoMessage() {}
 
 func (x *TaskCollection) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1484,7 +1551,7 @@ func (x *TaskCollection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskCollection.ProtoReflect.Descriptor instead.
 func (*TaskCollection) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{15}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *TaskCollection) GetName() string {
@@ -1639,7 +1706,7 @@ type Condition struct {
 
 func (x *Condition) Reset() {
 	*x = Condition{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1651,7 +1718,7 @@ func (x *Condition) String() string {
 func (*Condition) ProtoMessage() {}
 
 func (x *Condition) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1664,7 +1731,7 @@ func (x *Condition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Condition.ProtoReflect.Descriptor instead.
 func (*Condition) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{16}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Condition) GetType() string {
@@ -1705,7 +1772,7 @@ type VchannelProgress struct {
 
 func (x *VchannelProgress) Reset() {
 	*x = VchannelProgress{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1717,7 +1784,7 @@ func (x *VchannelProgress) String() string {
 func (*VchannelProgress) ProtoMessage() {}
 
 func (x *VchannelProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1730,7 +1797,7 @@ func (x *VchannelProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VchannelProgress.ProtoReflect.Descriptor instead.
 func (*VchannelProgress) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{17}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *VchannelProgress) GetVchannel() string {
@@ -1793,8 +1860,7 @@ var File_milvuscdc_v1_task_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\n" +
-	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\"\xdd\n" +
-	"\n" +
+	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\"\x8b\v\n" +
 	"\x04Task\x12F\n" +
 	"\x04name\x18\x01 \x01(\tB2\xe2A\x01\b\xbaH+r)2'^tasks/[a-z]([a-z0-9-]{0,61}[a-z0-9])?$R\x04name\x12\x16\n" +
 	"\x03uid\x18\x02 \x01(\tB\x04\xe2A\x01\x03R\x03uid\x12\x12\n" +
@@ -1814,7 +1880,8 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x06rename\x18\f \x03(\v2\x16.milvuscdc.v1.NameRuleB\r\xe2A\x01\x05\xbaH\x06\x92\x01\x03\x10\xe8\aR\x06rename\x12)\n" +
 	"\x05carry\x18\r \x01(\v2\x13.milvuscdc.v1.CarryR\x05carry\x123\n" +
 	"\x05drift\x18\x0e \x01(\x0e2\x13.milvuscdc.v1.DriftB\b\xbaH\x05\x82\x01\x02\x10\x01R\x05drift\x122\n" +
-	"\bbatching\x18\x0f \x01(\v2\x16.milvuscdc.v1.BatchingR\bbatching\x123\n" +
+	"\bbatching\x18\x0f \x01(\v2\x16.milvuscdc.v1.BatchingR\bbatching\x12,\n" +
+	"\x06limits\x18\x10 \x01(\v2\x14.milvuscdc.v1.LimitsR\x06limits\x123\n" +
 	"\x05state\x18\x14 \x01(\x0e2\x17.milvuscdc.v1.TaskStateB\x04\xe2A\x01\x03R\x05state\x12\x1c\n" +
 	"\x06reason\x18\x15 \x01(\tB\x04\xe2A\x01\x03R\x06reason\x12\x1e\n" +
 	"\amessage\x18\x16 \x01(\tB\x04\xe2A\x01\x03R\amessage\x12?\n" +
@@ -1852,7 +1919,10 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\bmax_rows\x18\x01 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\amaxRows\x12$\n" +
 	"\tmax_bytes\x18\x02 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\bmaxBytes\x12@\n" +
 	"\x06linger\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\r\xbaH\n" +
-	"\xaa\x01\a\"\x03\b\x90\x1c2\x00R\x06linger\"\xaa\x02\n" +
+	"\xaa\x01\a\"\x03\b\x90\x1c2\x00R\x06linger\"l\n" +
+	"\x06Limits\x12/\n" +
+	"\x0frows_per_second\x18\x01 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\rrowsPerSecond\x121\n" +
+	"\x10bytes_per_second\x18\x02 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\x0ebytesPerSecond\"\xaa\x02\n" +
 	"\fTaskProgress\x12 \n" +
 	"\vcollections\x18\x01 \x01(\x05R\vcollections\x12/\n" +
 	"\x13collections_running\x18\x02 \x01(\x05R\x12collectionsRunning\x12-\n" +
@@ -1976,7 +2046,7 @@ func file_milvuscdc_v1_task_proto_rawDescGZIP() []byte {
 }
 
 var file_milvuscdc_v1_task_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(Drift)(0),                    // 0: milvuscdc.v1.Drift
 	(TaskState)(0),                // 1: milvuscdc.v1.TaskState
@@ -1985,71 +2055,73 @@ var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(*NameRule)(nil),              // 4: milvuscdc.v1.NameRule
 	(*Carry)(nil),                 // 5: milvuscdc.v1.Carry
 	(*Batching)(nil),              // 6: milvuscdc.v1.Batching
-	(*TaskProgress)(nil),          // 7: milvuscdc.v1.TaskProgress
-	(*Source)(nil),                // 8: milvuscdc.v1.Source
-	(*EtcdMetadata)(nil),          // 9: milvuscdc.v1.EtcdMetadata
-	(*NatsQueue)(nil),             // 10: milvuscdc.v1.NatsQueue
-	(*KafkaQueue)(nil),            // 11: milvuscdc.v1.KafkaQueue
-	(*MilvusEndpoint)(nil),        // 12: milvuscdc.v1.MilvusEndpoint
-	(*Sink)(nil),                  // 13: milvuscdc.v1.Sink
-	(*Selection)(nil),             // 14: milvuscdc.v1.Selection
-	(*Start)(nil),                 // 15: milvuscdc.v1.Start
-	(*Earliest)(nil),              // 16: milvuscdc.v1.Earliest
-	(*Latest)(nil),                // 17: milvuscdc.v1.Latest
-	(*TaskCollection)(nil),        // 18: milvuscdc.v1.TaskCollection
-	(*Condition)(nil),             // 19: milvuscdc.v1.Condition
-	(*VchannelProgress)(nil),      // 20: milvuscdc.v1.VchannelProgress
-	nil,                           // 21: milvuscdc.v1.Task.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 23: google.protobuf.Duration
-	(*Secret)(nil),                // 24: milvuscdc.v1.Secret
-	(*KafkaSink)(nil),             // 25: milvuscdc.v1.KafkaSink
-	(*FileSink)(nil),              // 26: milvuscdc.v1.FileSink
-	(*PostgresSink)(nil),          // 27: milvuscdc.v1.PostgresSink
-	(*Plugin)(nil),                // 28: milvuscdc.v1.Plugin
+	(*Limits)(nil),                // 7: milvuscdc.v1.Limits
+	(*TaskProgress)(nil),          // 8: milvuscdc.v1.TaskProgress
+	(*Source)(nil),                // 9: milvuscdc.v1.Source
+	(*EtcdMetadata)(nil),          // 10: milvuscdc.v1.EtcdMetadata
+	(*NatsQueue)(nil),             // 11: milvuscdc.v1.NatsQueue
+	(*KafkaQueue)(nil),            // 12: milvuscdc.v1.KafkaQueue
+	(*MilvusEndpoint)(nil),        // 13: milvuscdc.v1.MilvusEndpoint
+	(*Sink)(nil),                  // 14: milvuscdc.v1.Sink
+	(*Selection)(nil),             // 15: milvuscdc.v1.Selection
+	(*Start)(nil),                 // 16: milvuscdc.v1.Start
+	(*Earliest)(nil),              // 17: milvuscdc.v1.Earliest
+	(*Latest)(nil),                // 18: milvuscdc.v1.Latest
+	(*TaskCollection)(nil),        // 19: milvuscdc.v1.TaskCollection
+	(*Condition)(nil),             // 20: milvuscdc.v1.Condition
+	(*VchannelProgress)(nil),      // 21: milvuscdc.v1.VchannelProgress
+	nil,                           // 22: milvuscdc.v1.Task.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 24: google.protobuf.Duration
+	(*Secret)(nil),                // 25: milvuscdc.v1.Secret
+	(*KafkaSink)(nil),             // 26: milvuscdc.v1.KafkaSink
+	(*FileSink)(nil),              // 27: milvuscdc.v1.FileSink
+	(*PostgresSink)(nil),          // 28: milvuscdc.v1.PostgresSink
+	(*Plugin)(nil),                // 29: milvuscdc.v1.Plugin
 }
 var file_milvuscdc_v1_task_proto_depIdxs = []int32{
-	21, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
-	8,  // 1: milvuscdc.v1.Task.source:type_name -> milvuscdc.v1.Source
-	13, // 2: milvuscdc.v1.Task.sink:type_name -> milvuscdc.v1.Sink
-	14, // 3: milvuscdc.v1.Task.selection:type_name -> milvuscdc.v1.Selection
-	15, // 4: milvuscdc.v1.Task.start:type_name -> milvuscdc.v1.Start
+	22, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
+	9,  // 1: milvuscdc.v1.Task.source:type_name -> milvuscdc.v1.Source
+	14, // 2: milvuscdc.v1.Task.sink:type_name -> milvuscdc.v1.Sink
+	15, // 3: milvuscdc.v1.Task.selection:type_name -> milvuscdc.v1.Selection
+	16, // 4: milvuscdc.v1.Task.start:type_name -> milvuscdc.v1.Start
 	4,  // 5: milvuscdc.v1.Task.rename:type_name -> milvuscdc.v1.NameRule
 	5,  // 6: milvuscdc.v1.Task.carry:type_name -> milvuscdc.v1.Carry
 	0,  // 7: milvuscdc.v1.Task.drift:type_name -> milvuscdc.v1.Drift
 	6,  // 8: milvuscdc.v1.Task.batching:type_name -> milvuscdc.v1.Batching
-	1,  // 9: milvuscdc.v1.Task.state:type_name -> milvuscdc.v1.TaskState
-	22, // 10: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
-	22, // 11: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
-	22, // 12: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
-	7,  // 13: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
-	19, // 14: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
-	23, // 15: milvuscdc.v1.Batching.linger:type_name -> google.protobuf.Duration
-	23, // 16: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
-	9,  // 17: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
-	10, // 18: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
-	11, // 19: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
-	12, // 20: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	24, // 21: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
-	12, // 22: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	25, // 23: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
-	26, // 24: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
-	27, // 25: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
-	28, // 26: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
-	16, // 27: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
-	17, // 28: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
-	2,  // 29: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
-	22, // 30: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
-	22, // 31: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
-	23, // 32: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
-	20, // 33: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
-	19, // 34: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
-	23, // 35: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
-	36, // [36:36] is the sub-list for method output_type
-	36, // [36:36] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	7,  // 9: milvuscdc.v1.Task.limits:type_name -> milvuscdc.v1.Limits
+	1,  // 10: milvuscdc.v1.Task.state:type_name -> milvuscdc.v1.TaskState
+	23, // 11: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
+	23, // 12: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
+	23, // 13: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
+	8,  // 14: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
+	20, // 15: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
+	24, // 16: milvuscdc.v1.Batching.linger:type_name -> google.protobuf.Duration
+	24, // 17: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
+	10, // 18: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
+	11, // 19: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
+	12, // 20: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
+	13, // 21: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	25, // 22: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
+	13, // 23: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	26, // 24: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
+	27, // 25: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
+	28, // 26: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
+	29, // 27: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
+	17, // 28: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
+	18, // 29: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
+	2,  // 30: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
+	23, // 31: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
+	23, // 32: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
+	24, // 33: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
+	21, // 34: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
+	20, // 35: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
+	24, // 36: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
+	37, // [37:37] is the sub-list for method output_type
+	37, // [37:37] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_task_proto_init() }
@@ -2063,18 +2135,18 @@ func file_milvuscdc_v1_task_proto_init() {
 	file_milvuscdc_v1_sink_kafka_proto_init()
 	file_milvuscdc_v1_sink_postgres_proto_init()
 	file_milvuscdc_v1_task_proto_msgTypes[2].OneofWrappers = []any{}
-	file_milvuscdc_v1_task_proto_msgTypes[5].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[6].OneofWrappers = []any{
 		(*Source_Nats)(nil),
 		(*Source_Kafka)(nil),
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[10].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[11].OneofWrappers = []any{
 		(*Sink_Milvus)(nil),
 		(*Sink_Kafka)(nil),
 		(*Sink_Files)(nil),
 		(*Sink_Postgres)(nil),
 		(*Sink_Plugin)(nil),
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[12].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[13].OneofWrappers = []any{
 		(*Start_Earliest)(nil),
 		(*Start_Latest)(nil),
 	}
@@ -2084,7 +2156,7 @@ func file_milvuscdc_v1_task_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_task_proto_rawDesc), len(file_milvuscdc_v1_task_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   19,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
