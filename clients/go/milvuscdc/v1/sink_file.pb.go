@@ -90,7 +90,7 @@ type FileSink struct {
 	//	*FileSink_Parquet
 	//	*FileSink_JsonLines
 	Files isFileSink_Files `protobuf_oneof:"files"`
-	// A file is published when the changes for it have so many bytes in the source's log; 64 MiB when 0.
+	// A file is published when the changes for it have so many bytes in the source's log; 32 MiB when 0.
 	RotateBytes int64 `protobuf:"varint,4,opt,name=rotate_bytes,json=rotateBytes,proto3" json:"rotate_bytes,omitempty"`
 	// A file is published when its oldest row has waited so long; 60 s when unset.
 	RotateInterval *durationpb.Duration `protobuf:"bytes,5,opt,name=rotate_interval,json=rotateInterval,proto3" json:"rotate_interval,omitempty"`

@@ -94,7 +94,7 @@ def written_at_last(owner: Published, batch: Batch) -> None:
         try:
             return owner.write(TABLE, batch, content, math.inf)
         except RetryableError as error:
-            if error.reason == "FENCED":
+            if error.reason == "SINK_FENCED":
                 pytest.fail("by whom?")
     pytest.fail("the faults do not end")
 
@@ -138,7 +138,7 @@ def test_each_change_is_published_once(
     store.faults = []
     # Those who came before may wake up any time.
     for old in owners[:-1]:
-        with pytest.raises(RetryableError, match="FENCED"):
+        with pytest.raises(RetryableError, match="SINK_FENCED"):
             old.write(TABLE, Batch((put(TABLE, plain([9]), 10**15),)), content, math.inf)
     published = history_in(store)
     expected = [
@@ -155,7 +155,7 @@ def test_each_change_is_published_once(
     last = Published.open(store, TABLE, Opening.RESUME, epoch + 1, "parquet")
     remove_orphans(store, last.folder, last.chain, last.head)
     assert visible(store) == len(published.files)
-    with pytest.raises(RetryableError, match="FENCED"):
+    with pytest.raises(RetryableError, match="SINK_FENCED"):
         owners[-1].write(TABLE, Batch((put(TABLE, plain([9]), 10**15),)), content, math.inf)
 
 
