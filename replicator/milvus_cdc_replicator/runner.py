@@ -336,10 +336,10 @@ class CollectionRunner:
             match effect:
                 case core.StartWrite(write):
                     self._spawn(self._write(write))
-                case core.CreatePartition(partition_id, name):
-                    self._spawn(self._object.create_partition(partition_id, name))
-                case core.DropPartition(partition_id, name):
-                    self._spawn(self._object.drop_partition(partition_id, name))
+                case core.CreatePartition(partition_id, name, ts):
+                    self._spawn(self._object.create_partition(partition_id, name, ts))
+                case core.DropPartition(partition_id, name, ts):
+                    self._spawn(self._object.drop_partition(partition_id, name, ts))
                 case core.QueryPartition(partition_id):
                     self._waiting_since = self._waiting_since or time.monotonic()
                     self._query_partition(

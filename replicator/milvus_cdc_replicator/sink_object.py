@@ -333,27 +333,27 @@ class SinkObject:
         if self._reconciler is not None:
             self._reconciler.log = self._log
 
-    async def create_partition(self, partition_id: int, name: str) -> None:
+    async def create_partition(self, partition_id: int, name: str, ts: int) -> None:
         assert self._sink is not None
         assert self._work is not None
         sink = self._sink
 
         async def create() -> None:
             async with self._partitions:
-                await sink.create_partition(self.placed, name)
+                await sink.create_partition(self.placed, name, ts=ts)
 
         carried = self._assignment.carry.schema
         if not carried or await self._work.ddl(f"create partition {name}", create):
             self._post(lambda: self._core.partition_created(partition_id))
 
-    async def drop_partition(self, partition_id: int, name: str) -> None:
+    async def drop_partition(self, partition_id: int, name: str, ts: int) -> None:
         assert self._sink is not None
         assert self._work is not None
         sink = self._sink
 
         async def drop() -> None:
             async with self._partitions:
-                await sink.drop_partition(self.placed, name)
+                await sink.drop_partition(self.placed, name, ts=ts)
 
         if not self._assignment.carry.schema:
             self._post(lambda: self._core.partition_dropped(partition_id))
@@ -467,6 +467,7 @@ class SinkObject:
             want,
             renamed_from=_name(self.placed),
             sink_collection_id=self._assignment.sink_collection_id,
+            ts=self._assignment.rename_ts,
         )
 
     def _rename_tried(self, want: Collection, done: bool) -> None:
@@ -505,6 +506,7 @@ class SinkObject:
         assert self._work is not None
         assignment = self._assignment
         names = {_name(self.placed), _name(assignment.want), assignment.renamed_from}
+        dropped_ts = max((lane.dropped_ts for lane in self._core.lanes.values()), default=0)
         if not assignment.carry.schema:
             names.clear()  # it stays, and nobody's
         for name in sorted(filter(None, names)):
@@ -512,6 +514,7 @@ class SinkObject:
                 self._sink.drop_collection,
                 _named(assignment.want, name),
                 sink_collection_id=assignment.sink_collection_id,
+                ts=dropped_ts,
             )
             if not await self._work.ddl("drop collection", drop):
                 break

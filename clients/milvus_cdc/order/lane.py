@@ -47,6 +47,8 @@ class Lane:
         """Released by a tick, not yet taken by the sequencer."""
         self.ended = closed
         """The collection's drop was read: nothing after it matters."""
+        self.dropped_ts = 0
+        """TSO of the drop; 0 while it was not read, or where the log ended without one."""
         self.buffered_bytes = 0
         self.staged_bytes = 0
         self.taken_from = read_from
@@ -181,6 +183,7 @@ class Lane:
             self.staged_bytes += op.size
             if op.drops_collection:
                 self.ended = True
+                self.dropped_ts = op.ts
                 break
         if self.ended:
             self._buffer = []

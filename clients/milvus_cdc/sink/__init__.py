@@ -146,14 +146,22 @@ class Sink(Protocol):
         """
         ...
 
-    async def drop_collection(self, want: Collection, *, sink_collection_id: int) -> None:
+    async def drop_collection(
+        self, want: Collection, *, sink_collection_id: int, ts: int = 0
+    ) -> None:
         """Succeeds when it does not exist, or is another one by now (id differs, where ids are
-        told).
+        told). Here and below, `ts` (TSO) is when the source did it, 0 where that is not known, for
+        sinks that keep a history.
         """
         ...
 
     async def rename_collection(
-        self, want: Collection, *, renamed_from: tuple[str, str], sink_collection_id: int
+        self,
+        want: Collection,
+        *,
+        renamed_from: tuple[str, str],
+        sink_collection_id: int,
+        ts: int = 0,
     ) -> None:
         """Gives the collection of this id its wanted database and name; `renamed_from` is the
         (database, name) it has, unless that has happened already: then nothing is done. The wanted
@@ -165,9 +173,9 @@ class Sink(Protocol):
         """
         ...
 
-    async def create_partition(self, want: Collection, partition: str) -> None: ...
+    async def create_partition(self, want: Collection, partition: str, *, ts: int = 0) -> None: ...
 
-    async def drop_partition(self, want: Collection, partition: str) -> None:
+    async def drop_partition(self, want: Collection, partition: str, *, ts: int = 0) -> None:
         """Releases it first where the sink needs that. Succeeds when it does not exist."""
         ...
 

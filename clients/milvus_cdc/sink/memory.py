@@ -199,13 +199,20 @@ class MemorySink:
                     made.append(partition.name)
         return Opened(held.collection_id, adopted, schemas.conditions(want), tuple(made))
 
-    async def drop_collection(self, want: Collection, *, sink_collection_id: int) -> None:
+    async def drop_collection(
+        self, want: Collection, *, sink_collection_id: int, ts: int = 0
+    ) -> None:
         held = self._find(want)
         if held is not None and sink_collection_id in (0, held.collection_id):
             del self._databases[want.database][want.name]
 
     async def rename_collection(
-        self, want: Collection, *, renamed_from: tuple[str, str], sink_collection_id: int
+        self,
+        want: Collection,
+        *,
+        renamed_from: tuple[str, str],
+        sink_collection_id: int,
+        ts: int = 0,
     ) -> None:
         old = replace(want, database=renamed_from[0], name=renamed_from[1])
         there, before = self._find(want), self._find(old)
@@ -223,10 +230,10 @@ class MemorySink:
             raise RetryableError("SINK_NAME_TAKEN", f"{want.full_name} is there already")
         self._databases[want.database][want.name] = self._databases[old.database].pop(old.name)
 
-    async def create_partition(self, want: Collection, partition: str) -> None:
+    async def create_partition(self, want: Collection, partition: str, *, ts: int = 0) -> None:
         self._at(want.database, want.name).partitions.setdefault(partition, [])
 
-    async def drop_partition(self, want: Collection, partition: str) -> None:
+    async def drop_partition(self, want: Collection, partition: str, *, ts: int = 0) -> None:
         held = self._find(want)
         if held is not None:
             held.partitions.pop(partition, None)

@@ -81,28 +81,36 @@ class WriterSink:
             checkpoints=answer.checkpoints,
         )
 
-    async def drop_collection(self, want: Collection, *, sink_collection_id: int) -> None:
-        await self._apply(SchemaChangeKind.DROP_COLLECTION, want)
+    async def drop_collection(
+        self, want: Collection, *, sink_collection_id: int, ts: int = 0
+    ) -> None:
+        await self._apply(SchemaChangeKind.DROP_COLLECTION, want, ts)
 
     async def rename_collection(
-        self, want: Collection, *, renamed_from: tuple[str, str], sink_collection_id: int
+        self,
+        want: Collection,
+        *,
+        renamed_from: tuple[str, str],
+        sink_collection_id: int,
+        ts: int = 0,
     ) -> None:
-        await self._apply(SchemaChangeKind.RENAME_COLLECTION, want, renamed_from=renamed_from)
+        await self._apply(SchemaChangeKind.RENAME_COLLECTION, want, ts, renamed_from=renamed_from)
 
-    async def create_partition(self, want: Collection, partition: str) -> None:
-        await self._apply(SchemaChangeKind.CREATE_PARTITION, want, partition)
+    async def create_partition(self, want: Collection, partition: str, *, ts: int = 0) -> None:
+        await self._apply(SchemaChangeKind.CREATE_PARTITION, want, ts, partition)
 
-    async def drop_partition(self, want: Collection, partition: str) -> None:
-        await self._apply(SchemaChangeKind.DROP_PARTITION, want, partition)
+    async def drop_partition(self, want: Collection, partition: str, *, ts: int = 0) -> None:
+        await self._apply(SchemaChangeKind.DROP_PARTITION, want, ts, partition)
 
     async def _apply(
         self,
         kind: SchemaChangeKind,
         want: Collection,
+        ts: int,
         partition: str = "",
         renamed_from: tuple[str, str] = ("", ""),
     ) -> None:
-        change = SchemaChange(kind, self._table(want), partition, renamed_from)
+        change = SchemaChange(kind, self._table(want), partition, renamed_from, ts)
         await self.writer.apply(change, SCHEMA_CHANGE_SECONDS)
 
     async def diff(

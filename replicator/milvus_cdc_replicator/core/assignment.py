@@ -37,12 +37,16 @@ class StartWrite:
 class CreatePartition:
     partition_id: int
     partition: str
+    ts: int = 0
+    """TSO at the source; 0 where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class DropPartition:
     partition_id: int
     partition: str
+    ts: int = 0
+    """TSO at the source; 0 where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +328,7 @@ class AssignmentCore:
             # The name was given anew before the old partition's drop message: make room first.
             if self.sequencer.idle:
                 state.dropping = holder
-                return [DropPartition(holder, known.name)]
+                return [DropPartition(holder, known.name, self._known[holder].drop_ts)]
             return []
         return []
 
@@ -341,7 +345,9 @@ class AssignmentCore:
                 and partition.name not in state.holders
             ):
                 state.creating.add(partition.partition_id)
-                effects.append(CreatePartition(partition.partition_id, partition.name))
+                effects.append(
+                    CreatePartition(partition.partition_id, partition.name, partition.create_ts)
+                )
         return effects
 
     def _ready_drop(self) -> list[Effect]:
@@ -356,7 +362,7 @@ class AssignmentCore:
                 self._reached(other, marker) for other in self.lanes.values()
             ):
                 self._partitions.dropping = marker.partition_id
-                return [DropPartition(marker.partition_id, marker.partition)]
+                return [DropPartition(marker.partition_id, marker.partition, marker.ts)]
         return []
 
     def _reached(self, lane: Lane, marker: LogOp) -> bool:

@@ -285,7 +285,7 @@ def test_a_partition_drop_waits_for_every_lane_and_every_row_before_it() -> None
     assert core.step() == [], "the other lane has not reached it"
     second.add(_drop(10, 1, 2, "p"))
     second.tick(12, position(2))
-    assert core.step() == [DropPartition(2, "p")]
+    assert core.step() == [DropPartition(2, "p", 10)]
     core.partition_dropped(2)
     assert core.step() == []
     assert first.resolved_ts == second.resolved_ts == 12
@@ -331,9 +331,9 @@ def test_a_name_given_anew_gets_its_own_partition() -> None:
             ),
         )
     )
-    assert core.step() == [DropPartition(2, "p")]
+    assert core.step() == [DropPartition(2, "p", 4)]
     core.partition_dropped(2)
-    assert core.step() == [CreatePartition(3, "p")]
+    assert core.step() == [CreatePartition(3, "p", 4)]
     core.partition_created(3)
     [write] = core.step()
     assert isinstance(write, StartWrite)

@@ -78,9 +78,7 @@ async def test_rows_before_the_rename_come_first_and_those_in_flight_end_before_
         assert bench.sink.count("default", "d") == 3
         report = bench.runner.report()
         assert (report.renamed_to, report.state) == (("default", "d"), "RUNNING")
-        assert {key[1] for key in metrics.CHECKPOINT_AGE._metrics if key[0] == "tasks/t"} >= {
-            "default.d"
-        }
+        await until(lambda: ("tasks/t", "default.d") in metrics.CHECKPOINT_AGE._metrics)
         assert ("tasks/t", "default.c") not in metrics.CHECKPOINT_AGE._metrics
 
 

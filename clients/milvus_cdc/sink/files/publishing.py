@@ -199,7 +199,7 @@ class Published:
     def _applied(self, change: SchemaChange) -> Manifest | None:
         head, table = self.head, change.table
         link = self._next(manifest.SCHEMA)
-        ts = change.ts or head.newest_ts
+        ts = change.ts or max(head.newest_ts, self.told_ts)
         name = change.partition
         match change.kind:
             case SchemaChangeKind.DROP_COLLECTION:
@@ -256,8 +256,11 @@ class Published:
         """False when an earlier attempt of ours turned out to be there: begin anew."""
         try:
             published = self.chain.publish(link)
-        except UnknownOutcomeError:
-            self.uncertain = True
+        except BaseException as error:
+            # Whatever else it was, the manifest may be there, and its files must stay.
+            self.uncertain = isinstance(error, UnknownOutcomeError) or not isinstance(
+                error, CdcError
+            )
             raise
         self.published_at = time.monotonic()
         if published:

@@ -174,21 +174,28 @@ class MilvusSink:
             writes_in_flight=1 if known.serial_writes else 0,
         )
 
-    async def drop_collection(self, want: Collection, *, sink_collection_id: int) -> None:
+    async def drop_collection(
+        self, want: Collection, *, sink_collection_id: int, ts: int = 0
+    ) -> None:
         there = await self._objects.describe(want)
         if there is not None and not _is_other(there, sink_collection_id):
             await self._drop(want)
 
     async def rename_collection(
-        self, want: Collection, *, renamed_from: tuple[str, str], sink_collection_id: int
+        self,
+        want: Collection,
+        *,
+        renamed_from: tuple[str, str],
+        sink_collection_id: int,
+        ts: int = 0,
     ) -> None:
         known = await self.capabilities()
         await rename(self._client, self._objects, known, want, renamed_from, sink_collection_id)
 
-    async def create_partition(self, want: Collection, partition: str) -> None:
+    async def create_partition(self, want: Collection, partition: str, *, ts: int = 0) -> None:
         await self._objects.create_partition(want, partition)
 
-    async def drop_partition(self, want: Collection, partition: str) -> None:
+    async def drop_partition(self, want: Collection, partition: str, *, ts: int = 0) -> None:
         await self._objects.drop_partition(want, partition)
 
     async def diff(
