@@ -33,6 +33,27 @@ class UserError(CdcError):
     """Only a person can mend it (credentials, schema, missing log): FAILED, no retry."""
 
 
+class RowRefusedError(UserError):
+    """The sink will never take certain rows, and nothing else is wrong with it. Nothing of the
+    batch has taken effect, unless it is harmless to repeat it.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        message: str,
+        *,
+        rows: tuple[tuple[int, int], ...] = (),
+        key: int | str | None = None,
+        field: str = "",
+    ) -> None:
+        super().__init__(reason, message, field=field)
+        self.rows = rows
+        """(index in `Batch.changes`, row in there), where the sink says which they are."""
+        self.key = key
+        """Or the newest row with this primary key."""
+
+
 class BugError(CdcError):
     """An assumption of ours does not hold (undecodable message, broken invariant): FAILED,
     loudly.

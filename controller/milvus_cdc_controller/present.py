@@ -38,6 +38,7 @@ from milvus_cdc_controller.wire import (
     DRIFTS,
     batching_message,
     carry_message,
+    dead_letters_message,
     duration,
     limits_message,
 )
@@ -140,6 +141,7 @@ def task_spec(task: task_pb2.Task) -> TaskSpec:
         drift=drift(task.drift),
         batching=batching(task.batching),
         limits=limits(task.limits),
+        dead_letters=dead_letters(task),
     )
 
 
@@ -161,6 +163,13 @@ def batching(message: task_pb2.Batching) -> Batching:
 
 def limits(message: task_pb2.Limits) -> RateLimits:
     return RateLimits(message.rows_per_second, message.bytes_per_second)
+
+
+def dead_letters(task: task_pb2.Task) -> bytes:
+    """Empty where there are none."""
+    if not task.HasField("dead_letters"):
+        return b""
+    return task.dead_letters.SerializeToString(deterministic=True)
 
 
 def fingerprint(task: task_pb2.Task) -> str:
@@ -200,6 +209,7 @@ def task_message(world: World, task: TaskRecord, store_error: str = "") -> task_
         drift=DRIFTS[spec.drift],
         batching=batching_message(spec.batching),
         limits=limits_message(spec.limits),
+        dead_letters=dead_letters_message(spec.dead_letters),
         state=TASK_STATES[state],
         reason=reason,
         message=message,
@@ -255,6 +265,14 @@ def import_text(imports: Sequence[Import]) -> str:
     )
 
 
+def _letters_text(rows: int) -> str:
+    return (
+        f"{rows:,} rows that the sink refused are in the task's dead letters with the reasons, "
+        "and not at the sink. Change or delete them at the source; `milvus-cdc task resync` brings "
+        "the collection anew."
+    )
+
+
 def collection_message(world: World, record: CollectionRecord) -> task_pb2.TaskCollection:
     view = collection_view(world, record)
     state, reason, message = view.status
@@ -266,6 +284,8 @@ def collection_message(world: World, record: CollectionRecord) -> task_pb2.TaskC
         conditions.append((RETENTION_LOW, retention_text(left)))
     if record.want.imports:
         conditions.append(("UNREPLICATED_IMPORT", import_text(record.want.imports)))
+    if totals.rows_refused:
+        conditions.append(("DEAD_LETTERS", _letters_text(totals.rows_refused)))
     pending = rename_pending(world, record)
     if pending:
         conditions.append(("RENAME_PENDING", pending))
@@ -287,6 +307,7 @@ def collection_message(world: World, record: CollectionRecord) -> task_pb2.TaskC
         rows_upserted=totals.rows_upserted,
         rows_deleted=totals.rows_deleted,
         rows_skipped=totals.rows_skipped,
+        rows_refused=totals.rows_refused,
         replicator=f"replicators/{view.grant.owner}" if view.grant.instance else "",
         epoch=view.grant.epoch,
         vchannels=[

@@ -86,7 +86,8 @@ class TaskService(rpc.TaskServiceServicer):
         sink = request.task.sink.SerializeToString(deterministic=True)
         now = time.monotonic()
         self._reached = {at: until for at, until in self._reached.items() if until > now}
-        if (source, sink) in self._reached and not request.validate_only:
+        known = (source, sink) in self._reached and not request.task.HasField("dead_letters")
+        if known and not request.validate_only:
             return True
         try:
             catalogue = await self._catalogues.probe(request.task.source)
@@ -103,6 +104,7 @@ class TaskService(rpc.TaskServiceServicer):
                 sink,
                 tuple(map(planned_spec, asked[first : first + PLANNED_AT_ONCE])),
                 present.carry(request.task.carry).index,
+                present.dead_letters(request.task),
             )
             if not await self._probe(probe, required=request.validate_only):
                 return False
@@ -194,6 +196,14 @@ class TaskService(rpc.TaskServiceServicer):
         if with_limits:
             _take_over(request.task.limits, whole.limits, paths, "limits")
             check_task_part(whole, "limits")
+        with_letters = "dead_letters" in paths
+        if with_letters:
+            whole.ClearField("dead_letters")
+            if request.task.HasField("dead_letters"):
+                whole.dead_letters.CopyFrom(request.task.dead_letters)
+                check_task_part(whole, "dead_letters")
+                probe = jobs.ProbeJob(b"", b"", dead_letters=present.dead_letters(whole))
+                await self._probe(probe, required=request.validate_only)
         task = await self._loop.call(
             lambda at, call: ev.UpdateTask(
                 at,
@@ -208,6 +218,7 @@ class TaskService(rpc.TaskServiceServicer):
                 present.drift(whole.drift) if "drift" in paths else None,
                 present.batching(whole.batching) if with_batching else None,
                 present.limits(whole.limits) if with_limits else None,
+                present.dead_letters(whole) if with_letters else None,
             )
         )
         return pb.UpdateTaskResponse(task=self._message(task))

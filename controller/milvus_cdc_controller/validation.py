@@ -25,6 +25,7 @@ _UPDATABLE = (
         "carry",
         "batching",
         "limits",
+        "dead_letters",
     }
     | _CARRIES
     | _BATCHING
@@ -103,7 +104,7 @@ def check_update(request: pb.UpdateTaskRequest) -> tuple[bool, bool]:
                 f"{path!r} is set by the server; {_can()}.",
                 field="update_mask",
             )
-        if head in ("labels", "selection", "carry", "drift", "batching", "limits"):
+        if head in ("labels", "selection", "carry", "drift", "batching", "limits", "dead_letters"):
             raise ApiError(
                 "INVALID_ARGUMENT",
                 "UNKNOWN_FIELD_PATH",
@@ -140,7 +141,7 @@ def invalid(violations: tuple[tuple[str, str], ...]) -> ApiError:
 
 
 def _can() -> str:
-    return "only labels, selection, carry, drift, batching and limits can be updated"
+    return "only labels, selection, carry, drift, batching, limits and dead_letters can be updated"
 
 
 def _path(path: object) -> str:

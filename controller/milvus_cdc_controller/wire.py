@@ -19,8 +19,8 @@ from milvus_cdc.model import (
     Rbac,
     RoleGrant,
 )
+from milvuscdc.v1 import dead_letters_pb2, task_pb2
 from milvuscdc.v1 import replication_service_pb2 as pb
-from milvuscdc.v1 import task_pb2
 
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core import events as ev
@@ -130,6 +130,7 @@ def _progress(stream: int, progress: pb.Progress) -> MakeEvent:
         progress.rows_upserted,
         progress.rows_deleted,
         progress.rows_skipped,
+        progress.rows_refused,
     )
     opened = None
     if progress.HasField("opened"):
@@ -269,6 +270,7 @@ def _assign(message: fx.Assign) -> pb.Assign:
         carry=carry_message(message.task.spec.carry),
         drift=DRIFTS[message.task.spec.drift],
         batching=batching_message(message.task.spec.batching),
+        dead_letters=dead_letters_message(message.task.spec.dead_letters),
     )
     if message.collection is not None:
         assert message.progress is not None
@@ -407,6 +409,11 @@ def limits_message(limits: RateLimits) -> task_pb2.Limits | None:
     )
 
 
+def dead_letters_message(stored: bytes) -> dead_letters_pb2.DeadLetters | None:
+    """None where there are none."""
+    return dead_letters_pb2.DeadLetters.FromString(stored) if stored else None
+
+
 def metadata_spec(metadata: MetadataRecord, carry: Carry) -> pb.MetadataSpec:
     properties = dict(metadata.database_properties)
     spec = pb.MetadataSpec(
@@ -481,6 +488,7 @@ def _job_request(job_id: str, payload: jobs.JobPayload) -> pb.JobRequest:
                 sink=sink,
                 collections=map(pb.CollectionSpec.FromString, payload.collections),
                 indexes=payload.indexes,
+                dead_letters=dead_letters_message(payload.dead_letters),
             )
             return pb.JobRequest(job_id=job_id, probe=probe)
         case jobs.ResolveJob():

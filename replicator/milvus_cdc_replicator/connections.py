@@ -8,6 +8,8 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
+from milvus_cdc.dead_letters import Place
+from milvus_cdc.dead_letters.opening import open_place
 from milvus_cdc.errors import CdcError
 from milvus_cdc.milvus_client import MilvusClient
 from milvus_cdc.secrets import SecretResolver
@@ -17,7 +19,7 @@ from milvus_cdc.sink.writer import Writer
 from milvus_cdc.sink.writer_sink import Origin, WriterSink
 from milvus_cdc.source import LogSource
 from milvus_cdc.source.registry import open_source
-from milvuscdc.v1 import task_pb2
+from milvuscdc.v1 import dead_letters_pb2, task_pb2
 
 from milvus_cdc_replicator.core.source_clock import SourceClock
 from milvus_cdc_replicator.reader import PchannelHub
@@ -31,6 +33,7 @@ class Connections:
         self._secrets = secrets
         self._sinks: dict[bytes, Sink] = {}
         self._writers: dict[bytes, Writer] = {}
+        self._places: dict[bytes, Place] = {}
         self._sources: dict[object, LogSource] = {}
         self._source_clients: dict[bytes, MilvusClient] = {}
         self._hubs: dict[tuple[object, str], PchannelHub] = {}
@@ -50,6 +53,14 @@ class Connections:
             if writer is None:
                 writer = self._writers[key] = open_writer(spec, self._secrets)
             return WriterSink(writer, origin)
+
+    def dead_letters(self, spec: dead_letters_pb2.DeadLetters) -> Place:
+        """Raises UserError for settings or secrets that cannot be used."""
+        key = spec.SerializeToString(deterministic=True)
+        place = self._places.get(key)
+        if place is None:
+            place = self._places[key] = open_place(spec, self._secrets)
+        return place
 
     def token(self, endpoint: task_pb2.MilvusEndpoint, field: str) -> str | None:
         """The endpoint's resolved token."""
@@ -109,6 +120,9 @@ class Connections:
         for writer in self._writers.values():
             with contextlib.suppress(CdcError):
                 await writer.close()
+        for place in self._places.values():
+            with contextlib.suppress(CdcError):
+                await place.close()
         for client in self._source_clients.values():
             await client.close()
         for source in self._sources.values():

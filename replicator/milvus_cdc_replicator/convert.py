@@ -14,6 +14,7 @@ from milvus_cdc.sink import AnyBatch, DeleteBatch, Op, RowBatch, RowChunk
 from milvus_cdc.sink.writer import Batch, Checkpoint
 
 from milvus_cdc_replicator.core.ops import Write, WriteKind
+from milvus_cdc_replicator.refusing import Refusing
 
 
 class Converter:
@@ -21,6 +22,7 @@ class Converter:
 
     def __init__(self, key_field_id: int) -> None:
         self._key_field_id = key_field_id
+        self.refusing = Refusing(key_field_id)
 
     def op(self, message: Message, position: bytes, order: int, vchannel: str) -> LogOp | None:
         """None for a message that asks nothing of the sink."""

@@ -98,6 +98,10 @@ class JobRunner:
         self._update(pb.JobUpdate(job_id=job_id, failed=failed))
 
     async def _probe(self, job: pb.ProbeJob) -> pb.ProbeResult:
+        if job.HasField("dead_letters"):
+            await self._connections.dead_letters(job.dead_letters).probe()
+        if job.sink.WhichOneof("kind") is None:
+            return pb.ProbeResult()
         sink = await self._connections.sink(job.sink)
         with _blame(f"sink.{job.sink.WhichOneof('kind')}"):
             sink_version = await sink.probe()

@@ -32,6 +32,11 @@ RATE_LIMITED_SECONDS = Counter(
     "Time that writes waited for the task's limits, summed over those that waited together",
     ["task"],
 )
+DEAD_LETTERS = Counter(
+    "milvus_cdc_replicator_dead_letters",
+    "Rows that the sink refused and that went to the task's dead letters",
+    ["task", "collection", "reason"],
+)
 WRITE_ERRORS = Counter(
     "milvus_cdc_replicator_write_errors",
     "Sink requests that failed",

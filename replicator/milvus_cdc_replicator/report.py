@@ -92,6 +92,7 @@ def to_progress(report: Report, seq: int) -> pb.Progress:
         rows_upserted=report.counters.rows_upserted,
         rows_deleted=report.counters.rows_deleted,
         rows_skipped=report.counters.rows_skipped,
+        rows_refused=report.counters.rows_refused,
         lag_ms=report.lag_ms,
         conditions=[task_pb2.Condition(type=t, message=m) for t, m in report.conditions],
         dropped=report.dropped,

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import structlog
+from milvus_cdc.dead_letters import Place
 from milvus_cdc.errors import BugError, CdcError
 from milvus_cdc.model import ObjectState, split_assignment_id, tso_to_ms
 from milvus_cdc.order.lane import Lane
@@ -140,6 +141,7 @@ class CollectionRunner:
             post=self._post,
             spawn=self._spawn,
             changed=lambda: notify(assignment.assignment_id),
+            letters=self._letters,
             properties=self._source_properties(),
             reconcile_seconds=limits.reconcile_seconds,
         )
@@ -167,6 +169,10 @@ class CollectionRunner:
     def compare_soon(self, seconds: float) -> None:
         """The sink is compared again, rows aside, at the latest in so many seconds."""
         self._object.compare_soon(seconds)
+
+    def _letters(self) -> Place | None:
+        wanted = self.assignment.dead_letters
+        return None if wanted is None else self._connections.dead_letters(wanted)
 
     def _source_properties(self) -> SourceProperties | None:
         source = self.assignment.source

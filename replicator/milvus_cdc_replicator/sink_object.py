@@ -16,8 +16,10 @@ from functools import partial
 from typing import Any
 
 import structlog
+from milvus_cdc.dead_letters import Place
 from milvus_cdc.errors import UserError
-from milvus_cdc.model import Collection, Drift, ObjectState, ms_to_tso
+from milvus_cdc.model import Collection, Drift, ObjectState, ms_to_tso, split_assignment_id
+from milvus_cdc.rows import Table, table_of
 from milvus_cdc.sink import Opened, Sink
 from milvus_cdc.sink.writer import Capabilities, Checkpoint
 
@@ -82,15 +84,19 @@ class SinkObject:
         post: Callable[[Callable[[], None]], None],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
         changed: Callable[[], None],
+        letters: Callable[[], Place | None] = lambda: None,
         properties: SourceProperties | None = None,
         reconcile_seconds: float = 300,
     ) -> None:
-        """Without `properties` those of the metadata count."""
+        """`letters`: where refused rows go now, None where they stop the collection. Without
+        `properties` those of the metadata count.
+        """
         self._assignment = assignment
         self._core = core
         self._converter = converter
         self._gate = gate
         self._pacer = pacer
+        self._letters = letters
         self._halt = halt
         self._troubles = troubles
         self._check_log = check_log
@@ -106,6 +112,8 @@ class SinkObject:
         """How long an unfinished request waits for more."""
         self._own: tuple[WriteLimits, float] | None = None
         """Of the sink: bounds of a request, and how long an unfinished one waits."""
+        self._divisible = True
+        """A part of a write may be written alone."""
         self._paced = pacer.limits
         """Those that the bounds of a request speak of."""
         self.heartbeats = False
@@ -203,6 +211,9 @@ class SinkObject:
             converter=self._converter,
             gate=self._gate,
             pacer=self._pacer,
+            letters=self._letters,
+            table=self._table,
+            divisible=lambda: self._divisible,
             halt=self._halt,
             troubles=self._troubles,
             restore=self._restore,
@@ -279,6 +290,7 @@ class SinkObject:
     def _arrange(self, writer: Capabilities, checkpoints: Iterable[Checkpoint]) -> None:
         """As the sink wants its batches, from where it says that it is."""
         self.heartbeats = writer.heartbeats
+        self._divisible = writer.divisible or not writer.own_checkpoint
         limits = WriteLimits(
             writer.rows_per_batch,
             writer.bytes_per_batch,
@@ -325,6 +337,18 @@ class SinkObject:
             recreate=self._assignment.recreate,
             sink_collection_id=self._assignment.sink_collection_id,
             create=self._assignment.carry.schema,
+        )
+
+    def _table(self) -> Table:
+        assignment = self._assignment
+        return table_of(
+            self.placed,
+            task=assignment.task,
+            task_uid=split_assignment_id(assignment.assignment_id)[0],
+            source_name=(
+                assignment.source_database or self.placed.database,
+                assignment.source_collection or self.placed.name,
+            ),
         )
 
     def _bind(self) -> None:

@@ -14,7 +14,17 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from milvus_cdc.errors import CdcError, RetryableError, UnknownOutcomeError, UserError
+from milvus_cdc.changes import changes_of
+from milvus_cdc.dead_letters import Place, letters_of
+from milvus_cdc.errors import (
+    CdcError,
+    RetryableError,
+    RowRefusedError,
+    UnknownOutcomeError,
+    UserError,
+)
+from milvus_cdc.order.ops import LogOp
+from milvus_cdc.rows import Table
 from milvus_cdc.sink import CollectionTarget, Sink
 from milvuscdc.v1 import task_pb2
 
@@ -29,6 +39,7 @@ _AWAY = frozenset({"SINK_UNAVAILABLE"})
 _RESTORABLE = frozenset({"SINK_COLLECTION_MISSING", "SINK_PARTITION_MISSING"})
 RATE_LIMITED_SECONDS = 5.0
 """So long after a write has waited for the task's limits the collection counts as held back."""
+LETTERS_SECONDS = 8.0
 RETRY_BACKOFF_SECONDS = (0.1, 0.3, 1.0, 2.0, 5.0)
 
 
@@ -63,6 +74,10 @@ class Troubles:
             self._changed()
 
 
+def _insert(write: Write) -> bool:
+    return write.kind is WriteKind.INSERT
+
+
 class SinkWork:
     """Bound to one sink, one collection and one order to halt."""
 
@@ -76,13 +91,17 @@ class SinkWork:
         converter: Converter,
         gate: WriteGate,
         pacer: Pacer,
+        letters: Callable[[], Place | None],
+        table: Callable[[], Table],
+        divisible: Callable[[], bool],
         halt: asyncio.Event,
         troubles: Troubles,
         restore: Callable[[], Awaitable[bool]],
         reconnected: Callable[[], None],
     ) -> None:
         """`restore` brings a missing collection or partition back and says if it could;
-        `reconnected` hears that a sink that was away answers again.
+        `reconnected` hears that a sink that was away answers again. `letters`: where refused rows
+        go, described by `table`; `divisible`: a part of a write may be written alone.
         """
         self._sink = sink
         self._target = target
@@ -92,6 +111,10 @@ class SinkWork:
         self._converter = converter
         self._gate = gate
         self._pacer = pacer
+        self._letters = letters
+        self._table = table
+        self._divisible = divisible
+        self._refusing = converter.refusing
         self._pacing = 0
         """Writes that wait for the task's limits."""
         self._paced_at = float("-inf")
@@ -102,11 +125,26 @@ class SinkWork:
         self._away = False
 
     async def write(self, write: Write) -> bool:
-        """True when it is durable, False when told to stop before. Raises UserError, BugError."""
+        """True when it is durable, its refused rows as dead letters; False when told to stop
+        before. Raises UserError, BugError.
+        """
         if not await self._admitted(write):
             return False
-        batch = self._converter.batch(write, as_upsert=False)
-        kind = write.kind
+        kind = await self._write(write, write, as_upsert=False)
+        if kind is None:
+            return False
+        self._answered()
+        rows = write.rows - sum(op.rows for op in write.refused)
+        metrics.ROWS_WRITTEN.labels(self._task, self._collection, kind).inc(rows)
+        metrics.BYTES_WRITTEN.labels(self._task, self._collection).inc(write.size)
+        return True
+
+    async def _write(self, write: Write, whole: Write, *, as_upsert: bool) -> WriteKind | None:
+        """`write`: the whole, or a part of it while refused rows are looked for. As what it was
+        written; None when told to stop before.
+        """
+        batch = self._converter.batch(write, as_upsert=as_upsert)
+        kind = WriteKind.UPSERT if as_upsert and _insert(write) else write.kind
         where = f"write {write.write_id}"
         attempt = restored = 0
         while True:
@@ -114,33 +152,77 @@ class SinkWork:
                 async with self._gate.slot(self._spec, self._halt) as timeout:
                     started = time.perf_counter()
                     await self._sink.write(self._target, batch, timeout)
-                    metrics.WRITE_SECONDS.labels(kind).observe(time.perf_counter() - started)
+                    took = time.perf_counter() - started
+                    metrics.WRITE_SECONDS.labels(kind).observe(took)
                 break
             except Halted:
-                return False  # the next owner reads it again
+                return None  # the next owner reads it again
             except RetryableError as error:
                 metrics.WRITE_ERRORS.labels(self._task, "retry", error.reason).inc()
-                if isinstance(error, UnknownOutcomeError) and write.kind is WriteKind.INSERT:
-                    batch = self._converter.batch(write, as_upsert=True)
+                if isinstance(error, UnknownOutcomeError) and _insert(write):
                     kind = WriteKind.UPSERT
+                    batch = self._converter.batch(write, as_upsert=True)
                 self._away |= error.reason in _AWAY
                 self._troubles.add(where, error)
                 await self.backoff(attempt)
                 attempt += 1
+            except RowRefusedError as error:
+                metrics.WRITE_ERRORS.labels(self._task, "user", error.reason).inc()
+                place = self._letters()
+                if place is None:
+                    raise
+                places = self._refusing.named(write, error)
+                if not places:
+                    if write.rows < 2 or not self._divisible():
+                        raise
+                    self._troubles.clear(where)
+                    for part in self._refusing.parts(write):
+                        if await self._write(part, whole, as_upsert=True) is None:
+                            return None
+                    return kind
+                rest, taken = self._refusing.without(write, places)
+                if not await self._set_aside(place, taken, error):
+                    return None
+                whole.refused += taken
+                if not rest.ops and not rest.marks:
+                    break
+                write = rest
+                batch = self._converter.batch(write, as_upsert=True)
+                kind = WriteKind.UPSERT if _insert(write) else write.kind
             except CdcError as error:
                 metrics.WRITE_ERRORS.labels(self._task, "user", error.reason).inc()
                 restored += 1
                 if restored > RESTORES_MAX or not await self._restored(error):
                     raise
-                if write.kind is WriteKind.INSERT:
+                if _insert(write):
                     # An earlier part of the same write may be there.
-                    batch = self._converter.batch(write, as_upsert=True)
                     kind = WriteKind.UPSERT
+                    batch = self._converter.batch(write, as_upsert=True)
         self._troubles.clear(where)
-        self._answered()
-        metrics.ROWS_WRITTEN.labels(self._task, self._collection, kind).inc(write.rows)
-        metrics.BYTES_WRITTEN.labels(self._task, self._collection).inc(write.size)
-        return True
+        return kind
+
+    async def _set_aside(self, place: Place, rows: list[LogOp], error: RowRefusedError) -> bool:
+        """Durable as letters; False when told to stop before."""
+        table, attempt = self._table(), 0
+        letters = [
+            letter
+            for op in rows
+            for letter in letters_of(table, changes_of(op), error.reason, error.message)
+        ]
+        while not self._halt.is_set():
+            try:
+                await place.put(letters, LETTERS_SECONDS)
+            except RetryableError as trouble:
+                self._troubles.add("dead letters", trouble)
+                await self.backoff(attempt)
+                attempt += 1
+                continue
+            self._troubles.clear("dead letters")
+            metrics.DEAD_LETTERS.labels(self._task, self._collection, error.reason).inc(
+                len(letters)
+            )
+            return True
+        return False
 
     @property
     def rate_limited(self) -> bool:

@@ -19,8 +19,8 @@ from milvus_cdc.model import (
 )
 from milvus_cdc.sink.metadata import AliasWish, MetadataWish, RbacWish
 from milvus_cdc.source import KafkaConfig, NatsConfig, QueueConfig
+from milvuscdc.v1 import dead_letters_pb2, task_pb2
 from milvuscdc.v1 import replication_service_pb2 as pb
-from milvuscdc.v1 import task_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,8 @@ class CollectionAssignment:
     carry: Carry = field(default_factory=Carry)
     drift: Drift = Drift.REPAIR
     batching: Batching = field(default_factory=Batching)
+    dead_letters: dead_letters_pb2.DeadLetters | None = None
+    """None: a row that the sink refuses stops the collection."""
     applied: Applied | None = None
     """What an owner before has carried out."""
     flush_ts: int = 0
@@ -192,6 +194,7 @@ def from_assign(message: pb.Assign) -> Assignment:
         carry=carry_of(message.carry),
         drift=_drift(message.drift),
         batching=_batching(message.batching),
+        dead_letters=message.dead_letters if message.HasField("dead_letters") else None,
         applied=_applied(spec.applied) if spec.HasField("applied") else None,
         flush_ts=spec.flush_ts,
         awaited_ts=spec.awaited_ts,

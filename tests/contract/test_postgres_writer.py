@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from milvus_cdc.errors import BugError, UserError
+from milvus_cdc.errors import BugError, RowRefusedError, UserError
 from milvus_cdc.rows import ChangeOp, Changes, Field, FieldType, Table
 from milvus_cdc.sink.postgres import PostgresWriter
 from milvus_cdc.sink.writer import Opening, SchemaChange, SchemaChangeKind
@@ -250,8 +250,10 @@ async def test_a_row_that_cannot_be_held_is_named(
     rows[1] |= cell
     await opened(writer, table)
     for op in (ChangeOp.CREATE, ChangeOp.UPDATE):
-        with pytest.raises(UserError, match=f"(?s)ROW_NOT_STORABLE.*{words}") as raised:
+        with pytest.raises(RowRefusedError, match=f"(?s)ROW_NOT_STORABLE.*{words}") as raised:
             await write(writer, table, put(table, rows, op=op), checkpoints=[upto(9)])
+        # That of an index is not found while it is copied.
+        assert raised.value.key in (rows[1]["id"], None)
         assert f"key {rows[1]['id']!r}"[:50] in raised.value.message
         assert len(raised.value.message) < 500
     assert database.select('SELECT count(*) FROM "default".articles') == [(0,)]

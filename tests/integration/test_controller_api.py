@@ -18,6 +18,7 @@ from milvus_cdc_controller.present import task_spec
 from milvus_cdc_controller.store.records import encode
 from milvus_cdc_controller.store.sqlite import SqliteStore
 from milvuscdc.v1 import (
+    dead_letters_pb2,
     fleet_service_pb2,
     replication_service_pb2_grpc,
     task_pb2,
@@ -297,6 +298,51 @@ async def test_limits_are_shared_by_those_that_hold_collections(tmp_path: Path) 
                 api.tasks.UpdateTask(change("limits.bytes_per_second", bytes_per_second=-1))
             )
             assert info.metadata["field"] == "task.limits.bytes_per_second"
+
+
+async def test_dead_letters_are_probed_and_reach_the_owner(api: Api) -> None:
+    letters = dead_letters_pb2.DeadLetters(
+        files=dead_letters_pb2.DeadLetterFiles(uri="file:///mnt/dead")
+    )
+
+    def request(**fields: Any) -> api_pb.UpdateTaskRequest:
+        wish = task_pb2.Task(name="tasks/copy", **fields)
+        mask = field_mask_pb2.FieldMask(paths=["dead_letters"])
+        return api_pb.UpdateTaskRequest(task=wish, update_mask=mask)
+
+    async with FakeReplicator(api, "a") as replicator:
+        created = await create(api, task_message())
+        assert not created.HasField("dead_letters")
+        await until(lambda: len(replicator.held) == 2)
+        assert not any(assign.HasField("dead_letters") for assign in replicator.held.values())
+        probes = len(replicator.jobs)
+        changed = await api.tasks.UpdateTask(request(dead_letters=letters))
+        assert changed.task.dead_letters == letters
+        (job,) = replicator.jobs[probes:]
+        assert job.probe.dead_letters == letters
+        assert job.probe.sink.WhichOneof("kind") is None
+        await until(lambda: any(each.dead_letters == letters for each in replicator.held.values()))
+        key = next(key for key in replicator.held if not key.endswith("metadata"))
+        seq = await replicator.report(key, rows_inserted=5, rows_refused=3)
+        await replicator.acked(key, seq)
+        listing = api_pb.ListTaskCollectionsRequest(parent="tasks/copy")
+        (shown,) = (await api.tasks.ListTaskCollections(listing)).collections
+        assert shown.rows_refused == 3
+        assert [c.type for c in shown.conditions] == ["DEAD_LETTERS"]
+        assert "3 rows" in shown.conditions[0].message
+        cleared = await api.tasks.UpdateTask(request())
+        assert not cleared.task.HasField("dead_letters")
+        bad = dead_letters_pb2.DeadLetters(files=dead_letters_pb2.DeadLetterFiles(uri="/mnt"))
+        for wrong in (bad, dead_letters_pb2.DeadLetters()):
+            code, info = await refused(api.tasks.UpdateTask(request(dead_letters=wrong)))
+            assert code == grpc.StatusCode.INVALID_ARGUMENT
+            assert info.metadata["field"].startswith("task.dead_letters")
+        await api.tasks.ResyncCollection(
+            api_pb.ResyncCollectionRequest(name="tasks/copy", collection="default.books")
+        )
+        await until(lambda: replicator.epoch_of("default.books") == 2)
+        (shown,) = (await api.tasks.ListTaskCollections(listing)).collections
+        assert (shown.rows_refused, shown.rows_inserted) == (0, 5)
 
 
 async def test_what_is_not_there(api: Api) -> None:

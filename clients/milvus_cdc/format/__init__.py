@@ -43,8 +43,8 @@ class Format(Protocol):
         ...
 
     def encode(self, table: Table, changes: Changes) -> list[Record]:
-        """One record per row, or per key of a delete, in order. Raises UserError ROW_NOT_ENCODABLE
-        when a value has no form in this format.
+        """One record per row, or per key of a delete, in order. Raises RowRefusedError
+        ROW_NOT_ENCODABLE when a value has no form in this format.
         """
         ...
 

@@ -5,7 +5,8 @@ its rows are durable; batches of one collection come in order, and a key's next 
 its last one has returned; after a failure the same rows come again, so a replay must have no effect
 beyond that of the first time, or the writer keeps the checkpoint itself (`own_checkpoint`) and
 the replay never happens. Errors are those of `milvus_cdc.errors`: RetryableError (come again),
-UnknownOutcomeError (come again, it may have happened), UserError (only a person can help).
+UnknownOutcomeError (come again, it may have happened), RowRefusedError (certain rows will never be
+taken), UserError (only a person can help).
 
 Sinks register under the entry point group `milvus_cdc.sinks`, see `milvus_cdc.sink.plugin`.
 """
@@ -102,6 +103,11 @@ class Capabilities:
     """RENAME_COLLECTION takes what is there along; without it older rows keep the old name."""
     heartbeats: bool = False
     """`heartbeat` does something."""
+    divisible: bool = False
+    """With `own_checkpoint`: what a part of a batch did, written without checkpoints, is the same
+    when the whole comes again. So a row that is refused can be looked for part by part; the
+    checkpoints come last, in a batch without changes.
+    """
 
 
 @dataclass(frozen=True, slots=True)

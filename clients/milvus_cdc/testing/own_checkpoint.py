@@ -31,6 +31,27 @@ class OwnCheckpointContract(Harness):
             assert held == {VCHANNEL: reached(7), OTHER_VCHANNEL: reached(5, OTHER_VCHANNEL)}
             assert (await self.state(table)).keys() == {1, 2}
 
+    async def test_parts_without_checkpoints_do_no_harm(self) -> None:
+        """Of a writer that says so: refused rows are looked for part by part."""
+        table = self.table()
+        async with self.writer() as writer:
+            _claimed(writer)
+            if not writer.capabilities.divisible:
+                pytest.skip("divisible is not claimed")
+            await writer.open(table, Opening.NEW, 1)
+            first = put(table, rows(table, [1, 2], 1), 1)
+            second = put(table, rows(table, [2, 3], 2), 2)
+            await writer.write(table, Batch((first,)), self.seconds)
+            assert _by_vchannel(await writer.open(table, Opening.RESUME, 1)) == {}
+            await writer.write(table, Batch((first,)), self.seconds)
+            await writer.write(table, Batch((second,)), self.seconds)
+            await writer.write(table, Batch((), (reached(2),)), self.seconds)
+            assert _by_vchannel(await writer.open(table, Opening.RESUME, 2)) == {
+                VCHANNEL: reached(2)
+            }
+            wanted = [*rows(table, [1], 1), *rows(table, [2, 3], 2)]
+            assert await self.state(table) == as_state(wanted)
+
     async def test_who_was_replaced_writes_no_more(self) -> None:
         table = self.table()
         async with self.writer() as old, self.writer() as new:

@@ -15,6 +15,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from milvuscdc.v1 import dead_letters_pb2 as _dead_letters_pb2
 from milvuscdc.v1 import diff_pb2 as _diff_pb2
 from milvuscdc.v1 import task_pb2 as _task_pb2
 from milvuscdc.v1 import verify_pb2 as _verify_pb2
@@ -313,6 +314,7 @@ class Assign(_message.Message):
     CARRY_FIELD_NUMBER: _builtins.int
     DRIFT_FIELD_NUMBER: _builtins.int
     BATCHING_FIELD_NUMBER: _builtins.int
+    DEAD_LETTERS_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """`{task uid}.{collection id}` or `{task uid}.metadata`."""
     epoch: _builtins.int
@@ -334,6 +336,8 @@ class Assign(_message.Message):
     def carry(self) -> _task_pb2.Carry: ...
     @_builtins.property
     def batching(self) -> _task_pb2.Batching: ...
+    @_builtins.property
+    def dead_letters(self) -> _dead_letters_pb2.DeadLetters: ...
     def __init__(
         self,
         *,
@@ -348,10 +352,11 @@ class Assign(_message.Message):
         carry: _task_pb2.Carry | None = ...,
         drift: _task_pb2.Drift.ValueType = ...,
         batching: _task_pb2.Batching | None = ...,
+        dead_letters: _dead_letters_pb2.DeadLetters | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "carry", b"carry", "collection", b"collection", "metadata", b"metadata", "sink", b"sink", "source", b"source", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "carry", b"carry", "collection", b"collection", "dead_letters", b"dead_letters", "metadata", b"metadata", "sink", b"sink", "source", b"source", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "batching", b"batching", "carry", b"carry", "collection", b"collection", "drift", b"drift", "epoch", b"epoch", "metadata", b"metadata", "sink", b"sink", "source", b"source", "spec", b"spec", "task", b"task", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "batching", b"batching", "carry", b"carry", "collection", b"collection", "dead_letters", b"dead_letters", "drift", b"drift", "epoch", b"epoch", "metadata", b"metadata", "sink", b"sink", "source", b"source", "spec", b"spec", "task", b"task", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["collection", "metadata"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
@@ -1259,6 +1264,7 @@ class Progress(_message.Message):
     FLUSHES_FIELD_NUMBER: _builtins.int
     OPERATIONS_READ_FROM_FIELD_NUMBER: _builtins.int
     ALIASES_VERSION_FIELD_NUMBER: _builtins.int
+    ROWS_REFUSED_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     epoch: _builtins.int
     seq: _builtins.int
@@ -1284,6 +1290,8 @@ class Progress(_message.Message):
     operations_read_from: _builtins.bytes
     aliases_version: _builtins.int
     """Metadata assignments: the version whose wishes for aliases the sink fulfils, whatever else is in the way."""
+    rows_refused: _builtins.int
+    """As the counters above: rows that are in the dead letters instead."""
     @_builtins.property
     def vchannels(self) -> _containers.RepeatedCompositeFieldContainer[Global___VchannelReport]: ...
     @_builtins.property
@@ -1324,10 +1332,11 @@ class Progress(_message.Message):
         flushes: _abc.Iterable[Global___FlushOperation] | None = ...,
         operations_read_from: _builtins.bytes = ...,
         aliases_version: _builtins.int = ...,
+        rows_refused: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["opened", b"opened", "renamed_to", b"renamed_to"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases_version", b"aliases_version", "applied_version", b"applied_version", "assignment_id", b"assignment_id", "conditions", b"conditions", "dropped", b"dropped", "epoch", b"epoch", "flushed_ts", b"flushed_ts", "flushes", b"flushes", "lag_ms", b"lag_ms", "message", b"message", "opened", b"opened", "operations_read_from", b"operations_read_from", "reason", b"reason", "renamed_to", b"renamed_to", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "seq", b"seq", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases_version", b"aliases_version", "applied_version", b"applied_version", "assignment_id", b"assignment_id", "conditions", b"conditions", "dropped", b"dropped", "epoch", b"epoch", "flushed_ts", b"flushed_ts", "flushes", b"flushes", "lag_ms", b"lag_ms", "message", b"message", "opened", b"opened", "operations_read_from", b"operations_read_from", "reason", b"reason", "renamed_to", b"renamed_to", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_refused", b"rows_refused", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "seq", b"seq", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1603,10 +1612,13 @@ class ProbeJob(_message.Message):
     SINK_FIELD_NUMBER: _builtins.int
     COLLECTIONS_FIELD_NUMBER: _builtins.int
     INDEXES_FIELD_NUMBER: _builtins.int
+    DEAD_LETTERS_FIELD_NUMBER: _builtins.int
     indexes: _builtins.bool
     """Whether their indexes count."""
     @_builtins.property
-    def source(self) -> _task_pb2.Source: ...
+    def source(self) -> _task_pb2.Source:
+        """Only what is set is probed."""
+
     @_builtins.property
     def sink(self) -> _task_pb2.Sink: ...
     @_builtins.property
@@ -1615,6 +1627,8 @@ class ProbeJob(_message.Message):
         it.
         """
 
+    @_builtins.property
+    def dead_letters(self) -> _dead_letters_pb2.DeadLetters: ...
     def __init__(
         self,
         *,
@@ -1622,10 +1636,11 @@ class ProbeJob(_message.Message):
         sink: _task_pb2.Sink | None = ...,
         collections: _abc.Iterable[Global___CollectionSpec] | None = ...,
         indexes: _builtins.bool = ...,
+        dead_letters: _dead_letters_pb2.DeadLetters | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sink", b"sink", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dead_letters", b"dead_letters", "sink", b"sink", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collections", b"collections", "indexes", b"indexes", "sink", b"sink", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collections", b"collections", "dead_letters", b"dead_letters", "indexes", b"indexes", "sink", b"sink", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

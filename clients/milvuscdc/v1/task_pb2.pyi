@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from milvuscdc.v1 import dead_letters_pb2 as _dead_letters_pb2
 from milvuscdc.v1 import format_pb2 as _format_pb2
 from milvuscdc.v1 import secret_pb2 as _secret_pb2
 from milvuscdc.v1 import sink_file_pb2 as _sink_file_pb2
@@ -157,6 +158,7 @@ class Task(_message.Message):
     DRIFT_FIELD_NUMBER: _builtins.int
     BATCHING_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    DEAD_LETTERS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
@@ -221,6 +223,12 @@ class Task(_message.Message):
         """How fast rows are written at most. May be changed while the task runs."""
 
     @_builtins.property
+    def dead_letters(self) -> _dead_letters_pb2.DeadLetters:
+        """Where rows go that the sink will never take; a collection with such a row stops when unset. May be changed while
+        the task runs.
+        """
+
+    @_builtins.property
     def state_time(self) -> _timestamp_pb2.Timestamp:
         """When the state last changed."""
 
@@ -253,6 +261,7 @@ class Task(_message.Message):
         drift: Global___Drift.ValueType = ...,
         batching: Global___Batching | None = ...,
         limits: Global___Limits | None = ...,
+        dead_letters: _dead_letters_pb2.DeadLetters | None = ...,
         state: Global___TaskState.ValueType = ...,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
@@ -262,9 +271,9 @@ class Task(_message.Message):
         progress: Global___TaskProgress | None = ...,
         conditions: _abc.Iterable[Global___Condition] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "carry", b"carry", "create_time", b"create_time", "limits", b"limits", "progress", b"progress", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state_time", b"state_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "carry", b"carry", "create_time", b"create_time", "dead_letters", b"dead_letters", "limits", b"limits", "progress", b"progress", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state_time", b"state_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "batching", b"batching", "carry", b"carry", "conditions", b"conditions", "create_time", b"create_time", "drift", b"drift", "etag", b"etag", "generation", b"generation", "labels", b"labels", "limits", b"limits", "message", b"message", "name", b"name", "observed_generation", b"observed_generation", "progress", b"progress", "reason", b"reason", "rename", b"rename", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state", b"state", "state_time", b"state_time", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "batching", b"batching", "carry", b"carry", "conditions", b"conditions", "create_time", b"create_time", "dead_letters", b"dead_letters", "drift", b"drift", "etag", b"etag", "generation", b"generation", "labels", b"labels", "limits", b"limits", "message", b"message", "name", b"name", "observed_generation", b"observed_generation", "progress", b"progress", "reason", b"reason", "rename", b"rename", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state", b"state", "state_time", b"state_time", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -784,6 +793,7 @@ class TaskCollection(_message.Message):
     CONDITIONS_FIELD_NUMBER: _builtins.int
     SINK_DATABASE_FIELD_NUMBER: _builtins.int
     SINK_COLLECTION_FIELD_NUMBER: _builtins.int
+    ROWS_REFUSED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`tasks/{task}/collections/{collection id at the source}`."""
     database: _builtins.str
@@ -803,6 +813,10 @@ class TaskCollection(_message.Message):
     sink_database: _builtins.str
     """`database` and `collection` are names at the source; these are those at the sink."""
     sink_collection: _builtins.str
+    rows_refused: _builtins.int
+    """Rows that the sink refused and that are in the task's dead letters instead, since the collection was last filled
+    from its beginning.
+    """
     @_builtins.property
     def state_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -844,10 +858,11 @@ class TaskCollection(_message.Message):
         conditions: _abc.Iterable[Global___Condition] | None = ...,
         sink_database: _builtins.str = ...,
         sink_collection: _builtins.str = ...,
+        rows_refused: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_time", b"checkpoint_time", "lag", b"lag", "state_time", b"state_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_time", b"checkpoint_time", "collection", b"collection", "collection_id", b"collection_id", "conditions", b"conditions", "database", b"database", "epoch", b"epoch", "lag", b"lag", "message", b"message", "name", b"name", "reason", b"reason", "replicator", b"replicator", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "sink_collection", b"sink_collection", "sink_database", b"sink_database", "state", b"state", "state_time", b"state_time", "vchannels", b"vchannels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_time", b"checkpoint_time", "collection", b"collection", "collection_id", b"collection_id", "conditions", b"conditions", "database", b"database", "epoch", b"epoch", "lag", b"lag", "message", b"message", "name", b"name", "reason", b"reason", "replicator", b"replicator", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_refused", b"rows_refused", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "sink_collection", b"sink_collection", "sink_database", b"sink_database", "state", b"state", "state_time", b"state_time", "vchannels", b"vchannels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

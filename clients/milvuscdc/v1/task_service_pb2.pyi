@@ -205,7 +205,7 @@ class UpdateTaskRequest(_message.Message):
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
         """`labels`, `selection`, `selection.include`, `selection.exclude`, `carry` (and below), `drift`,
-        `batching` and `limits` (and below).
+        `batching` and `limits` (and below), `dead_letters`.
         """
 
     def __init__(

@@ -131,7 +131,8 @@ class TaskServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateTask(self, request, context):
-        """Changes `labels`, `selection`, `carry`, `drift`, `batching` and `limits`.
+        """Changes `labels`, `selection`, `carry`, `drift`, `batching`, `limits` and
+        `dead_letters`; the latter's place is probed by a replicator first, if there is one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

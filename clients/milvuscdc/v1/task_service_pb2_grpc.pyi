@@ -38,7 +38,9 @@ class TaskServiceStub:
     GetTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.GetTaskRequest, _task_service_pb2.GetTaskResponse]
     ListTasks: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ListTasksRequest, _task_service_pb2.ListTasksResponse]
     UpdateTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.UpdateTaskRequest, _task_service_pb2.UpdateTaskResponse]
-    """Changes `labels`, `selection`, `carry`, `drift`, `batching` and `limits`."""
+    """Changes `labels`, `selection`, `carry`, `drift`, `batching`, `limits` and
+    `dead_letters`; the latter's place is probed by a replicator first, if there is one.
+    """
     PauseTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.PauseTaskRequest, _task_service_pb2.PauseTaskResponse]
     """Returns when the wish is stored; replicators let go shortly after."""
     ResumeTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ResumeTaskRequest, _task_service_pb2.ResumeTaskResponse]
@@ -70,7 +72,9 @@ class TaskServiceAsyncStub(TaskServiceStub):
     GetTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.GetTaskRequest, _task_service_pb2.GetTaskResponse]  # type: ignore[assignment]
     ListTasks: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ListTasksRequest, _task_service_pb2.ListTasksResponse]  # type: ignore[assignment]
     UpdateTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.UpdateTaskRequest, _task_service_pb2.UpdateTaskResponse]  # type: ignore[assignment]
-    """Changes `labels`, `selection`, `carry`, `drift`, `batching` and `limits`."""
+    """Changes `labels`, `selection`, `carry`, `drift`, `batching`, `limits` and
+    `dead_letters`; the latter's place is probed by a replicator first, if there is one.
+    """
     PauseTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.PauseTaskRequest, _task_service_pb2.PauseTaskResponse]  # type: ignore[assignment]
     """Returns when the wish is stored; replicators let go shortly after."""
     ResumeTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ResumeTaskRequest, _task_service_pb2.ResumeTaskResponse]  # type: ignore[assignment]
@@ -123,7 +127,9 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.UpdateTaskRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_service_pb2.UpdateTaskResponse, _abc.Awaitable[_task_service_pb2.UpdateTaskResponse]]:
-        """Changes `labels`, `selection`, `carry`, `drift`, `batching` and `limits`."""
+        """Changes `labels`, `selection`, `carry`, `drift`, `batching`, `limits` and
+        `dead_letters`; the latter's place is probed by a replicator first, if there is one.
+        """
 
     @_abc_1.abstractmethod
     def PauseTask(

@@ -205,7 +205,10 @@ def _reset(world: World, record: CollectionRecord, progress: CollectionProgress)
         replace(point, incarnation=topics.get(point.vchannel, b""))
         for point in start_checkpoints(record.want)
     )
-    world.put_progress(replace(progress, checkpoints=points, conditions=()))
+    past, current = (replace(c, rows_refused=0) for c in (progress.past, progress.current))
+    world.put_progress(
+        replace(progress, checkpoints=points, conditions=(), past=past, current=current)
+    )
 
 
 def _settle_grant(world: World, grant: Grant, unwanted: str, version: int) -> None:

@@ -48,6 +48,7 @@ class Counters:
     rows_upserted: int = 0
     rows_deleted: int = 0
     rows_skipped: int = 0
+    rows_refused: int = 0
 
     def plus(self, other: Counters) -> Counters:
         return Counters(
@@ -55,6 +56,7 @@ class Counters:
             self.rows_upserted + other.rows_upserted,
             self.rows_deleted + other.rows_deleted,
             self.rows_skipped + other.rows_skipped,
+            self.rows_refused + other.rows_refused,
         )
 
 

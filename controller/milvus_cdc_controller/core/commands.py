@@ -243,12 +243,15 @@ def update_task(world: World, command: UpdateTask) -> None:
         spec = replace(spec, batching=command.batching)
     if command.limits is not None:
         spec = replace(spec, limits=command.limits)
+    if command.dead_letters is not None:
+        spec = replace(spec, dead_letters=command.dead_letters)
     if command.validate_only:
         _answer(world, command, replace(task, spec=spec))
         return
     if spec != task.spec:
         retold = (spec.carry, spec.drift) != (task.spec.carry, task.spec.drift)
-        arranged = spec.batching != task.spec.batching
+        before = (task.spec.batching, task.spec.dead_letters)
+        arranged = (spec.batching, spec.dead_letters) != before
         # Who changes the selection has seen what a rename had taken out of it.
         left = task.left if spec.selection == task.spec.selection else ()
         task = _change(world, task, spec=spec, left=left)

@@ -66,6 +66,7 @@ class UpdateTask(Command):
     drift: Drift | None = None
     batching: Batching | None = None
     limits: RateLimits | None = None
+    dead_letters: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

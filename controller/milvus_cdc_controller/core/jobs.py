@@ -19,6 +19,8 @@ class ProbeJob:
     collections: tuple[bytes, ...] = ()
     """Serialized, opaque here: what the sink must be able to hold."""
     indexes: bool = False
+    dead_letters: bytes = b""
+    """Serialized; empty when the task has no place for them."""
 
 
 @dataclass(frozen=True, slots=True)

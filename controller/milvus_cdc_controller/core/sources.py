@@ -206,7 +206,11 @@ def advance_work(world: World) -> None:
             continue
         if not task.probed:
             if not work.probe_job:
-                work.probe_job = start_job(world, task, ProbeJob(task.spec.source, task.spec.sink))
+                work.probe_job = start_job(
+                    world,
+                    task,
+                    ProbeJob(task.spec.source, task.spec.sink, dead_letters=task.spec.dead_letters),
+                )
             continue
         if work.resolve_job:
             continue

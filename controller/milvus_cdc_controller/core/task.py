@@ -95,6 +95,8 @@ class TaskSpec:
     drift: Drift = Drift.REPAIR
     batching: Batching = field(default_factory=Batching)
     limits: RateLimits = field(default_factory=RateLimits)
+    dead_letters: bytes = b""
+    """Opaque here; empty when refused rows stop their collection."""
     rename: Rules = ()
     source_endpoint: str = ""
     """The source's public API, written as a `sink_id`; empty when the task does not name it."""

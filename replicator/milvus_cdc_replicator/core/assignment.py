@@ -65,6 +65,7 @@ class Counters:
     rows_upserted: int = 0
     rows_deleted: int = 0
     rows_skipped: int = 0
+    rows_refused: int = 0
 
 
 @dataclass(slots=True)
@@ -145,7 +146,16 @@ class AssignmentCore:
             self.counters.rows_upserted += write.rows
         else:
             self.counters.rows_deleted += write.rows
+        self._count_refused(write)
         return write
+
+    def _count_refused(self, write: Write) -> None:
+        for op in write.refused:
+            self.counters.rows_refused += op.rows
+            if write.kind is WriteKind.UPSERT or (write.kind is WriteKind.CHANGES and op.replaces):
+                self.counters.rows_upserted -= op.rows
+            else:
+                self.counters.rows_inserted -= op.rows
 
     def _count(self, write: Write) -> None:
         for op in write.ops:

@@ -28,6 +28,8 @@ class Write:
     size: int = 0
     marks: dict[str, Mark] = field(default_factory=dict)
     """By vchannel: how far it stands when this is durable, where the sink is to remember that."""
+    refused: list[LogOp] = field(default_factory=list)
+    """Rows of it that the sink will not take: they are in the dead letters instead."""
     inserts_only: bool = True
     _keys: set[Key] | None = None
 

@@ -958,6 +958,7 @@ type Assign struct {
 	Carry         *Carry        `protobuf:"bytes,9,opt,name=carry,proto3" json:"carry,omitempty"`
 	Drift         Drift         `protobuf:"varint,10,opt,name=drift,proto3,enum=milvuscdc.v1.Drift" json:"drift,omitempty"`
 	Batching      *Batching     `protobuf:"bytes,11,opt,name=batching,proto3" json:"batching,omitempty"`
+	DeadLetters   *DeadLetters  `protobuf:"bytes,12,opt,name=dead_letters,json=deadLetters,proto3" json:"dead_letters,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1076,6 +1077,13 @@ func (x *Assign) GetDrift() Drift {
 func (x *Assign) GetBatching() *Batching {
 	if x != nil {
 		return x.Batching
+	}
+	return nil
+}
+
+func (x *Assign) GetDeadLetters() *DeadLetters {
+	if x != nil {
+		return x.DeadLetters
 	}
 	return nil
 }
@@ -2778,8 +2786,10 @@ type Progress struct {
 	OperationsReadFrom []byte            `protobuf:"bytes,20,opt,name=operations_read_from,json=operationsReadFrom,proto3" json:"operations_read_from,omitempty"`
 	// Metadata assignments: the version whose wishes for aliases the sink fulfils, whatever else is in the way.
 	AliasesVersion int64 `protobuf:"varint,21,opt,name=aliases_version,json=aliasesVersion,proto3" json:"aliases_version,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// As the counters above: rows that are in the dead letters instead.
+	RowsRefused   int64 `protobuf:"varint,22,opt,name=rows_refused,json=rowsRefused,proto3" json:"rows_refused,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Progress) Reset() {
@@ -2955,6 +2965,13 @@ func (x *Progress) GetOperationsReadFrom() []byte {
 func (x *Progress) GetAliasesVersion() int64 {
 	if x != nil {
 		return x.AliasesVersion
+	}
+	return 0
+}
+
+func (x *Progress) GetRowsRefused() int64 {
+	if x != nil {
+		return x.RowsRefused
 	}
 	return 0
 }
@@ -3574,14 +3591,16 @@ func (*JobRequest_Locate) isJobRequest_Job() {}
 
 // Connect to queue, sink and (when set) the source's public API, and say what is wrong.
 type ProbeJob struct {
-	state  protoimpl.MessageState `protogen:"open.v1"`
-	Source *Source                `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
-	Sink   *Sink                  `protobuf:"bytes,2,opt,name=sink,proto3" json:"sink,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only what is set is probed.
+	Source *Source `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	Sink   *Sink   `protobuf:"bytes,2,opt,name=sink,proto3" json:"sink,omitempty"`
 	// What the task would bring to the sink. The job fails with UNSUPPORTED_BY_SINK when the sink cannot hold something of
 	// it.
 	Collections []*CollectionSpec `protobuf:"bytes,3,rep,name=collections,proto3" json:"collections,omitempty"`
 	// Whether their indexes count.
-	Indexes       bool `protobuf:"varint,4,opt,name=indexes,proto3" json:"indexes,omitempty"`
+	Indexes       bool         `protobuf:"varint,4,opt,name=indexes,proto3" json:"indexes,omitempty"`
+	DeadLetters   *DeadLetters `protobuf:"bytes,5,opt,name=dead_letters,json=deadLetters,proto3" json:"dead_letters,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3642,6 +3661,13 @@ func (x *ProbeJob) GetIndexes() bool {
 		return x.Indexes
 	}
 	return false
+}
+
+func (x *ProbeJob) GetDeadLetters() *DeadLetters {
+	if x != nil {
+		return x.DeadLetters
+	}
+	return nil
 }
 
 // The log ends of these pchannels and the source's current TSO.
@@ -4953,7 +4979,7 @@ var File_milvuscdc_v1_replication_service_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\n" +
-	"&milvuscdc/v1/replication_service.proto\x12\fmilvuscdc.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17milvuscdc/v1/diff.proto\x1a\x17milvuscdc/v1/task.proto\x1a\x19milvuscdc/v1/verify.proto\"\xc1\x03\n" +
+	"&milvuscdc/v1/replication_service.proto\x12\fmilvuscdc.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fmilvuscdc/v1/dead_letters.proto\x1a\x17milvuscdc/v1/diff.proto\x1a\x17milvuscdc/v1/task.proto\x1a\x19milvuscdc/v1/verify.proto\"\xc1\x03\n" +
 	"\x0eConnectRequest\x12+\n" +
 	"\x05hello\x18\x01 \x01(\v2\x13.milvuscdc.v1.HelloH\x00R\x05hello\x12%\n" +
 	"\x03ack\x18\x02 \x01(\v2\x11.milvuscdc.v1.AckH\x00R\x03ack\x12(\n" +
@@ -5002,7 +5028,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\n" +
 	"TaskLimits\x12\x19\n" +
 	"\btask_uid\x18\x01 \x01(\tR\ataskUid\x12,\n" +
-	"\x06limits\x18\x02 \x01(\v2\x14.milvuscdc.v1.LimitsR\x06limits\"\xd3\x03\n" +
+	"\x06limits\x18\x02 \x01(\v2\x14.milvuscdc.v1.LimitsR\x06limits\"\x91\x04\n" +
 	"\x06Assign\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x18\n" +
@@ -5017,7 +5043,8 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x05carry\x18\t \x01(\v2\x13.milvuscdc.v1.CarryR\x05carry\x12)\n" +
 	"\x05drift\x18\n" +
 	" \x01(\x0e2\x13.milvuscdc.v1.DriftR\x05drift\x122\n" +
-	"\bbatching\x18\v \x01(\v2\x16.milvuscdc.v1.BatchingR\bbatchingB\x06\n" +
+	"\bbatching\x18\v \x01(\v2\x16.milvuscdc.v1.BatchingR\bbatching\x12<\n" +
+	"\fdead_letters\x18\f \x01(\v2\x19.milvuscdc.v1.DeadLettersR\vdeadLettersB\x06\n" +
 	"\x04spec\"\xb6\t\n" +
 	"\x0eCollectionSpec\x12#\n" +
 	"\rcollection_id\x18\x01 \x01(\x03R\fcollectionId\x12\x1a\n" +
@@ -5191,7 +5218,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x03seq\x18\x01 \x01(\x03R\x03seq\x12\x1a\n" +
 	"\bdraining\x18\x02 \x01(\bR\bdraining\" \n" +
 	"\fHeartbeatAck\x12\x10\n" +
-	"\x03seq\x18\x01 \x01(\x03R\x03seq\"\x90\a\n" +
+	"\x03seq\x18\x01 \x01(\x03R\x03seq\"\xb3\a\n" +
 	"\bProgress\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x10\n" +
@@ -5218,7 +5245,8 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"flushed_ts\x18\x12 \x01(\x04R\tflushedTs\x126\n" +
 	"\aflushes\x18\x13 \x03(\v2\x1c.milvuscdc.v1.FlushOperationR\aflushes\x120\n" +
 	"\x14operations_read_from\x18\x14 \x01(\fR\x12operationsReadFrom\x12'\n" +
-	"\x0faliases_version\x18\x15 \x01(\x03R\x0ealiasesVersion\"W\n" +
+	"\x0faliases_version\x18\x15 \x01(\x03R\x0ealiasesVersion\x12!\n" +
+	"\frows_refused\x18\x16 \x01(\x03R\vrowsRefused\"W\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x01\x12\x12\n" +
@@ -5271,12 +5299,13 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x06verify\x18\x04 \x01(\v2\x17.milvuscdc.v1.VerifyJobH\x00R\x06verify\x12+\n" +
 	"\x04diff\x18\x05 \x01(\v2\x15.milvuscdc.v1.DiffJobH\x00R\x04diff\x121\n" +
 	"\x06locate\x18\x06 \x01(\v2\x17.milvuscdc.v1.LocateJobH\x00R\x06locateB\x05\n" +
-	"\x03job\"\xba\x01\n" +
+	"\x03job\"\xf8\x01\n" +
 	"\bProbeJob\x12,\n" +
 	"\x06source\x18\x01 \x01(\v2\x14.milvuscdc.v1.SourceR\x06source\x12&\n" +
 	"\x04sink\x18\x02 \x01(\v2\x12.milvuscdc.v1.SinkR\x04sink\x12>\n" +
 	"\vcollections\x18\x03 \x03(\v2\x1c.milvuscdc.v1.CollectionSpecR\vcollections\x12\x18\n" +
-	"\aindexes\x18\x04 \x01(\bR\aindexes\"X\n" +
+	"\aindexes\x18\x04 \x01(\bR\aindexes\x12<\n" +
+	"\fdead_letters\x18\x05 \x01(\v2\x19.milvuscdc.v1.DeadLettersR\vdeadLetters\"X\n" +
 	"\n" +
 	"ResolveJob\x12,\n" +
 	"\x06source\x18\x01 \x01(\v2\x14.milvuscdc.v1.SourceR\x06source\x12\x1c\n" +
@@ -5459,119 +5488,122 @@ var file_milvuscdc_v1_replication_service_proto_goTypes = []any{
 	(*Carry)(nil),                  // 68: milvuscdc.v1.Carry
 	(Drift)(0),                     // 69: milvuscdc.v1.Drift
 	(*Batching)(nil),               // 70: milvuscdc.v1.Batching
-	(*Condition)(nil),              // 71: milvuscdc.v1.Condition
-	(*VerifyProgress)(nil),         // 72: milvuscdc.v1.VerifyProgress
-	(*VerifyDifference)(nil),       // 73: milvuscdc.v1.VerifyDifference
-	(*VerifyCollectionResult)(nil), // 74: milvuscdc.v1.VerifyCollectionResult
-	(*DiffProgress)(nil),           // 75: milvuscdc.v1.DiffProgress
-	(*ObjectDifference)(nil),       // 76: milvuscdc.v1.ObjectDifference
+	(*DeadLetters)(nil),            // 71: milvuscdc.v1.DeadLetters
+	(*Condition)(nil),              // 72: milvuscdc.v1.Condition
+	(*VerifyProgress)(nil),         // 73: milvuscdc.v1.VerifyProgress
+	(*VerifyDifference)(nil),       // 74: milvuscdc.v1.VerifyDifference
+	(*VerifyCollectionResult)(nil), // 75: milvuscdc.v1.VerifyCollectionResult
+	(*DiffProgress)(nil),           // 76: milvuscdc.v1.DiffProgress
+	(*ObjectDifference)(nil),       // 77: milvuscdc.v1.ObjectDifference
 }
 var file_milvuscdc_v1_replication_service_proto_depIdxs = []int32{
-	6,  // 0: milvuscdc.v1.ConnectRequest.hello:type_name -> milvuscdc.v1.Hello
-	27, // 1: milvuscdc.v1.ConnectRequest.ack:type_name -> milvuscdc.v1.Ack
-	28, // 2: milvuscdc.v1.ConnectRequest.nack:type_name -> milvuscdc.v1.Nack
-	30, // 3: milvuscdc.v1.ConnectRequest.released:type_name -> milvuscdc.v1.Released
-	31, // 4: milvuscdc.v1.ConnectRequest.heartbeat:type_name -> milvuscdc.v1.Heartbeat
-	33, // 5: milvuscdc.v1.ConnectRequest.progress:type_name -> milvuscdc.v1.Progress
-	50, // 6: milvuscdc.v1.ConnectRequest.job_update:type_name -> milvuscdc.v1.JobUpdate
-	40, // 7: milvuscdc.v1.ConnectRequest.partition_query:type_name -> milvuscdc.v1.PartitionQuery
-	8,  // 8: milvuscdc.v1.ConnectResponse.welcome:type_name -> milvuscdc.v1.Welcome
-	11, // 9: milvuscdc.v1.ConnectResponse.assign:type_name -> milvuscdc.v1.Assign
-	29, // 10: milvuscdc.v1.ConnectResponse.revoke:type_name -> milvuscdc.v1.Revoke
-	9,  // 11: milvuscdc.v1.ConnectResponse.synced:type_name -> milvuscdc.v1.Synced
-	32, // 12: milvuscdc.v1.ConnectResponse.heartbeat_ack:type_name -> milvuscdc.v1.HeartbeatAck
-	38, // 13: milvuscdc.v1.ConnectResponse.progress_ack:type_name -> milvuscdc.v1.ProgressAck
-	41, // 14: milvuscdc.v1.ConnectResponse.job_request:type_name -> milvuscdc.v1.JobRequest
-	49, // 15: milvuscdc.v1.ConnectResponse.job_cancel:type_name -> milvuscdc.v1.JobCancel
-	10, // 16: milvuscdc.v1.ConnectResponse.task_limits:type_name -> milvuscdc.v1.TaskLimits
-	7,  // 17: milvuscdc.v1.Hello.held:type_name -> milvuscdc.v1.HeldAssignment
-	64, // 18: milvuscdc.v1.Welcome.lease_ttl:type_name -> google.protobuf.Duration
-	64, // 19: milvuscdc.v1.Welcome.heartbeat_interval:type_name -> google.protobuf.Duration
-	64, // 20: milvuscdc.v1.Welcome.progress_interval:type_name -> google.protobuf.Duration
-	65, // 21: milvuscdc.v1.TaskLimits.limits:type_name -> milvuscdc.v1.Limits
-	66, // 22: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
-	67, // 23: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
-	12, // 24: milvuscdc.v1.Assign.collection:type_name -> milvuscdc.v1.CollectionSpec
-	19, // 25: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	68, // 26: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
-	69, // 27: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
-	70, // 28: milvuscdc.v1.Assign.batching:type_name -> milvuscdc.v1.Batching
-	61, // 29: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
-	0,  // 30: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
-	15, // 31: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
-	16, // 32: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
-	17, // 33: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
-	18, // 34: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
-	14, // 35: milvuscdc.v1.CollectionSpec.renamed_from:type_name -> milvuscdc.v1.SinkName
-	13, // 36: milvuscdc.v1.CollectionSpec.applied:type_name -> milvuscdc.v1.AppliedObjects
-	16, // 37: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
-	17, // 38: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
-	1,  // 39: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
-	62, // 40: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
-	2,  // 41: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
-	20, // 42: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
-	21, // 43: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
-	14, // 44: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
-	22, // 45: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
-	26, // 46: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
-	63, // 47: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
-	23, // 48: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
-	24, // 49: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
-	25, // 50: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
-	23, // 51: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
-	24, // 52: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
-	3,  // 53: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
-	36, // 54: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
-	71, // 55: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
-	35, // 56: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
-	14, // 57: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
-	34, // 58: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
-	37, // 59: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
-	64, // 60: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
-	64, // 61: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
-	39, // 62: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
-	42, // 63: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
-	43, // 64: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
-	44, // 65: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
-	46, // 66: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
-	47, // 67: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
-	66, // 68: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
-	67, // 69: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
-	12, // 70: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	66, // 71: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
-	66, // 72: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
-	67, // 73: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
-	45, // 74: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
-	66, // 75: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
-	67, // 76: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
-	12, // 77: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	19, // 78: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	68, // 79: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
-	66, // 80: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
-	48, // 81: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
-	51, // 82: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
-	52, // 83: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
-	53, // 84: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
-	55, // 85: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
-	57, // 86: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
-	59, // 87: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
-	54, // 88: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
-	72, // 89: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
-	73, // 90: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
-	74, // 91: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
-	56, // 92: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
-	75, // 93: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
-	76, // 94: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
-	58, // 95: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
-	60, // 96: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
-	37, // 97: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
-	4,  // 98: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
-	5,  // 99: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
-	99, // [99:100] is the sub-list for method output_type
-	98, // [98:99] is the sub-list for method input_type
-	98, // [98:98] is the sub-list for extension type_name
-	98, // [98:98] is the sub-list for extension extendee
-	0,  // [0:98] is the sub-list for field type_name
+	6,   // 0: milvuscdc.v1.ConnectRequest.hello:type_name -> milvuscdc.v1.Hello
+	27,  // 1: milvuscdc.v1.ConnectRequest.ack:type_name -> milvuscdc.v1.Ack
+	28,  // 2: milvuscdc.v1.ConnectRequest.nack:type_name -> milvuscdc.v1.Nack
+	30,  // 3: milvuscdc.v1.ConnectRequest.released:type_name -> milvuscdc.v1.Released
+	31,  // 4: milvuscdc.v1.ConnectRequest.heartbeat:type_name -> milvuscdc.v1.Heartbeat
+	33,  // 5: milvuscdc.v1.ConnectRequest.progress:type_name -> milvuscdc.v1.Progress
+	50,  // 6: milvuscdc.v1.ConnectRequest.job_update:type_name -> milvuscdc.v1.JobUpdate
+	40,  // 7: milvuscdc.v1.ConnectRequest.partition_query:type_name -> milvuscdc.v1.PartitionQuery
+	8,   // 8: milvuscdc.v1.ConnectResponse.welcome:type_name -> milvuscdc.v1.Welcome
+	11,  // 9: milvuscdc.v1.ConnectResponse.assign:type_name -> milvuscdc.v1.Assign
+	29,  // 10: milvuscdc.v1.ConnectResponse.revoke:type_name -> milvuscdc.v1.Revoke
+	9,   // 11: milvuscdc.v1.ConnectResponse.synced:type_name -> milvuscdc.v1.Synced
+	32,  // 12: milvuscdc.v1.ConnectResponse.heartbeat_ack:type_name -> milvuscdc.v1.HeartbeatAck
+	38,  // 13: milvuscdc.v1.ConnectResponse.progress_ack:type_name -> milvuscdc.v1.ProgressAck
+	41,  // 14: milvuscdc.v1.ConnectResponse.job_request:type_name -> milvuscdc.v1.JobRequest
+	49,  // 15: milvuscdc.v1.ConnectResponse.job_cancel:type_name -> milvuscdc.v1.JobCancel
+	10,  // 16: milvuscdc.v1.ConnectResponse.task_limits:type_name -> milvuscdc.v1.TaskLimits
+	7,   // 17: milvuscdc.v1.Hello.held:type_name -> milvuscdc.v1.HeldAssignment
+	64,  // 18: milvuscdc.v1.Welcome.lease_ttl:type_name -> google.protobuf.Duration
+	64,  // 19: milvuscdc.v1.Welcome.heartbeat_interval:type_name -> google.protobuf.Duration
+	64,  // 20: milvuscdc.v1.Welcome.progress_interval:type_name -> google.protobuf.Duration
+	65,  // 21: milvuscdc.v1.TaskLimits.limits:type_name -> milvuscdc.v1.Limits
+	66,  // 22: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
+	67,  // 23: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
+	12,  // 24: milvuscdc.v1.Assign.collection:type_name -> milvuscdc.v1.CollectionSpec
+	19,  // 25: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	68,  // 26: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
+	69,  // 27: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
+	70,  // 28: milvuscdc.v1.Assign.batching:type_name -> milvuscdc.v1.Batching
+	71,  // 29: milvuscdc.v1.Assign.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	61,  // 30: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
+	0,   // 31: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
+	15,  // 32: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
+	16,  // 33: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
+	17,  // 34: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
+	18,  // 35: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
+	14,  // 36: milvuscdc.v1.CollectionSpec.renamed_from:type_name -> milvuscdc.v1.SinkName
+	13,  // 37: milvuscdc.v1.CollectionSpec.applied:type_name -> milvuscdc.v1.AppliedObjects
+	16,  // 38: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
+	17,  // 39: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
+	1,   // 40: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
+	62,  // 41: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
+	2,   // 42: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
+	20,  // 43: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
+	21,  // 44: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
+	14,  // 45: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
+	22,  // 46: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
+	26,  // 47: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
+	63,  // 48: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
+	23,  // 49: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
+	24,  // 50: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
+	25,  // 51: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
+	23,  // 52: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
+	24,  // 53: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
+	3,   // 54: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
+	36,  // 55: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
+	72,  // 56: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
+	35,  // 57: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
+	14,  // 58: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
+	34,  // 59: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
+	37,  // 60: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
+	64,  // 61: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
+	64,  // 62: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
+	39,  // 63: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
+	42,  // 64: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
+	43,  // 65: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
+	44,  // 66: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
+	46,  // 67: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
+	47,  // 68: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
+	66,  // 69: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
+	67,  // 70: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
+	12,  // 71: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	71,  // 72: milvuscdc.v1.ProbeJob.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	66,  // 73: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
+	66,  // 74: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
+	67,  // 75: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
+	45,  // 76: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
+	66,  // 77: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
+	67,  // 78: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
+	12,  // 79: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	19,  // 80: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	68,  // 81: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
+	66,  // 82: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
+	48,  // 83: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
+	51,  // 84: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
+	52,  // 85: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
+	53,  // 86: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
+	55,  // 87: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
+	57,  // 88: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
+	59,  // 89: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
+	54,  // 90: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
+	73,  // 91: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
+	74,  // 92: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
+	75,  // 93: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
+	56,  // 94: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
+	76,  // 95: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
+	77,  // 96: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
+	58,  // 97: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
+	60,  // 98: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
+	37,  // 99: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
+	4,   // 100: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
+	5,   // 101: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
+	101, // [101:102] is the sub-list for method output_type
+	100, // [100:101] is the sub-list for method input_type
+	100, // [100:100] is the sub-list for extension type_name
+	100, // [100:100] is the sub-list for extension extendee
+	0,   // [0:100] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_replication_service_proto_init() }
@@ -5579,6 +5611,7 @@ func file_milvuscdc_v1_replication_service_proto_init() {
 	if File_milvuscdc_v1_replication_service_proto != nil {
 		return
 	}
+	file_milvuscdc_v1_dead_letters_proto_init()
 	file_milvuscdc_v1_diff_proto_init()
 	file_milvuscdc_v1_task_proto_init()
 	file_milvuscdc_v1_verify_proto_init()

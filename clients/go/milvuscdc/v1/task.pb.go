@@ -244,8 +244,11 @@ type Task struct {
 	// How rows are put together to batches. May be changed while the task runs.
 	Batching *Batching `protobuf:"bytes,15,opt,name=batching,proto3" json:"batching,omitempty"`
 	// How fast rows are written at most. May be changed while the task runs.
-	Limits *Limits   `protobuf:"bytes,16,opt,name=limits,proto3" json:"limits,omitempty"`
-	State  TaskState `protobuf:"varint,20,opt,name=state,proto3,enum=milvuscdc.v1.TaskState" json:"state,omitempty"`
+	Limits *Limits `protobuf:"bytes,16,opt,name=limits,proto3" json:"limits,omitempty"`
+	// Where rows go that the sink will never take; a collection with such a row stops when unset. May be changed while
+	// the task runs.
+	DeadLetters *DeadLetters `protobuf:"bytes,17,opt,name=dead_letters,json=deadLetters,proto3" json:"dead_letters,omitempty"`
+	State       TaskState    `protobuf:"varint,20,opt,name=state,proto3,enum=milvuscdc.v1.TaskState" json:"state,omitempty"`
 	// Upper-case reason of the state, for programs, for example NO_REPLICATOR; empty when all is well.
 	Reason string `protobuf:"bytes,21,opt,name=reason,proto3" json:"reason,omitempty"`
 	// The same for people, with what to do.
@@ -399,6 +402,13 @@ func (x *Task) GetBatching() *Batching {
 func (x *Task) GetLimits() *Limits {
 	if x != nil {
 		return x.Limits
+	}
+	return nil
+}
+
+func (x *Task) GetDeadLetters() *DeadLetters {
+	if x != nil {
+		return x.DeadLetters
 	}
 	return nil
 }
@@ -1520,8 +1530,11 @@ type TaskCollection struct {
 	// `database` and `collection` are names at the source; these are those at the sink.
 	SinkDatabase   string `protobuf:"bytes,19,opt,name=sink_database,json=sinkDatabase,proto3" json:"sink_database,omitempty"`
 	SinkCollection string `protobuf:"bytes,20,opt,name=sink_collection,json=sinkCollection,proto3" json:"sink_collection,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Rows that the sink refused and that are in the task's dead letters instead, since the collection was last filled
+	// from its beginning.
+	RowsRefused   int64 `protobuf:"varint,21,opt,name=rows_refused,json=rowsRefused,proto3" json:"rows_refused,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *TaskCollection) Reset() {
@@ -1694,6 +1707,13 @@ func (x *TaskCollection) GetSinkCollection() string {
 	return ""
 }
 
+func (x *TaskCollection) GetRowsRefused() int64 {
+	if x != nil {
+		return x.RowsRefused
+	}
+	return 0
+}
+
 // A standing remark about a collection, for example AUTO_ID_KEYS.
 type Condition struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1860,7 +1880,7 @@ var File_milvuscdc_v1_task_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\n" +
-	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\"\x8b\v\n" +
+	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fmilvuscdc/v1/dead_letters.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\"\xc9\v\n" +
 	"\x04Task\x12F\n" +
 	"\x04name\x18\x01 \x01(\tB2\xe2A\x01\b\xbaH+r)2'^tasks/[a-z]([a-z0-9-]{0,61}[a-z0-9])?$R\x04name\x12\x16\n" +
 	"\x03uid\x18\x02 \x01(\tB\x04\xe2A\x01\x03R\x03uid\x12\x12\n" +
@@ -1881,7 +1901,8 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x05carry\x18\r \x01(\v2\x13.milvuscdc.v1.CarryR\x05carry\x123\n" +
 	"\x05drift\x18\x0e \x01(\x0e2\x13.milvuscdc.v1.DriftB\b\xbaH\x05\x82\x01\x02\x10\x01R\x05drift\x122\n" +
 	"\bbatching\x18\x0f \x01(\v2\x16.milvuscdc.v1.BatchingR\bbatching\x12,\n" +
-	"\x06limits\x18\x10 \x01(\v2\x14.milvuscdc.v1.LimitsR\x06limits\x123\n" +
+	"\x06limits\x18\x10 \x01(\v2\x14.milvuscdc.v1.LimitsR\x06limits\x12<\n" +
+	"\fdead_letters\x18\x11 \x01(\v2\x19.milvuscdc.v1.DeadLettersR\vdeadLetters\x123\n" +
 	"\x05state\x18\x14 \x01(\x0e2\x17.milvuscdc.v1.TaskStateB\x04\xe2A\x01\x03R\x05state\x12\x1c\n" +
 	"\x06reason\x18\x15 \x01(\tB\x04\xe2A\x01\x03R\x06reason\x12\x1e\n" +
 	"\amessage\x18\x16 \x01(\tB\x04\xe2A\x01\x03R\amessage\x12?\n" +
@@ -1966,7 +1987,7 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x02at\x12\x05\xbaH\x02\b\x01\"\n" +
 	"\n" +
 	"\bEarliest\"\b\n" +
-	"\x06Latest\"\x8e\a\n" +
+	"\x06Latest\"\xb1\a\n" +
 	"\x0eTaskCollection\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bdatabase\x18\x02 \x01(\tR\bdatabase\x12\x1e\n" +
@@ -1995,7 +2016,8 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"conditions\x18\x12 \x03(\v2\x17.milvuscdc.v1.ConditionR\n" +
 	"conditions\x12#\n" +
 	"\rsink_database\x18\x13 \x01(\tR\fsinkDatabase\x12'\n" +
-	"\x0fsink_collection\x18\x14 \x01(\tR\x0esinkCollection:h\xeaAe\n" +
+	"\x0fsink_collection\x18\x14 \x01(\tR\x0esinkCollection\x12!\n" +
+	"\frows_refused\x18\x15 \x01(\x03R\vrowsRefused:h\xeaAe\n" +
 	"\x1bmilvuscdc.io/TaskCollection\x12%tasks/{task}/collections/{collection}*\x0ftaskCollections2\x0etaskCollection\"9\n" +
 	"\tCondition\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x18\n" +
@@ -2071,13 +2093,14 @@ var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(*Condition)(nil),             // 20: milvuscdc.v1.Condition
 	(*VchannelProgress)(nil),      // 21: milvuscdc.v1.VchannelProgress
 	nil,                           // 22: milvuscdc.v1.Task.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 24: google.protobuf.Duration
-	(*Secret)(nil),                // 25: milvuscdc.v1.Secret
-	(*KafkaSink)(nil),             // 26: milvuscdc.v1.KafkaSink
-	(*FileSink)(nil),              // 27: milvuscdc.v1.FileSink
-	(*PostgresSink)(nil),          // 28: milvuscdc.v1.PostgresSink
-	(*Plugin)(nil),                // 29: milvuscdc.v1.Plugin
+	(*DeadLetters)(nil),           // 23: milvuscdc.v1.DeadLetters
+	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 25: google.protobuf.Duration
+	(*Secret)(nil),                // 26: milvuscdc.v1.Secret
+	(*KafkaSink)(nil),             // 27: milvuscdc.v1.KafkaSink
+	(*FileSink)(nil),              // 28: milvuscdc.v1.FileSink
+	(*PostgresSink)(nil),          // 29: milvuscdc.v1.PostgresSink
+	(*Plugin)(nil),                // 30: milvuscdc.v1.Plugin
 }
 var file_milvuscdc_v1_task_proto_depIdxs = []int32{
 	22, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
@@ -2090,38 +2113,39 @@ var file_milvuscdc_v1_task_proto_depIdxs = []int32{
 	0,  // 7: milvuscdc.v1.Task.drift:type_name -> milvuscdc.v1.Drift
 	6,  // 8: milvuscdc.v1.Task.batching:type_name -> milvuscdc.v1.Batching
 	7,  // 9: milvuscdc.v1.Task.limits:type_name -> milvuscdc.v1.Limits
-	1,  // 10: milvuscdc.v1.Task.state:type_name -> milvuscdc.v1.TaskState
-	23, // 11: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
-	23, // 12: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
-	23, // 13: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
-	8,  // 14: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
-	20, // 15: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
-	24, // 16: milvuscdc.v1.Batching.linger:type_name -> google.protobuf.Duration
-	24, // 17: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
-	10, // 18: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
-	11, // 19: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
-	12, // 20: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
-	13, // 21: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	25, // 22: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
-	13, // 23: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	26, // 24: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
-	27, // 25: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
-	28, // 26: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
-	29, // 27: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
-	17, // 28: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
-	18, // 29: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
-	2,  // 30: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
-	23, // 31: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
-	23, // 32: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
-	24, // 33: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
-	21, // 34: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
-	20, // 35: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
-	24, // 36: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
-	37, // [37:37] is the sub-list for method output_type
-	37, // [37:37] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	23, // 10: milvuscdc.v1.Task.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	1,  // 11: milvuscdc.v1.Task.state:type_name -> milvuscdc.v1.TaskState
+	24, // 12: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
+	24, // 13: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
+	24, // 14: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
+	8,  // 15: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
+	20, // 16: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
+	25, // 17: milvuscdc.v1.Batching.linger:type_name -> google.protobuf.Duration
+	25, // 18: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
+	10, // 19: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
+	11, // 20: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
+	12, // 21: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
+	13, // 22: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	26, // 23: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
+	13, // 24: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	27, // 25: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
+	28, // 26: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
+	29, // 27: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
+	30, // 28: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
+	17, // 29: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
+	18, // 30: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
+	2,  // 31: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
+	24, // 32: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
+	24, // 33: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
+	25, // 34: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
+	21, // 35: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
+	20, // 36: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
+	25, // 37: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
+	38, // [38:38] is the sub-list for method output_type
+	38, // [38:38] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_task_proto_init() }
@@ -2129,6 +2153,7 @@ func file_milvuscdc_v1_task_proto_init() {
 	if File_milvuscdc_v1_task_proto != nil {
 		return
 	}
+	file_milvuscdc_v1_dead_letters_proto_init()
 	file_milvuscdc_v1_format_proto_init()
 	file_milvuscdc_v1_secret_proto_init()
 	file_milvuscdc_v1_sink_file_proto_init()

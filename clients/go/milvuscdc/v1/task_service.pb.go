@@ -407,7 +407,7 @@ type UpdateTaskRequest struct {
 	// `name` says which; `etag`, when set, must be the current one.
 	Task *Task `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
 	// `labels`, `selection`, `selection.include`, `selection.exclude`, `carry` (and below), `drift`,
-	// `batching` and `limits` (and below).
+	// `batching` and `limits` (and below), `dead_letters`.
 	UpdateMask    *fieldmaskpb.FieldMask `protobuf:"bytes,2,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
 	ValidateOnly  bool                   `protobuf:"varint,3,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
 	unknownFields protoimpl.UnknownFields

@@ -47,7 +47,8 @@ type TaskServiceClient interface {
 	CreateTask(ctx context.Context, in *CreateTaskRequest, opts ...grpc.CallOption) (*CreateTaskResponse, error)
 	GetTask(ctx context.Context, in *GetTaskRequest, opts ...grpc.CallOption) (*GetTaskResponse, error)
 	ListTasks(ctx context.Context, in *ListTasksRequest, opts ...grpc.CallOption) (*ListTasksResponse, error)
-	// Changes `labels`, `selection`, `carry`, `drift`, `batching` and `limits`.
+	// Changes `labels`, `selection`, `carry`, `drift`, `batching`, `limits` and
+	// `dead_letters`; the latter's place is probed by a replicator first, if there is one.
 	UpdateTask(ctx context.Context, in *UpdateTaskRequest, opts ...grpc.CallOption) (*UpdateTaskResponse, error)
 	// Returns when the wish is stored; replicators let go shortly after.
 	PauseTask(ctx context.Context, in *PauseTaskRequest, opts ...grpc.CallOption) (*PauseTaskResponse, error)
@@ -255,7 +256,8 @@ type TaskServiceServer interface {
 	CreateTask(context.Context, *CreateTaskRequest) (*CreateTaskResponse, error)
 	GetTask(context.Context, *GetTaskRequest) (*GetTaskResponse, error)
 	ListTasks(context.Context, *ListTasksRequest) (*ListTasksResponse, error)
-	// Changes `labels`, `selection`, `carry`, `drift`, `batching` and `limits`.
+	// Changes `labels`, `selection`, `carry`, `drift`, `batching`, `limits` and
+	// `dead_letters`; the latter's place is probed by a replicator first, if there is one.
 	UpdateTask(context.Context, *UpdateTaskRequest) (*UpdateTaskResponse, error)
 	// Returns when the wish is stored; replicators let go shortly after.
 	PauseTask(context.Context, *PauseTaskRequest) (*PauseTaskResponse, error)

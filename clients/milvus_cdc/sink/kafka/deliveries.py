@@ -17,7 +17,7 @@ from confluent_kafka import KafkaError, KafkaException, Message
 
 from milvus_cdc.errors import BugError, CdcError, UnknownOutcomeError
 from milvus_cdc.format import Record
-from milvus_cdc.sink.kafka.failures import TOO_LARGE, translate
+from milvus_cdc.sink.kafka.failures import TOO_LARGE, RecordTooLargeError, translate
 from milvus_cdc.sink.kafka.headers import Headers
 
 ANY_PARTITION = -1
@@ -184,4 +184,8 @@ class HandingOver:
         self, error: KafkaException, topic: str, key: bytes, value: bytes | None
     ) -> CdcError:
         failure = Failure(error.args[0], topic, key, value)
-        return translate(failure.error, self._brokers, failure.what)
+        refused = translate(failure.error, self._brokers, failure.what)
+        if isinstance(refused, RecordTooLargeError):
+            # A broker refuses what it was sent together: only here it is this record.
+            refused.record = failure.key, failure.size
+        return refused

@@ -13,7 +13,13 @@ from collections import deque
 
 from confluent_kafka import KafkaError
 
-from milvus_cdc.errors import CdcError, RetryableError, UnknownOutcomeError, UserError
+from milvus_cdc.errors import (
+    CdcError,
+    RetryableError,
+    RowRefusedError,
+    UnknownOutcomeError,
+    UserError,
+)
 from milvus_cdc.sink.kafka.settings import FIELD
 
 AUTHENTICATION = frozenset(
@@ -70,6 +76,14 @@ _REFUSED_TOPIC = frozenset(
         KafkaError.POLICY_VIOLATION,
     )
 )
+
+
+class RecordTooLargeError(RowRefusedError):
+    """`record`: its key and the bytes of key and value, where that is known."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("RECORD_TOO_LARGE", message, field=f"{FIELD}.librdkafka")
+        self.record: tuple[bytes, int] | None = None
 
 
 class LastFault:
@@ -138,12 +152,10 @@ def translate(
             field=f"{FIELD}.topic",
         )
     if code in TOO_LARGE:
-        return UserError(
-            "RECORD_TOO_LARGE",
+        return RecordTooLargeError(
             f"{text}; raise the topic's `max.message.bytes` (`{FIELD}.create_topics.config` for "
             f"new topics) and `{FIELD}.librdkafka: message.max.bytes`, or, where single records "
-            f"are small enough, lower `{FIELD}.librdkafka: batch.size`",
-            field=f"{FIELD}.librdkafka",
+            f"are small enough, lower `{FIELD}.librdkafka: batch.size`"
         )
     if code in _REFUSED_TOPIC:
         return UserError("SINK_TOPIC_REFUSED", text, field=f"{FIELD}.create_topics")

@@ -17,6 +17,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import orjson
 import structlog
@@ -32,6 +33,7 @@ from milvus_cdc.sink.kafka import headers, settings
 from milvus_cdc.sink.kafka.broker import Brokers
 from milvus_cdc.sink.kafka.deliveries import HandingOver
 from milvus_cdc.sink.kafka.exactly_once import ExactlyOnce
+from milvus_cdc.sink.kafka.failures import RecordTooLargeError
 from milvus_cdc.sink.kafka.producers import Producers
 from milvus_cdc.sink.kafka.settings import FIELD
 from milvus_cdc.sink.kafka.topics import DEFAULT_TOPIC, TopicTemplate
@@ -181,10 +183,27 @@ class KafkaWriter:
                     timeout_seconds,
                     target.encoding,
                 )
+        except RecordTooLargeError as error:
+            if error.record is not None:
+                find = partial(self._find, target.table, batch.changes, *error.record)
+                error.rows = await asyncio.to_thread(find)
+            raise
         except UserError as error:
             if error.reason == "SINK_TOPIC_MISSING":
                 await self._confirm_missing(collection.topic, error)
             raise
+
+    def _find(
+        self, table: Table, changes: Sequence[Changes], key: bytes, size: int
+    ) -> tuple[tuple[int, int], ...]:
+        """Where the record is that a broker or the library finds too large."""
+        return tuple(
+            (index, row)
+            for index, each in enumerate(changes)
+            if each.op is not ChangeOp.DELETE
+            for row, record in enumerate(self._format.encode(table, each))
+            if record.key == key and len(key) + len(record.value or b"") == size
+        )
 
     async def heartbeat(self, table: Table, resolved_ts: int) -> None:
         """Every change of the collection at or below `resolved_ts` (TSO) is in its topic. Told at

@@ -14,9 +14,16 @@ import contextlib
 import time
 from typing import Any
 
-from milvus_cdc.errors import BugError, RetryableError, UnknownOutcomeError, UserError
+from milvus_cdc.errors import (
+    BugError,
+    RetryableError,
+    RowRefusedError,
+    UnknownOutcomeError,
+    UserError,
+)
 from milvus_cdc.milvus_client import MessageTooLargeError, MilvusClient, Refusal
 from milvus_cdc.milvus_protos import common_pb2, milvus_pb2
+from milvus_cdc.milvus_status import MilvusStatusError
 from milvus_cdc.model import Carry, Collection
 from milvus_cdc.sink import AnyBatch, CollectionTarget, DeleteBatch, Op, Opened, RowBatch
 from milvus_cdc.sink.differences import ObjectDifference
@@ -371,7 +378,7 @@ class MilvusSink:
             except MessageTooLargeError as error:
                 halves = requests.halve_rows(part)
                 if len(halves) == 1:
-                    raise UserError(
+                    raise RowRefusedError(
                         "SINK_ROW_TOO_LARGE",
                         f"one row of {target.database}.{target.collection} exceeds what the sink "
                         f"takes ({error}); raise proxy.grpc.serverMaxRecvSize there",
@@ -379,6 +386,10 @@ class MilvusSink:
                 waiting += halves[::-1]
             except UnknownOutcomeError:
                 raise
+            except MilvusStatusError as error:
+                if error.reason != "SINK_REFUSED":
+                    raise
+                raise RowRefusedError(error.reason, error.message) from error
             except RetryableError as error:
                 if written:
                     # An earlier part of the same batch is there already.

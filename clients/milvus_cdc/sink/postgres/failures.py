@@ -14,7 +14,13 @@ import re
 
 import psycopg
 
-from milvus_cdc.errors import CdcError, RetryableError, UnknownOutcomeError, UserError
+from milvus_cdc.errors import (
+    CdcError,
+    RetryableError,
+    RowRefusedError,
+    UnknownOutcomeError,
+    UserError,
+)
 from milvus_cdc.sink.postgres.settings import FIELD, Settings
 
 _COPY_CONTEXT = re.compile(r"^COPY [^,]+, line (\d+)(?:, column ([^:]+?))?(?:: .*)?$", re.M)
@@ -102,7 +108,9 @@ def of_statement(error: Exception, doing: str, *, committing: bool = False) -> C
         case "40" | "53" | "55" | "58":
             return RetryableError("SINK_ERROR", f"{text} ({code})")
         case "22" | "23" | "54":
-            return UserError("ROW_NOT_STORABLE", f"{text}; change the row at the source, or resync")
+            return RowRefusedError(
+                "ROW_NOT_STORABLE", f"{text}; change the row at the source, or resync"
+            )
     return UserError("SINK_REFUSED", f"{text} ({code})", field=FIELD)
 
 

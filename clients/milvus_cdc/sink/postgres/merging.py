@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from psycopg import sql
 from psycopg.adapt import Dumper
 
-from milvus_cdc.errors import UserError
+from milvus_cdc.errors import RowRefusedError
 from milvus_cdc.rows import Field, FieldType, Table
 from milvus_cdc.sink.postgres import copying, failures, tables
 from milvus_cdc.sink.postgres.columns import PARTITION_COLUMN, TS_COLUMN, Column
@@ -200,15 +200,17 @@ class Merger:
     ) -> Exception:
         if isinstance(error, psycopg.errors.UniqueViolation) or row >= rows.num_rows:
             return error
-        key = repr(rows.column(self._table.key.name)[row].as_py())
+        value = rows.column(self._table.key.name)[row].as_py()
+        key = repr(value)
         if len(key) > SHOWN_KEY:
             key = f"{key[:SHOWN_KEY]}... ({len(key)} characters)"
         field = f", field {column}" if column else ""
-        return UserError(
+        return RowRefusedError(
             "ROW_NOT_STORABLE",
             f"{self._table.full_name}: the row with key {key}{field} cannot be held: "
             f"{error.diag.message_primary}; change or delete it at the source and resync the "
             f"collection{_advice(error)}",
+            key=value,
             field=FIELD,
         )
 

@@ -74,6 +74,7 @@ class PostgresWriter:
             own_checkpoint=True,
             rows_per_batch=20_000,
             bytes_per_batch=16 * 1024 * 1024,
+            divisible=True,
             in_flight=1,
         )
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from milvus_cdc.errors import RetryableError, UnknownOutcomeError, UserError
+from milvus_cdc.errors import RetryableError, RowRefusedError, UnknownOutcomeError, UserError
 from milvus_cdc.rows import ChangeOp, Changes
 from milvus_cdc.sink.postgres import failures
 from milvus_cdc.sink.postgres.reduction import reduce
@@ -115,8 +115,8 @@ def _error(code: str) -> psycopg.Error:
         ("42501", UserError, "SINK_ACCESS_DENIED"),
         ("42P01", UserError, "SINK_COLLECTION_MISSING"),
         ("42703", UserError, "SCHEMA_MISMATCH"),
-        ("22021", UserError, "ROW_NOT_STORABLE"),
-        ("23514", UserError, "ROW_NOT_STORABLE"),
+        ("22021", RowRefusedError, "ROW_NOT_STORABLE"),
+        ("23514", RowRefusedError, "ROW_NOT_STORABLE"),
         ("XX000", UserError, "SINK_REFUSED"),
     ],
 )
