@@ -214,6 +214,7 @@ class SinkObject:
             letters=self._letters,
             table=self._table,
             divisible=lambda: self._divisible,
+            refused=self._note_refused,
             halt=self._halt,
             troubles=self._troubles,
             restore=self._restore,
@@ -338,6 +339,11 @@ class SinkObject:
             sink_collection_id=self._assignment.sink_collection_id,
             create=self._assignment.carry.schema,
         )
+
+    def _note_refused(self, rows: int) -> None:
+        """Told before a checkpoint passes them, as far as it can be."""
+        self._core.refused(rows)
+        self._changed()
 
     def _table(self) -> Table:
         assignment = self._assignment

@@ -94,6 +94,7 @@ class SinkWork:
         letters: Callable[[], Place | None],
         table: Callable[[], Table],
         divisible: Callable[[], bool],
+        refused: Callable[[int], None],
         halt: asyncio.Event,
         troubles: Troubles,
         restore: Callable[[], Awaitable[bool]],
@@ -101,7 +102,8 @@ class SinkWork:
     ) -> None:
         """`restore` brings a missing collection or partition back and says if it could;
         `reconnected` hears that a sink that was away answers again. `letters`: where refused rows
-        go, described by `table`; `divisible`: a part of a write may be written alone.
+        go, described by `table`; `divisible`: a part of a write may be written alone;
+        `refused` hears how many rows are dead letters now.
         """
         self._sink = sink
         self._target = target
@@ -114,6 +116,7 @@ class SinkWork:
         self._letters = letters
         self._table = table
         self._divisible = divisible
+        self._refused = refused
         self._refusing = converter.refusing
         self._pacing = 0
         """Writes that wait for the task's limits."""
@@ -221,6 +224,7 @@ class SinkWork:
             metrics.DEAD_LETTERS.labels(self._task, self._collection, error.reason).inc(
                 len(letters)
             )
+            self._refused(len(letters))
             return True
         return False
 

@@ -149,9 +149,12 @@ class AssignmentCore:
         self._count_refused(write)
         return write
 
+    def refused(self, rows: int) -> None:
+        """So many are dead letters now; the write that they were taken out of may go on."""
+        self.counters.rows_refused += rows
+
     def _count_refused(self, write: Write) -> None:
         for op in write.refused:
-            self.counters.rows_refused += op.rows
             if write.kind is WriteKind.UPSERT or (write.kind is WriteKind.CHANGES and op.replaces):
                 self.counters.rows_upserted -= op.rows
             else:
