@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 import pytest
 from milvus_cdc.catalog import CatalogueWatcher, Layout
-from milvus_cdc.errors import RetryableError, UnknownOutcomeError, UserError
+from milvus_cdc.errors import RetryableError, RowRefusedError, UnknownOutcomeError, UserError
 from milvus_cdc.etcd import EtcdClient
 from milvus_cdc.milvus_client import MilvusClient, Refusal
 from milvus_cdc.model import Carry, Collection, Index, Load, LoadKind
@@ -507,7 +507,7 @@ async def test_limits_of_size_and_rate(guarded: MilvusServer) -> None:
     wide = Sample("default", "wide", (KEY, VECTOR, Field("j", FieldType.JSON)))
     await sink.open_collection(wide.want(), **options)  # type: ignore[arg-type]
     row = {"id": 1, "v": [0.0] * DIM, "j": b'{"x": "' + b"x" * 600_000 + b'"}'}
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(RowRefusedError) as refused:
         await sink.write(sink.target(wide.want()), wide.batch([row]), SECONDS)
     assert refused.value.reason == "SINK_ROW_TOO_LARGE"
     await sink.close()
@@ -521,9 +521,9 @@ async def test_what_a_server_refuses_for_good_needs_a_person(milvus: Milvus) -> 
     )
     target = milvus.sink.target(longer.want())
     row = {"id": 1, "v": [0.0] * DIM, "s": "too long for it"}
-    with pytest.raises(UserError) as failed:
+    with pytest.raises(RowRefusedError) as unfit:
         await milvus.sink.write(target, longer.batch([row]), SECONDS)
-    assert failed.value.reason == "SINK_REFUSED"
+    assert unfit.value.reason == "SINK_REFUSED"
     with pytest.raises(UserError) as failed:
         await milvus.open(replace(longer.want(), name="bad name!"))
     assert failed.value.reason == "SINK_REFUSED"
