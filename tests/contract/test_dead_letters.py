@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from milvus_cdc.errors import RowRefusedError, UserError
 from milvus_cdc.rows import ChangeOp
 from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.sink.files.opening import open_store
+from milvus_cdc.sink.kafka import KafkaWriter
 from milvus_cdc.sink.writer import Opening
+from milvus_cdc.sink.writer_sink import Origin, WriterSink
 from milvus_cdc.testing import samples
 from milvuscdc.v1 import dead_letters_pb2, sink_kafka_pb2
 
 from tests.contract.kafka_samples import batch, read_all, some_table, upserts, writer_for
 from tests.servers import KafkaServer, S3Server
 from tests.servers.s3 import KEY_ID, REGION, SECRET
+from tests.unit.replicator.test_runner import START, Bench, insert, tick
 
 SECONDS = 8.0
 SECRETS = SecretResolver(env_prefix="TEST_", environ={"TEST_KEY": KEY_ID, "TEST_SECRET": SECRET})
@@ -160,3 +164,56 @@ async def test_a_record_that_the_producer_refuses_is_named(kafka_broker: KafkaSe
             assert failed.value.reason == "RECORD_TOO_LARGE"
             assert failed.value.rows == rows, "only where it is certain which it is"
             await writer.close()
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("exactly_once", [False, True])
+async def test_a_row_too_large_for_its_topic_is_a_letter_and_the_others_are_there(
+    kafka_broker: KafkaServer, tmp_path: Path, exactly_once: bool
+) -> None:
+    """By a whole runner; found in halves, or named by the producer."""
+    topic = f"rows.{uuid.uuid4().hex[:8]}"
+    spec = sink_kafka_pb2.KafkaSink(
+        brokers=[kafka_broker.brokers],
+        topic=topic,
+        create_topics=sink_kafka_pb2.KafkaTopicCreation(
+            partitions=1, config={"max.message.bytes": "3000"}
+        ),
+    )
+    if exactly_once:
+        spec.delivery = sink_kafka_pb2.KAFKA_DELIVERY_EXACTLY_ONCE
+        spec.librdkafka["message.max.bytes"] = "3000"
+    letters = dead_letters_pb2.DeadLetters(
+        files=dead_letters_pb2.DeadLetterFiles(uri=tmp_path.as_uri())
+    )
+    place = open_place(letters, SECRETS)
+    bench = Bench()
+    uid = uuid.uuid4().hex
+    origin = Origin("tasks/t", uid, "default", "c", 3)
+    sink = WriterSink(KafkaWriter(spec, SECRETS), lambda: origin)
+    bench.connections._sink = sink  # type: ignore[assignment]
+    bench.connections.dead_letters = lambda _: place  # type: ignore[attr-defined]
+    assignment = replace(bench.runner.assignment, dead_letters=letters)
+    bench.runner.assignment = assignment
+    bench.runner._object.update(assignment)
+    await bench.start()
+    bench.append(
+        insert(START + 1, [1, 2, 3]),
+        insert(START + 2, [4], "x" * 4_000),
+        insert(START + 3, [5, 6]),
+        tick(START + 9),
+    )
+    async with asyncio.timeout(60):
+        while bench.resolved_ts < START + 9:
+            await asyncio.sleep(0.05)
+    assert bench.runner.report().counters.rows_refused == 1
+    await bench.runner.stop()
+    await sink.close()
+    await bench.connections.close()
+    found = [record.key for record in read_all(kafka_broker.brokers, topic)]
+    assert set(found) == {"1", "2", "3", "5", "6"}
+    assert not exactly_once or len(found) == 5
+    (path,) = await asyncio.to_thread(lambda: list(tmp_path.rglob("*.jsonl")))
+    letter = json.loads(path.read_text())
+    assert (letter["key"], letter["reason"]) == (4, "RECORD_TOO_LARGE")
+    assert letter["row"] == {"id": 4, "text": "x" * 4_000}
