@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# Test files run beside each other, each worker with servers of its own (3 GB); 0: one after the other.
+WORKERS ?= 2
 TYPED := $(wildcard tests examples benchmarks)
 
 .DEFAULT_GOAL := help
@@ -16,7 +18,7 @@ demo: $(INSTALLED) ## replicate between two real Milvus servers on this machine,
 	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(INSTALLED) ## all tests, on real servers (ARGS='-k name' for some; Kafka needs Java and Maven)
-	@$(BIN)/python -m pytest -m 'not soak' $(ARGS)
+	@$(BIN)/python -m pytest -m 'not soak' -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED) check-protos ## style, types, layers, protos
 	@echo '== ruff'
