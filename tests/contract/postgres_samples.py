@@ -149,6 +149,14 @@ class Database:
         )
         return int(count)
 
+    async def all_closed(self) -> bool:
+        """The server may notice a moment after the client."""
+        for _ in range(50):
+            if not self.sessions():
+                return True
+            await asyncio.sleep(0.1)
+        return False
+
 
 async def write(
     writer: PostgresWriter,

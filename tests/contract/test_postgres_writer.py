@@ -57,7 +57,7 @@ async def writer(database: Database) -> AsyncIterator[PostgresWriter]:
     one = database.writer()
     yield one
     await one.close()
-    assert database.sessions() == 0
+    assert await database.all_closed()
 
 
 # ---- values
@@ -681,7 +681,7 @@ async def test_many_collections_share_few_connections(database: Database) -> Non
     for table in tables:
         assert database.numbers(f'"default".{table.collection}') == {1: 2, 2: 2}
     await writer.close()
-    assert database.sessions() == 0
+    assert await database.all_closed()
 
 
 def test_capabilities(database: Database) -> None:
