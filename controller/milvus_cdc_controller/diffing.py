@@ -17,8 +17,8 @@ from milvuscdc.v1 import task_service_pb2 as pb
 from milvus_cdc_controller.api_errors import ApiError
 from milvus_cdc_controller.core import jobs
 from milvus_cdc_controller.core.task import TaskRecord
+from milvus_cdc_controller.specs import carry_message, collection_spec, metadata_spec
 from milvus_cdc_controller.verification import chosen, failed
-from milvus_cdc_controller.wire import carry_message, collection_spec, metadata_spec
 
 if TYPE_CHECKING:
     from milvus_cdc_controller.loop import ControlLoop

@@ -34,7 +34,7 @@ from milvus_cdc_controller.core.status import (
 from milvus_cdc_controller.core.task import LeftCollection, StartAt, TaskRecord, TaskSpec, TaskState
 from milvus_cdc_controller.core.world import World
 from milvus_cdc_controller.retention_alarm import RETENTION_LOW, retention_text
-from milvus_cdc_controller.wire import (
+from milvus_cdc_controller.specs import (
     DRIFTS,
     batching_message,
     carry_message,

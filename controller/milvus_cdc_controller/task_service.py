@@ -27,6 +27,7 @@ from milvus_cdc_controller.core.task import TaskRecord, TaskSpec
 from milvus_cdc_controller.diffing import diff
 from milvus_cdc_controller.pages import page
 from milvus_cdc_controller.setting_positions import set_positions
+from milvus_cdc_controller.specs import planned_spec
 from milvus_cdc_controller.validation import (
     check,
     check_batching,
@@ -38,7 +39,6 @@ from milvus_cdc_controller.validation import (
 )
 from milvus_cdc_controller.verification import verify
 from milvus_cdc_controller.watch import WatchHub
-from milvus_cdc_controller.wire import planned_spec
 
 if TYPE_CHECKING:
     from milvus_cdc_controller.loop import ControlLoop
