@@ -91,6 +91,7 @@ def changes_of(op: LogOp) -> Changes:
             op.rows,
             delete_keys=message.keys,
             size=op.size,
+            traceparent=message.traceparent,
         )
     return Changes(
         ChangeOp.UPDATE if op.replaces else ChangeOp.CREATE,
@@ -101,6 +102,7 @@ def changes_of(op: LogOp) -> Changes:
         op.rows,
         columns=message.columns,
         size=op.size,
+        traceparent=message.traceparent,
     )
 
 

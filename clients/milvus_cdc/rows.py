@@ -158,6 +158,8 @@ class Changes:
     delete_keys: Keys | None = None
     size: int = 0
     """Payload bytes in the log."""
+    traceparent: str = ""
+    """W3C trace context of the source's request; empty where it left none."""
 
     def keys(self, table: Table) -> Keys:
         """Primary keys, row by row: an int64 array, or strings."""

@@ -58,7 +58,7 @@ class MemoryQueue:
 
     async def append(self, *payloads: bytes, streaming: bool = False) -> None:
         for payload in payloads:
-            self._memory.append(self.topic, payload, streaming=streaming)
+            self._memory.append(self.topic, payload, streaming=streaming, traceparent="00-x")
 
     async def truncate(self, first: bytes) -> None:
         self._memory.truncate(self.topic, first)

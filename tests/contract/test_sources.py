@@ -185,6 +185,14 @@ async def test_streaming_entries_are_marked(queue: Queue) -> None:
     await reader.close()
 
 
+async def test_entries_bring_the_trace_of_their_request(queue: Queue) -> None:
+    await queue.append(b"one")
+    reader = await beginning(queue)
+    [entry] = await read_all(reader, 1)
+    assert entry.traceparent == "00-x"
+    await reader.close()
+
+
 async def test_opening_before_the_first_entry_is_an_error_naming_it(queue: Queue) -> None:
     await queue.append(*NUMBERS)
     reader = await beginning(queue)

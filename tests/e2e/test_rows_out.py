@@ -189,6 +189,7 @@ def kafka_reader(brokers: str, database: str, *, once: bool) -> Read:
             headers = dict(message.headers() or [])
             key = json.loads(message.key())
             seen[key, headers["cdc.vchannel"], headers["cdc.position"]] += 1
+            assert headers["traceparent"].startswith(b"00-")  # as the source's Milvus wrote it
             value = message.value()
             if value is None:
                 found.pop(key, None)

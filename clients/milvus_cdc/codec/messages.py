@@ -33,6 +33,8 @@ class Insert:
     msg_id: int
     size: int
     """Payload bytes of the log entry."""
+    traceparent: str = ""
+    """W3C trace context of the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Delete:
     keys: Keys
     msg_id: int
     size: int
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

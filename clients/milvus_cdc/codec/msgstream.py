@@ -96,9 +96,9 @@ def decode(entry: LogEntry) -> Message:
         if kind == _TICK:
             return Tick(_time(base.timestamp))
         if kind == _INSERT:
-            return _insert(payload)
+            return _insert(payload, entry.traceparent)
         if kind == _DELETE:
-            return _delete(payload)
+            return _delete(payload, entry.traceparent)
         if kind == _CREATE_COLLECTION:
             created = msg_pb2.CreateCollectionRequest.FromString(payload)
             return CreateCollection(_id(created.collectionID), _time(created.base.timestamp))
@@ -137,7 +137,7 @@ def _base(payload: bytes) -> log_pb2.LogBase:
     return log_pb2.LogHeader.FromString(payload).base
 
 
-def _insert(payload: bytes) -> Insert:
+def _insert(payload: bytes, traceparent: str) -> Insert:
     message = log_pb2.LogInsert.FromString(payload)
     base = message.base
     if base.msg_type != _INSERT:
@@ -165,10 +165,11 @@ def _insert(payload: bytes) -> Insert:
         columns=columns,
         msg_id=base.msg_id,
         size=len(payload),
+        traceparent=traceparent,
     )
 
 
-def _delete(payload: bytes) -> Delete:
+def _delete(payload: bytes, traceparent: str) -> Delete:
     message = log_pb2.LogDelete.FromString(payload)
     base = message.base
     if base.msg_type != _DELETE:
@@ -194,6 +195,7 @@ def _delete(payload: bytes) -> Delete:
         keys=keys,
         msg_id=base.msg_id,
         size=len(payload),
+        traceparent=traceparent,
     )
 
 

@@ -50,6 +50,7 @@ class CloudEventsJson:
             "logorder": str(changes.order),
             "tso": str(changes.ts),
             **({"partitionname": changes.partition} if changes.partition else {}),
+            **({"traceparent": changes.traceparent} if changes.traceparent else {}),
         }
         place = f"{changes.vchannel}/{changes.order}/{changes.op.value.lower()}/"
         opening = orjson.dumps(attributes)[:-1] + b',"id":' + orjson.dumps(place)[:-1]

@@ -22,6 +22,8 @@ class LogEntry:
     payload: bytes
     streaming: bool = False
     """It carries the `_v` header of Milvus' streaming service (2.6), whose format differs."""
+    traceparent: str = ""
+    """W3C trace context of the request that wrote it, where Milvus left one (all but ticks)."""
 
 
 @dataclass(frozen=True, slots=True)

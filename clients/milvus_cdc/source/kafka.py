@@ -59,6 +59,7 @@ SAMPLED_BYTES = 256 * 1024
 HELD_KIBIBYTES = 2048
 """What the client may hold ahead of a reader, besides one fetch."""
 STREAMING_HEADER = "_v"
+TRACE_HEADER = "traceparent"
 
 _DENIED = frozenset(
     (
@@ -414,9 +415,11 @@ class KafkaReader:
             )
         payload = message.value()
         self._next += 1
-        headers = message.headers() or ()
-        streaming = any(key == STREAMING_HEADER for key, _ in headers)
-        return LogEntry(encode(offset), payload or b"", streaming)
+        headers = dict(message.headers() or ())
+        trace = headers.get(TRACE_HEADER) or b""
+        return LogEntry(
+            encode(offset), payload or b"", STREAMING_HEADER in headers, trace.decode("latin-1")
+        )
 
     def _assign(self) -> Consumer:
         def on_error(error: KafkaError) -> None:

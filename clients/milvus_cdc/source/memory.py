@@ -43,14 +43,20 @@ class MemorySource:
         self._down = False
 
     def append(
-        self, pchannel: str, payload: bytes, *, streaming: bool = False, at_ms: int = 0
+        self,
+        pchannel: str,
+        payload: bytes,
+        *,
+        streaming: bool = False,
+        at_ms: int = 0,
+        traceparent: str = "",
     ) -> bytes:
         """Appends one entry (at `at_ms`, else now), making the topic when it is missing; its
         position.
         """
         topic = self._topics.get(pchannel) or self.create(pchannel)
         position = encode(topic.end)
-        topic.entries.append(LogEntry(position, payload, streaming))
+        topic.entries.append(LogEntry(position, payload, streaming, traceparent))
         topic.times_ms.append(at_ms or int(time.time() * 1000))
         topic.notify()
         return position

@@ -63,6 +63,7 @@ SILENT_SECONDS = 45.0
 stuck, wherever in the client that may be.
 """
 STREAMING_HEADER = "_v"
+TRACE_HEADER = "traceparent"
 
 
 class NatsSource:
@@ -398,6 +399,7 @@ class _Consumer:
                 encode(sequence),
                 message.data,
                 headers is not None and STREAMING_HEADER in headers,
+                headers.get(TRACE_HEADER, "") if headers is not None else "",
             )
         )
         self._pending -= 1

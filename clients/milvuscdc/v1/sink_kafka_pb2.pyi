@@ -32,7 +32,7 @@ class _KafkaHeadersEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KafkaHea
     """As KAFKA_HEADERS_ALL."""
     KAFKA_HEADERS_ALL: _KafkaHeaders.ValueType  # 1
     """Those of KAFKA_HEADERS_CHANGE, `cdc.ts_ms`, `cdc.database`, `cdc.collection`, `cdc.collection_id`,
-    `content-type`.
+    `content-type`, `traceparent`.
     """
     KAFKA_HEADERS_CHANGE: _KafkaHeaders.ValueType  # 2
     """`cdc.op`, `cdc.ts`, `cdc.vchannel`, `cdc.position`, `cdc.schema_version`."""
@@ -45,7 +45,7 @@ KAFKA_HEADERS_UNSPECIFIED: KafkaHeaders.ValueType  # 0
 """As KAFKA_HEADERS_ALL."""
 KAFKA_HEADERS_ALL: KafkaHeaders.ValueType  # 1
 """Those of KAFKA_HEADERS_CHANGE, `cdc.ts_ms`, `cdc.database`, `cdc.collection`, `cdc.collection_id`,
-`content-type`.
+`content-type`, `traceparent`.
 """
 KAFKA_HEADERS_CHANGE: KafkaHeaders.ValueType  # 2
 """`cdc.op`, `cdc.ts`, `cdc.vchannel`, `cdc.position`, `cdc.schema_version`."""

@@ -32,7 +32,7 @@ const (
 	// As KAFKA_HEADERS_ALL.
 	KafkaHeaders_KAFKA_HEADERS_UNSPECIFIED KafkaHeaders = 0
 	// Those of KAFKA_HEADERS_CHANGE, `cdc.ts_ms`, `cdc.database`, `cdc.collection`, `cdc.collection_id`,
-	// `content-type`.
+	// `content-type`, `traceparent`.
 	KafkaHeaders_KAFKA_HEADERS_ALL KafkaHeaders = 1
 	// `cdc.op`, `cdc.ts`, `cdc.vchannel`, `cdc.position`, `cdc.schema_version`.
 	KafkaHeaders_KAFKA_HEADERS_CHANGE KafkaHeaders = 2

@@ -12,6 +12,7 @@
 | `cdc.collection_id` | both | its id at the source: another one is another collection |
 | `cdc.schema_version` | both | grows with each change of the fields |
 | `content-type` | both | the value's media type |
+| `traceparent` | rows | W3C trace context of the source's request, where it left one |
 
 Values are text, numbers in decimal. A format may add its own. Ten headers cost as much CPU as the
 rest of a small record (5 s per million records), so a task can have fewer.
@@ -52,6 +53,8 @@ def of_changes(
     ]
     if wanted == sink_kafka_pb2.KAFKA_HEADERS_CHANGE:
         return [*change, ("cdc.schema_version", b"%d" % table.schema_version)]
+    if changes.traceparent:
+        change.append(("traceparent", changes.traceparent.encode()))
     return [*change, ("cdc.ts_ms", b"%d" % tso_to_ms(changes.ts)), *shared]
 
 
