@@ -1,6 +1,6 @@
 """Errors by what may be done about them; adapters raise these and nothing else across their seam.
 
-Law 8 of the design: every error has a class. The class decides whether work is retried, a user is
+Law 10: every error has a class. The class decides whether work is retried, a user is
 asked, or a bug is reported; the reason is an upper-case identifier that programs match on, the
 message tells a person what to do.
 """
@@ -10,6 +10,9 @@ from __future__ import annotations
 
 class CdcError(Exception):
     """An error with a reason for programs and a message for people. Raise one of the subclasses."""
+
+    error_class = ""
+    """As metrics call it."""
 
     def __init__(self, reason: str, message: str, *, field: str = "") -> None:
         super().__init__(f"{reason}: {message}")
@@ -22,6 +25,8 @@ class CdcError(Exception):
 class RetryableError(CdcError):
     """Transient: trying the same again later may succeed. Shown as RETRYING while it lasts."""
 
+    error_class = "retryable"
+
 
 class UnknownOutcomeError(RetryableError):
     """A write may or may not have happened (deadline, broken connection): repeat it as an
@@ -31,6 +36,8 @@ class UnknownOutcomeError(RetryableError):
 
 class UserError(CdcError):
     """Only a person can mend it (credentials, schema, missing log): FAILED, no retry."""
+
+    error_class = "user"
 
 
 class RowRefusedError(UserError):
@@ -58,6 +65,8 @@ class BugError(CdcError):
     """An assumption of ours does not hold (undecodable message, broken invariant): FAILED,
     loudly.
     """
+
+    error_class = "bug"
 
 
 class LogTruncatedError(UserError):

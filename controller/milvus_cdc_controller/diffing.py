@@ -27,6 +27,15 @@ if TYPE_CHECKING:
 async def diff(
     loop: ControlLoop, task: TaskRecord, request: pb.DiffTaskRequest
 ) -> AsyncIterator[pb.DiffTaskResponse]:
+    kind = task_pb2.Sink.FromString(task.spec.sink).WhichOneof("kind")
+    if kind != "milvus":
+        raise ApiError(
+            "FAILED_PRECONDITION",
+            "SINK_NOT_COMPARABLE",
+            f"{task.spec.name} writes to {kind}, which has none of what diff looks at; it compares "
+            "two Milvus.",
+            field="sink",
+        )
     job = _job(loop, task, list(request.collections))
     verdict = diff_pb2.DiffVerdict(collections=len(job.collections))
     payload = jobs.DiffJob(task.spec.source, job.SerializeToString())

@@ -217,7 +217,9 @@ class ControlLoop:
                 if not self.store_error:
                     log.warning("store does not answer", reason=error.reason, error=error.message)
                 self.store_error = error.message
-                self._metrics.errors.labels(error_class="retry", reason=error.reason).inc()
+                self._metrics.errors.labels(
+                    error_class=error.error_class, reason=error.reason
+                ).inc()
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RETRY_SECONDS_MAX)
             else:

@@ -198,13 +198,13 @@ class PchannelHub:
                         position = entries[-1].position
                     self._recovered(cursor)
             except RetryableError as error:
-                READ_ERRORS.labels("retryable").inc()
+                READ_ERRORS.labels(error.error_class).inc()
                 self._interrupted(cursor, error)
                 delay = BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)]
                 attempt += 1
                 await asyncio.sleep(delay)
             except (UserError, BugError) as error:
-                READ_ERRORS.labels("user" if isinstance(error, UserError) else "bug").inc()
+                READ_ERRORS.labels(error.error_class).inc()
                 self._failed(cursor, error)
                 return
             except asyncio.CancelledError:

@@ -161,7 +161,7 @@ class SinkWork:
             except Halted:
                 return None  # the next owner reads it again
             except RetryableError as error:
-                metrics.WRITE_ERRORS.labels(self._task, "retry", error.reason).inc()
+                metrics.WRITE_ERRORS.labels(self._task, error.error_class, error.reason).inc()
                 if isinstance(error, UnknownOutcomeError) and _insert(write):
                     kind = WriteKind.UPSERT
                     batch = self._converter.batch(write, as_upsert=True)
@@ -170,7 +170,7 @@ class SinkWork:
                 await self.backoff(attempt)
                 attempt += 1
             except RowRefusedError as error:
-                metrics.WRITE_ERRORS.labels(self._task, "user", error.reason).inc()
+                metrics.WRITE_ERRORS.labels(self._task, error.error_class, error.reason).inc()
                 place = self._letters()
                 if place is None:
                     raise
@@ -193,7 +193,7 @@ class SinkWork:
                 batch = self._converter.batch(write, as_upsert=True)
                 kind = WriteKind.UPSERT if _insert(write) else write.kind
             except CdcError as error:
-                metrics.WRITE_ERRORS.labels(self._task, "user", error.reason).inc()
+                metrics.WRITE_ERRORS.labels(self._task, error.error_class, error.reason).inc()
                 restored += 1
                 if restored > RESTORES_MAX or not await self._restored(error):
                     raise

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import grpc
 import pytest
-from milvuscdc.v1 import sink_file_pb2, task_pb2
+from milvuscdc.v1 import sink_file_pb2, task_pb2, task_service_pb2
 
 from tests.e2e.canonical import differences, source_rows
 from tests.e2e.load import SHAPES, Load
-from tests.e2e.pair import Pair
+from tests.e2e.pair import Pair, error_info
 from tests.e2e.test_rows_out import (
     SETTLE_SECONDS,
     Read,
@@ -76,4 +77,11 @@ def test_a_sink_that_stands_still_holds_nobody_else_back(
             load.stop()
         assert not _differences(uri, in_postgres, SETTLE_SECONDS)
         pair.wait_running(*names)
+        for call in (
+            pair.tasks.VerifyTask(task_service_pb2.VerifyTaskRequest(name="tasks/files")),
+            pair.tasks.DiffTask(task_service_pb2.DiffTaskRequest(name="tasks/files")),
+        ):
+            with pytest.raises(grpc.RpcError) as refused:
+                list(call)
+            assert error_info(refused.value).reason == "SINK_NOT_COMPARABLE"
         pair.quiet("SINK_TIMEOUT", "SINK_ERROR")

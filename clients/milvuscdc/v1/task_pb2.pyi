@@ -315,7 +315,7 @@ class Carry(_message.Message):
     RBAC_FIELD_NUMBER: _builtins.int
     FLUSH_FIELD_NUMBER: _builtins.int
     rows: _builtins.bool
-    """Inserts, upserts, deletes; on by default. Without them the collections are kept empty."""
+    """Inserts, upserts, deletes; on by default. Without them nothing is written: what is there stays."""
     schema: _builtins.bool
     """Databases, collections, partitions, aliases, names, properties; on by default. Without them collections must
     exist at the sink, and stay there.
@@ -501,7 +501,7 @@ class Source(_message.Message):
     def kafka(self) -> Global___KafkaQueue: ...
     @_builtins.property
     def milvus(self) -> Global___MilvusEndpoint:
-        """Its public API; needed by Verify."""
+        """Its public API; needed by Verify, and for changed properties of a 2.3, whose metadata hides them."""
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from milvus_cdc.order.ops import Key, LogOp, Mark, Rank
+from milvus_cdc.order.ops import Key, LogOp, Mark
 
 
 class WriteKind(StrEnum):
@@ -30,15 +30,12 @@ class Write:
     """By vchannel: how far it stands when this is durable, where the sink is to remember that."""
     refused: list[LogOp] = field(default_factory=list)
     """Rows of it that the sink will not take: they are in the dead letters instead."""
-    inserts_only: bool = True
     _keys: set[Key] | None = None
 
     def append(self, op: LogOp) -> None:
         self.ops.append(op)
         self.rows += op.rows
         self.size += op.size
-        if op.replaces or op.rank is not Rank.INSERT:
-            self.inserts_only = False
         if self._keys is not None:
             self._keys.update(op.keys())
 

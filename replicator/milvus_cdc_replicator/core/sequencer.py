@@ -7,9 +7,9 @@ deletes and upserts; plain inserts never wait for each other. One Upsert request
 they were made.
 
 `ordered`, for sinks that take changes as they come: a request holds whatever comes, in order; only
-those that share keys, and are not plain inserts both, wait for each other. `atomic`, for sinks that
-remember how far they are: one request at a time, and each ends where a place in every log can be
-named that lies between what it holds and what it does not.
+those that share keys wait for each other, plain inserts too: there the last one counts. `atomic`,
+for sinks that remember how far they are: one request at a time, and each ends where a place in
+every log can be named that lies between what it holds and what it does not.
 """
 
 from __future__ import annotations
@@ -168,8 +168,6 @@ class Sequencer:
     def _conflicts(self, write: Write) -> bool:
         for other in self._in_flight.values():
             if write.kind is WriteKind.INSERT and other.kind is WriteKind.INSERT:
-                continue
-            if write.kind is WriteKind.CHANGES and write.inserts_only and other.inserts_only:
                 continue
             if write.kind is WriteKind.DELETE and other.kind is WriteKind.DELETE:
                 continue

@@ -18,7 +18,7 @@ from milvus_cdc.order.lane import Lane
 from milvus_cdc.order.ops import LogOp, Mark, Rank
 from milvus_cdc_replicator.core.assignment import AssignmentCore, StartWrite
 from milvus_cdc_replicator.core.ops import Write, WriteKind
-from milvus_cdc_replicator.core.sequencer import WriteLimits
+from milvus_cdc_replicator.core.sequencer import Sequencer, WriteLimits
 
 from tests.unit.replicator.test_assignment_crashes import Entry, Stored, make_log, position
 
@@ -226,3 +226,29 @@ def test_in_order_over_any_crashes(
         lingers=lingers,
     )
     run(seed, lanes, steps, crash_rate, forget_rate, rebound_rate, limits)
+
+
+def test_inserts_of_one_key_wait_for_each_other() -> None:
+    """A Milvus holds both rows; where the last one counts, the first must not come after it."""
+    sequencer = Sequencer(WriteLimits(rows_per_request=1, in_flight=3, ordered=True))
+    for order, key in enumerate((1, 2, 1)):
+        sequencer.add(WriteKind.INSERT, "", insert_of(key, order))
+    first, second = sequencer.start()
+    assert (first.keys(), second.keys()) == ({1}, {2})
+    sequencer.done(second.write_id)
+    assert sequencer.start() == []
+    sequencer.done(first.write_id)
+    [third] = sequencer.start()
+    assert third.keys() == {1}
+
+
+def insert_of(key: int, order: int) -> LogOp:
+    return LogOp(
+        Rank.INSERT,
+        order + 1,
+        order,
+        position(order),
+        None,
+        rows=1,
+        load_keys=lambda: frozenset([key]),
+    )

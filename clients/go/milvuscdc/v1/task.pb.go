@@ -527,7 +527,7 @@ func (x *NameRule) GetTo() string {
 // Kinds of operation; what is unset has its default.
 type Carry struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Inserts, upserts, deletes; on by default. Without them the collections are kept empty.
+	// Inserts, upserts, deletes; on by default. Without them nothing is written: what is there stays.
 	Rows *bool `protobuf:"varint,1,opt,name=rows,proto3,oneof" json:"rows,omitempty"`
 	// Databases, collections, partitions, aliases, names, properties; on by default. Without them collections must
 	// exist at the sink, and stay there.
@@ -849,7 +849,7 @@ type Source struct {
 	//	*Source_Nats
 	//	*Source_Kafka
 	Queue isSource_Queue `protobuf_oneof:"queue"`
-	// Its public API; needed by Verify.
+	// Its public API; needed by Verify, and for changed properties of a 2.3, whose metadata hides them.
 	Milvus        *MilvusEndpoint `protobuf:"bytes,10,opt,name=milvus,proto3" json:"milvus,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -23,7 +23,7 @@ import orjson
 import structlog
 from milvuscdc.v1 import sink_kafka_pb2
 
-from milvus_cdc.errors import BugError, RetryableError, UserError
+from milvus_cdc.errors import BugError, CdcError, RetryableError, UserError
 from milvus_cdc.format import Format
 from milvus_cdc.format.registry import open_format
 from milvus_cdc.model import tso_to_ms
@@ -227,7 +227,7 @@ class KafkaWriter:
             "ts_ms": time.time_ns() // 1_000_000,
         }
         # The next one says more; rows find out what is wrong with the brokers.
-        with contextlib.suppress(RetryableError):
+        with contextlib.suppress(CdcError):
             self._producers.offer(
                 self._heartbeat_topic.topic(table),
                 table.full_name.encode(),

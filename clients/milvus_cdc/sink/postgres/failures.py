@@ -63,8 +63,11 @@ _USER = {
     "42703": ("SCHEMA_MISMATCH", "a column was changed: restore it, or resync the collection"),
     "42804": ("SCHEMA_MISMATCH", "a column was changed: restore it, or resync the collection"),
     "42P10": ("SCHEMA_MISMATCH", "the key has no unique index any more: make it again"),
-    "2BP01": ("SINK_TABLE_IN_USE", "drop there what depends on the table, then resume"),
-    "0A000": ("SINK_REFUSED", "change that at the server, then resume"),
+    "2BP01": (
+        "SINK_TABLE_IN_USE",
+        "drop there what depends on the table, then `milvus-cdc task retry`",
+    ),
+    "0A000": ("SINK_REFUSED", "change that at the server, then `milvus-cdc task retry`"),
 }
 _UNAVAILABLE = frozenset(("57P01", "57P02", "57P03", "57P05"))
 _TIMEOUTS = frozenset(("57014", "55P03", "25P03", "25P04"))
