@@ -374,7 +374,7 @@ class CollectionRunner:
             self._post(_nothing)
         elif self._linger is None:
             loop = asyncio.get_running_loop()
-            self._linger = loop.call_later(self._object.linger_seconds, self._lingered)
+            self._linger = loop.call_later(self._object.arrangement.linger_seconds, self._lingered)
 
     def _lingered(self) -> None:
         self._linger = None
@@ -408,7 +408,7 @@ class CollectionRunner:
 
     def _chores(self) -> bool:
         want = self.assignment.want
-        if self._object.heartbeats:
+        if self._object.arrangement.heartbeats:
             return True
         return want.state is ObjectState.DROPPED and not self._core.closed
 
@@ -416,7 +416,7 @@ class CollectionRunner:
         want = self.assignment.want
         if want.state is ObjectState.DROPPED and not self._core.closed:
             self._spawn(self._intake.look_for_log_ends())
-        if self._object.heartbeats:
+        if self._object.arrangement.heartbeats:
             self._spawn(self._object.heartbeat())
         for partition_id in self._core.waiting_partitions:
             self._query_partition(

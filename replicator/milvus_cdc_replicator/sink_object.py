@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,14 +21,12 @@ from milvus_cdc.errors import UserError
 from milvus_cdc.model import Collection, Drift, ObjectState, ms_to_tso, split_assignment_id
 from milvus_cdc.rows import Table, table_of
 from milvus_cdc.sink import Opened, Sink
-from milvus_cdc.sink.writer import Capabilities, Checkpoint
 
 from milvus_cdc_replicator import metrics
+from milvus_cdc_replicator.arrangement import Arrangement
 from milvus_cdc_replicator.convert import Converter
 from milvus_cdc_replicator.core.assignment import AssignmentCore
-from milvus_cdc_replicator.core.batching import bounded
 from milvus_cdc_replicator.core.ops import Write
-from milvus_cdc_replicator.core.sequencer import WriteLimits
 from milvus_cdc_replicator.drift import Reconciler, note_emptied, without_dropped
 from milvus_cdc_replicator.gate import WriteGate
 from milvus_cdc_replicator.pacing import Pacer
@@ -108,16 +106,7 @@ class SinkObject:
         self.opened: tuple[int, bool, int] | None = None
         """(sink collection id, adopted, horizon TSO)."""
         self.conditions: dict[str, str] = {}
-        self.linger_seconds = 0.0
-        """How long an unfinished request waits for more."""
-        self._own: tuple[WriteLimits, float] | None = None
-        """Of the sink: bounds of a request, and how long an unfinished one waits."""
-        self._divisible = True
-        """A part of a write may be written alone."""
-        self._paced = pacer.limits
-        """Those that the bounds of a request speak of."""
-        self.heartbeats = False
-        """The sink wants to hear that source time goes on."""
+        self.arrangement = Arrangement(core, pacer, assignment.batching)
         self.renamed_to: tuple[str, str] | None = None
         self.dropped = False
         self.flushed_ts = 0
@@ -140,28 +129,18 @@ class SinkObject:
         )
 
     def update(self, assignment: CollectionAssignment) -> None:
-        rebatched = assignment.batching != self._assignment.batching
         self._assignment = assignment
         self.placed = _named(assignment.want, _name(self.placed))
-        if rebatched:
-            self._bound()
+        self.arrangement.update(assignment.batching)
 
     @property
     def remarks(self) -> dict[str, str]:
         """The conditions, and what holds for the moment."""
         if self._work is None or not self._work.rate_limited or self._halt.is_set():
             return self.conditions
-        limits = self._pacer.limits
-        parts = [
-            f"{number:,} {what}/s"
-            for number, what in (
-                (limits.rows_per_second, "rows"),
-                (limits.bytes_per_second, "bytes"),
-            )
-            if number
-        ]
-        text = f"writes wait for the task's limits: {' and '.join(parts)} on this replicator"
-        return {**self.conditions, "RATE_LIMITED": text} if parts else self.conditions
+        limits = self.arrangement.limits_text
+        text = f"writes wait for the task's limits: {limits} on this replicator"
+        return {**self.conditions, "RATE_LIMITED": text} if limits else self.conditions
 
     @property
     def applied_version(self) -> int:
@@ -185,8 +164,7 @@ class SinkObject:
 
     def act(self) -> None:
         """Begins what is due."""
-        if self._pacer.limits != self._paced:
-            self._bound()
+        self.arrangement.keep_up()
         if self._core.left_out:
             self.conditions["ROWS_LEFT_OUT"] = ROWS_LEFT_OUT
         self._maybe_rename()
@@ -213,7 +191,7 @@ class SinkObject:
             pacer=self._pacer,
             letters=self._letters,
             table=self._table,
-            divisible=lambda: self._divisible,
+            divisible=lambda: self.arrangement.divisible,
             refused=self._note_refused,
             halt=self._halt,
             troubles=self._troubles,
@@ -278,41 +256,10 @@ class SinkObject:
         if applied is not None:
             known = {p.name for p in want.partitions if p.partition_id in applied.partition_ids}
             note_emptied(self.conditions, sorted(known.intersection(opened.created_partitions)))
-        if opened.writes_in_flight:
-            self._core.sequencer.limit_in_flight(opened.writes_in_flight)
-        self._own = self._core.sequencer.limits, 0.0
-        if opened.writer is not None:
-            self._arrange(opened.writer, opened.checkpoints)
-        self._bound()
+        self.arrangement.begin(opened.writes_in_flight, opened.writer, opened.checkpoints)
         self._core.mark_opened(existing_until)
         self._log.info("collection opened", adopted=opened.adopted)
         self._changed()
-
-    def _arrange(self, writer: Capabilities, checkpoints: Iterable[Checkpoint]) -> None:
-        """As the sink wants its batches, from where it says that it is."""
-        self.heartbeats = writer.heartbeats
-        self._divisible = writer.divisible or not writer.own_checkpoint
-        limits = WriteLimits(
-            writer.rows_per_batch,
-            writer.bytes_per_batch,
-            1 if writer.own_checkpoint else writer.in_flight,
-            ordered=True,
-            atomic=writer.own_checkpoint,
-        )
-        self._own = limits, writer.linger_seconds
-        self._core.sequencer.arrange(limits)
-        for known in checkpoints:
-            if (lane := self._core.lanes.get(known.vchannel)) is not None:
-                lane.resume(known.read_from, known.resolved_ts)
-
-    def _bound(self) -> None:
-        if self._own is None:
-            return  # it is taken up when the sink is open
-        self._paced = self._pacer.limits
-        limits, self.linger_seconds = bounded(*self._own, self._assignment.batching, self._paced)
-        self._core.sequencer.bound(
-            limits.rows_per_request, limits.bytes_per_request, lingers=limits.lingers
-        )
 
     async def heartbeat(self) -> None:
         """Tells the sink how far it is."""
