@@ -15,7 +15,7 @@ from milvus_cdc_controller.api_errors import ApiError
 from milvus_cdc_controller.core import jobs
 from milvus_cdc_controller.core.collection import CollectionRecord, CollectionState
 from milvus_cdc_controller.core.mapping import split
-from milvus_cdc_controller.core.status import collection_status
+from milvus_cdc_controller.core.status import collection_status, rename_pending
 from milvus_cdc_controller.core.task import TaskRecord, TaskState
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MAX_DIFFERENCES = 10
 LOOK_SECONDS = 0.2
 SAY_EVERY = 10
+NAMED_LOOKS = 150
 _STOPPED = (CollectionState.FAILED, CollectionState.PAUSED)
 
 
@@ -60,6 +61,7 @@ async def verify(
     source_ts = await _source_ts(loop, task, records)
     async for event in _until_passed(loop, task, records, source_ts):
         yield event
+    await _until_named(loop, task, records)
     targets = tuple(
         jobs.VerifyTarget(
             split(_now(loop, record).source_name), split(_now(loop, record).now_at_sink)
@@ -163,6 +165,19 @@ async def _until_passed(
         if looks % SAY_EVERY == 0:
             yield _waiting()
         looks += 1
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+async def _until_named(
+    loop: ControlLoop, task: TaskRecord, records: list[CollectionRecord]
+) -> None:
+    """Names that are on their way arrive first: a comparison of many rows looks for each by its
+    name. What is held up for longer is compared under the name that it has.
+    """
+    world = loop.controller.world
+    for _ in range(NAMED_LOOKS if task.spec.carry.schema else 0):
+        if not any(rename_pending(world, _now(loop, record)) for record in records):
+            return
         await asyncio.sleep(LOOK_SECONDS)
 
 

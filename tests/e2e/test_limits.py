@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,17 @@ from typing import Any
 import pytest
 from google.protobuf import field_mask_pb2
 from milvuscdc.v1 import task_pb2, task_service_pb2
+from pymilvus import MilvusClient
 
-from tests.e2e.load import SHAPES, Load
+from tests.e2e.load import SHAPES, Load, make_row, new_key
 from tests.e2e.pair import TASK, Pair
 from tests.servers import Stack
 
 DATABASE = "limited"
 ROWS_PER_SECOND = 200
 SECONDS = 8.0
+LATER_STEP = 1_000_000
+"""Of keys that the load cannot have used."""
 
 
 def _update(pair: Pair, *paths: str, **fields: Any) -> task_pb2.Task:
@@ -69,10 +73,14 @@ def test_a_task_keeps_its_limits_until_they_are_lifted(nats_stack: Stack, tmp_pa
         changed = _update(pair, "batching", batching=linger)
         assert changed.batching == linger
         assert not changed.HasField("limits")
-        again = Load(nats_stack.source.uri, DATABASE, seed=7, pause_seconds=0.02)
-        again.start()
-        time.sleep(3)
-        again.stop()
+        client = MilvusClient(uri=nats_stack.source.uri, db_name=DATABASE)
+        rng = random.Random(7)
+        for shape in SHAPES:
+            keys = [
+                None if shape.auto_id else new_key(shape, rng, LATER_STEP, n) for n in range(300)
+            ]
+            client.insert(shape.name, [make_row(shape, rng, key) for key in keys])
+        client.close()
         pair.wait("no limit shows", lambda: not _limited(pair), seconds=60)
         assert pair.prove() > written
         pair.quiet()
