@@ -87,6 +87,7 @@ def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> p
                 horizon_ts=point.horizon_ts,
                 closed=point.closed,
                 incarnation=point.incarnation,
+                stored_ts=point.stored_ts,
             )
             for point in progress.checkpoints
         ],

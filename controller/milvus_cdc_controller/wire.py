@@ -105,6 +105,7 @@ def _progress(stream: int, progress: pb.Progress) -> MakeEvent:
             v.wanted_horizon_ts,
             v.incarnation,
             _retention(v.retention) if v.HasField("retention") else None,
+            v.stored_ts,
         )
         for v in progress.vchannels
     )

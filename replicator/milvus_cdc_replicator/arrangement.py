@@ -6,8 +6,10 @@ Law: neither `batching` nor `limits` of a task raises what the sink takes at onc
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import UTC, datetime
 
-from milvus_cdc.model import Batching
+from milvus_cdc.errors import UserError
+from milvus_cdc.model import Batching, tso_to_ms
 from milvus_cdc.sink.writer import Capabilities, Checkpoint
 
 from milvus_cdc_replicator.core.assignment import AssignmentCore
@@ -37,15 +39,28 @@ class Arrangement:
     def begin(
         self, in_flight: int, writer: Capabilities | None, checkpoints: Iterable[Checkpoint]
     ) -> None:
-        """As the sink that was opened says; `in_flight` 0: as many as ours."""
+        """As the sink that was opened says; `in_flight` 0: as many as ours. Raises UserError
+        SINK_PUT_BACK.
+        """
         if in_flight:
             self._core.sequencer.limit_in_flight(in_flight)
         self._own = self._core.sequencer.limits, 0.0
         if writer is not None:
             self._arrange(writer)
         for known in checkpoints:
-            if (lane := self._core.lanes.get(known.vchannel)) is not None:
-                lane.resume(known.read_from, known.resolved_ts)
+            if (lane := self._core.lanes.get(known.vchannel)) is None:
+                continue
+            if known.resolved_ts < lane.stored_ts:
+                raise UserError(
+                    "SINK_PUT_BACK",
+                    f"the sink has {known.vchannel} up to {_time(known.resolved_ts)} and once had "
+                    f"it up to {_time(lane.stored_ts)}: it was put back to an older state, and "
+                    "rows in between are missing there; `milvus-cdc task resync` brings the "
+                    "collection anew",
+                    field="sink",
+                )
+            lane.stored_ts = known.resolved_ts
+            lane.resume(known.read_from, known.resolved_ts)
         self._bound()
 
     def update(self, batching: Batching) -> None:
@@ -93,3 +108,7 @@ class Arrangement:
         self._core.sequencer.bound(
             limits.rows_per_request, limits.bytes_per_request, lingers=limits.lingers
         )
+
+
+def _time(ts: int) -> str:
+    return datetime.fromtimestamp(tso_to_ms(ts) / 1000, UTC).isoformat(timespec="milliseconds")

@@ -22,6 +22,7 @@ class LaneReport:
     closed: bool
     wanted_horizon_ts: int
     incarnation: bytes
+    stored_ts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ def to_progress(report: Report, seq: int) -> pb.Progress:
                 closed=lane.closed,
                 wanted_horizon_ts=lane.wanted_horizon_ts,
                 incarnation=lane.incarnation,
+                stored_ts=lane.stored_ts,
             )
             for lane in report.lanes
         ],

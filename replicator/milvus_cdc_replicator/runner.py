@@ -91,6 +91,7 @@ class CollectionRunner:
                     resolved_ts=lane.resolved_ts,
                     horizon_ts=lane.horizon_ts,
                     closed=lane.closed,
+                    stored_ts=lane.stored_ts,
                 )
                 for lane in assignment.lanes
             ],
@@ -230,6 +231,7 @@ class CollectionRunner:
                 lane.closed,
                 0 if self.failed else self._core.wanted_horizon(lane),
                 self._intake.incarnation(lane.vchannel),
+                lane.stored_ts,
             )
             for lane in self._core.lanes.values()
         )

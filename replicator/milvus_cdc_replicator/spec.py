@@ -35,6 +35,8 @@ class LaneStart:
     closed: bool
     incarnation: bytes = b""
     """Of the topic in which `read_from` was taken; empty when not known yet."""
+    stored_ts: int = 0
+    """Newest `resolved_ts` that a sink which keeps checkpoints is known to hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,7 @@ def from_assign(message: pb.Assign) -> Assignment:
                 v.horizon_ts,
                 v.closed,
                 v.incarnation,
+                v.stored_ts,
             )
             for v in spec.vchannels
         ),

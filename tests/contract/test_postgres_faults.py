@@ -582,3 +582,18 @@ async def test_tls(database: Database, certificates: Path) -> None:
         ):
             await writer.probe()
             await writer.close()
+
+
+async def test_a_database_put_back_to_an_older_state(
+    database: Database, writer: PostgresWriter
+) -> None:
+    table = table_of()
+    await writer.open(table, Opening.NEW, 1)
+    await write(writer, table, put(table, plain([1]), op=UPDATE, at=1))
+    [(older,)] = database.select("SELECT last_write FROM milvus_cdc.collections")
+    await write(writer, table, put(table, plain([2]), op=UPDATE, at=2))
+    database.execute('DELETE FROM "default".articles WHERE id = 2')
+    database.execute("UPDATE milvus_cdc.collections SET last_write = %s", older)
+    with pytest.raises(UserError, match="SINK_PUT_BACK"):
+        await write(writer, table, put(table, plain([3]), op=UPDATE, at=3))
+    assert database.numbers() == {1: 0}

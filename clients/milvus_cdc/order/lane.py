@@ -31,6 +31,7 @@ class Lane:
         resolved_ts: int,
         horizon_ts: int,
         closed: bool,
+        stored_ts: int = 0,
     ) -> None:
         self.vchannel = vchannel
         self.pchannel = pchannel
@@ -39,6 +40,8 @@ class Lane:
         self.horizon_ts = horizon_ts
         self.upsert_until_ts = horizon_ts
         """Rows at or below it may have been written by an earlier owner."""
+        self.stored_ts = stored_ts
+        """Of a sink that keeps checkpoints itself: newest `resolved_ts` that it holds."""
         self.closed = closed
         """The log of this vchannel has ended and everything before is durable."""
         self.released_ts = resolved_ts

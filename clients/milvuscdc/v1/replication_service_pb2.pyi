@@ -746,6 +746,7 @@ class VchannelSpec(_message.Message):
     HORIZON_TS_FIELD_NUMBER: _builtins.int
     CLOSED_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    STORED_TS_FIELD_NUMBER: _builtins.int
     vchannel: _builtins.str
     pchannel: _builtins.str
     read_from: _builtins.bytes
@@ -756,6 +757,10 @@ class VchannelSpec(_message.Message):
     closed: _builtins.bool
     incarnation: _builtins.bytes
     """The topic that `read_from` was taken from, as VchannelReport tells it. Empty = not known yet: any topic will do."""
+    stored_ts: _builtins.int
+    """Of a sink that keeps checkpoints itself: the newest `resolved_ts` that it is known to hold; 0 = none. If it answers
+    with less it was put back to an older state.
+    """
     def __init__(
         self,
         *,
@@ -766,10 +771,11 @@ class VchannelSpec(_message.Message):
         horizon_ts: _builtins.int = ...,
         closed: _builtins.bool = ...,
         incarnation: _builtins.bytes = ...,
+        stored_ts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "horizon_ts", b"horizon_ts", "incarnation", b"incarnation", "pchannel", b"pchannel", "read_from", b"read_from", "resolved_ts", b"resolved_ts", "vchannel", b"vchannel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "horizon_ts", b"horizon_ts", "incarnation", b"incarnation", "pchannel", b"pchannel", "read_from", b"read_from", "resolved_ts", b"resolved_ts", "stored_ts", b"stored_ts", "vchannel", b"vchannel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1407,6 +1413,7 @@ class VchannelReport(_message.Message):
     WANTED_HORIZON_TS_FIELD_NUMBER: _builtins.int
     RETENTION_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    STORED_TS_FIELD_NUMBER: _builtins.int
     vchannel: _builtins.str
     read_from: _builtins.bytes
     resolved_ts: _builtins.int
@@ -1417,6 +1424,8 @@ class VchannelReport(_message.Message):
     """What tells this topic from another one made later under the same name; opaque, as the queue knows it. Empty = not
     read yet, or the queue does not tell.
     """
+    stored_ts: _builtins.int
+    """As VchannelSpec tells it."""
     @_builtins.property
     def retention(self) -> Global___Retention:
         """Sent now and then."""
@@ -1431,10 +1440,11 @@ class VchannelReport(_message.Message):
         wanted_horizon_ts: _builtins.int = ...,
         retention: Global___Retention | None = ...,
         incarnation: _builtins.bytes = ...,
+        stored_ts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "incarnation", b"incarnation", "read_from", b"read_from", "resolved_ts", b"resolved_ts", "retention", b"retention", "vchannel", b"vchannel", "wanted_horizon_ts", b"wanted_horizon_ts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "incarnation", b"incarnation", "read_from", b"read_from", "resolved_ts", b"resolved_ts", "retention", b"retention", "stored_ts", b"stored_ts", "vchannel", b"vchannel", "wanted_horizon_ts", b"wanted_horizon_ts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,6 +40,8 @@ class Checkpoint:
     closed: bool = False
     incarnation: bytes = b""
     """Of the topic in which `read_from` was taken; empty until a reader has told it."""
+    stored_ts: int = 0
+    """Of a sink that keeps checkpoints itself: newest `resolved_ts` that it is known to hold."""
 
 
 @dataclass(frozen=True, slots=True)

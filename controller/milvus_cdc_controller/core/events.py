@@ -207,6 +207,7 @@ class VchannelReport:
     wanted_horizon_ts: int = 0
     incarnation: bytes = b""
     retention: Retention | None = None
+    stored_ts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ def merge_checkpoint(point: Checkpoint, report: VchannelReport, *, grant: bool) 
         point = replace(point, horizon_ts=report.wanted_horizon_ts)
     if report.incarnation and not point.incarnation:
         point = replace(point, incarnation=report.incarnation)
+    if report.stored_ts > point.stored_ts:
+        point = replace(point, stored_ts=report.stored_ts)
     if report.closed and not point.closed:
         point = replace(point, closed=True)
     return point

@@ -138,6 +138,9 @@ class AssignmentCore:
         write = self.sequencer.done(write_id)
         for op in write.ops:
             self._settle(op)
+        for mark in write.marks.values():
+            lane = self.lanes[mark.vchannel]
+            lane.stored_ts = max(lane.stored_ts, mark.resolved_ts)
         if write.kind is WriteKind.CHANGES:
             self._count(write)
         elif write.kind is WriteKind.INSERT:

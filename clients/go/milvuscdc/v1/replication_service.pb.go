@@ -1735,7 +1735,10 @@ type VchannelSpec struct {
 	HorizonTs uint64 `protobuf:"varint,5,opt,name=horizon_ts,json=horizonTs,proto3" json:"horizon_ts,omitempty"`
 	Closed    bool   `protobuf:"varint,6,opt,name=closed,proto3" json:"closed,omitempty"`
 	// The topic that `read_from` was taken from, as VchannelReport tells it. Empty = not known yet: any topic will do.
-	Incarnation   []byte `protobuf:"bytes,7,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	Incarnation []byte `protobuf:"bytes,7,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	// Of a sink that keeps checkpoints itself: the newest `resolved_ts` that it is known to hold; 0 = none. If it answers
+	// with less it was put back to an older state.
+	StoredTs      uint64 `protobuf:"varint,8,opt,name=stored_ts,json=storedTs,proto3" json:"stored_ts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1817,6 +1820,13 @@ func (x *VchannelSpec) GetIncarnation() []byte {
 		return x.Incarnation
 	}
 	return nil
+}
+
+func (x *VchannelSpec) GetStoredTs() uint64 {
+	if x != nil {
+		return x.StoredTs
+	}
+	return 0
 }
 
 // What belongs to a task and not to a collection.
@@ -3111,7 +3121,9 @@ type VchannelReport struct {
 	Retention *Retention `protobuf:"bytes,7,opt,name=retention,proto3" json:"retention,omitempty"`
 	// What tells this topic from another one made later under the same name; opaque, as the queue knows it. Empty = not
 	// read yet, or the queue does not tell.
-	Incarnation   []byte `protobuf:"bytes,6,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	Incarnation []byte `protobuf:"bytes,6,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	// As VchannelSpec tells it.
+	StoredTs      uint64 `protobuf:"varint,8,opt,name=stored_ts,json=storedTs,proto3" json:"stored_ts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3193,6 +3205,13 @@ func (x *VchannelReport) GetIncarnation() []byte {
 		return x.Incarnation
 	}
 	return nil
+}
+
+func (x *VchannelReport) GetStoredTs() uint64 {
+	if x != nil {
+		return x.StoredTs
+	}
+	return 0
 }
 
 // How far `read_from` is from falling out of the queue.
@@ -5128,7 +5147,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fKIND_COLLECTION\x10\x01\x12\x13\n" +
-	"\x0fKIND_PARTITIONS\x10\x02\"\xdd\x01\n" +
+	"\x0fKIND_PARTITIONS\x10\x02\"\xfa\x01\n" +
 	"\fVchannelSpec\x12\x1a\n" +
 	"\bvchannel\x18\x01 \x01(\tR\bvchannel\x12\x1a\n" +
 	"\bpchannel\x18\x02 \x01(\tR\bpchannel\x12\x1b\n" +
@@ -5138,7 +5157,8 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\n" +
 	"horizon_ts\x18\x05 \x01(\x04R\thorizonTs\x12\x16\n" +
 	"\x06closed\x18\x06 \x01(\bR\x06closed\x12 \n" +
-	"\vincarnation\x18\a \x01(\fR\vincarnation\"\xcf\x02\n" +
+	"\vincarnation\x18\a \x01(\fR\vincarnation\x12\x1b\n" +
+	"\tstored_ts\x18\b \x01(\x04R\bstoredTs\"\xcf\x02\n" +
 	"\fMetadataSpec\x128\n" +
 	"\tdatabases\x18\x01 \x03(\v2\x1a.milvuscdc.v1.DatabaseSpecR\tdatabases\x121\n" +
 	"\aaliases\x18\x02 \x03(\v2\x17.milvuscdc.v1.AliasSpecR\aaliases\x12?\n" +
@@ -5261,7 +5281,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x12sink_collection_id\x18\x01 \x01(\x03R\x10sinkCollectionId\x12\x18\n" +
 	"\aadopted\x18\x02 \x01(\bR\aadopted\x12\x1d\n" +
 	"\n" +
-	"horizon_ts\x18\x03 \x01(\x04R\thorizonTs\"\x87\x02\n" +
+	"horizon_ts\x18\x03 \x01(\x04R\thorizonTs\"\xa4\x02\n" +
 	"\x0eVchannelReport\x12\x1a\n" +
 	"\bvchannel\x18\x01 \x01(\tR\bvchannel\x12\x1b\n" +
 	"\tread_from\x18\x02 \x01(\fR\breadFrom\x12\x1f\n" +
@@ -5270,7 +5290,8 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x06closed\x18\x04 \x01(\bR\x06closed\x12*\n" +
 	"\x11wanted_horizon_ts\x18\x05 \x01(\x04R\x0fwantedHorizonTs\x125\n" +
 	"\tretention\x18\a \x01(\v2\x17.milvuscdc.v1.RetentionR\tretention\x12 \n" +
-	"\vincarnation\x18\x06 \x01(\fR\vincarnation\"\xab\x01\n" +
+	"\vincarnation\x18\x06 \x01(\fR\vincarnation\x12\x1b\n" +
+	"\tstored_ts\x18\b \x01(\x04R\bstoredTs\"\xab\x01\n" +
 	"\tRetention\x12-\n" +
 	"\x04left\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x04left\x12\x1d\n" +
 	"\n" +

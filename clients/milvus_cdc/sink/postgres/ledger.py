@@ -9,7 +9,7 @@ Laws: everything here happens within the transaction of what it is about; an epo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from psycopg import sql
@@ -159,21 +159,33 @@ class Ledger:
             (table.task_uid, table.collection_id),
         )
 
-    async def claim(self, t: Transaction, table: Table, epoch: int, token: str) -> None:
-        """Locks the collection's row for a write. Raises when it is not this owner's any more."""
+    async def claim(
+        self, t: Transaction, table: Table, epoch: int, token: str, known: Collection[str]
+    ) -> None:
+        """Locks the collection's row for a write. Raises when it is not this owner's any more, or
+        its last write was none of the `known` tokens.
+        """
         done = await t.execute(
             sql.SQL(
                 "UPDATE {} SET last_write = %s"
                 " WHERE task_uid = %s AND collection_id = %s AND epoch = %s"
+                " AND coalesce(last_write::text, '') = ANY(%s)"
             ).format(self._collections),
-            (token, table.task_uid, table.collection_id, epoch),
+            (token, table.task_uid, table.collection_id, epoch, list(known)),
         )
         if done.rowcount:
             return
         record = await self.find(t, table)
         if record is None:
             raise missing(table, f"{self.schema}.collections knows no table of it any more")
-        raise fenced(table, epoch, record.epoch)
+        if record.epoch != epoch:
+            raise fenced(table, epoch, record.epoch)
+        raise UserError(
+            "SINK_PUT_BACK",
+            f"{table.full_name} does not have what was written last: the database was put back to "
+            "an older state; `milvus-cdc task resync` brings the collection anew",
+            field=FIELD,
+        )
 
     async def last_write(self, t: Transaction, table: Table) -> str:
         """Token of the last write that was committed; waits for one that is under way."""

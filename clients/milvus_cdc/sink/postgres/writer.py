@@ -55,6 +55,8 @@ class _Open:
     name: Name
     epoch: int
     merger: Merger
+    known: set[str]
+    """Tokens, one of which the last write has."""
     unknown: tuple[Batch, str] | None = None
     """A batch whose COMMIT went unanswered, and the token it was written with."""
 
@@ -93,18 +95,20 @@ class PostgresWriter:
             raise UserError("SINK_CANNOT_HOLD", "; ".join(found), field=FIELD)
         shape = columns.columns_of(table, self._settings)
 
-        async def work(t: Transaction) -> tuple[Name, tuple[Checkpoint, ...]]:
+        async def work(t: Transaction) -> tuple[Name, tuple[Checkpoint, ...], str]:
             await self._ledger.ensure(t)
             async with breaking_locks(t, self._connections):
                 record = await self._ledger.find(t, table)
                 if record is not None and record.epoch > epoch:
                     raise fenced(table, epoch, record.epoch)
                 name = await self._opened(t, table, shape, opening, epoch, record)
-            return name, await self._ledger.checkpoints(t, table)
+            checkpoints = await self._ledger.checkpoints(t, table)
+            return name, checkpoints, await self._ledger.last_write(t, table)
 
         deadline = time.monotonic() + OPEN_SECONDS
-        name, checkpoints = await self._run(f"opening {table.full_name}", deadline, work)
-        self._open[_key(table)] = _Open(name, epoch, Merger(table, shape, self._settings))
+        name, checkpoints, last = await self._run(f"opening {table.full_name}", deadline, work)
+        merger = Merger(table, shape, self._settings)
+        self._open[_key(table)] = _Open(name, epoch, merger, {last})
         return Opened(checkpoints=checkpoints)
 
     async def _opened(
@@ -232,9 +236,9 @@ class PostgresWriter:
                 if await self._ledger.last_write(t, table) == before:
                     # It was committed. The claim only says whether the collection is still ours.
                     token = before
-                    await self._ledger.claim(t, table, opened.epoch, token)
+                    await self._ledger.claim(t, table, opened.epoch, token, opened.known)
                     return
-            await self._ledger.claim(t, table, opened.epoch, token)
+            await self._ledger.claim(t, table, opened.epoch, token, opened.known)
             await opened.merger.write(t, opened.name, reduced)
             await self._ledger.store(t, table, batch.checkpoints)
 
@@ -242,8 +246,10 @@ class PostgresWriter:
             await self._run(doing, deadline, work)
         except UnknownOutcomeError:
             opened.unknown = (batch, token)
+            opened.known.add(token)
             raise
         opened.unknown = None
+        opened.known = {token}
 
     async def heartbeat(self, table: Table, resolved_ts: int) -> None:
         """Checkpoints tell it."""
