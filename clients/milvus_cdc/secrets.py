@@ -10,6 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from milvuscdc.v1 import secret_pb2
+
 from milvus_cdc.errors import UserError
 
 _MAX_BYTES = 64 * 1024
@@ -86,3 +88,14 @@ class SecretResolver:
             what = "is empty" if not value else f"is larger than {_MAX_BYTES} bytes"
             raise UserError("SECRET_MISSING", f"{field}: the file {path} {what}", field=field)
         return value
+
+
+def resolve(secrets: SecretResolver, secret: secret_pb2.Secret, field: str) -> str | None:
+    """The value of a reference, None when it is unset; `field` is its place in the task."""
+    match secret.WhichOneof("ref"):
+        case "env":
+            return secrets.env(secret.env, field=field)
+        case "file":
+            return secrets.file(secret.file, field=field)
+        case _:
+            return None

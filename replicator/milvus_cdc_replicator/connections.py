@@ -12,9 +12,9 @@ from milvus_cdc.dead_letters import Place
 from milvus_cdc.dead_letters.opening import open_place
 from milvus_cdc.errors import CdcError
 from milvus_cdc.milvus_client import MilvusClient
-from milvus_cdc.secrets import SecretResolver
+from milvus_cdc.secrets import SecretResolver, resolve
 from milvus_cdc.sink import Sink
-from milvus_cdc.sink.registry import open_milvus, open_writer, resolve
+from milvus_cdc.sink.registry import open_milvus, open_writer
 from milvus_cdc.sink.writer import Writer
 from milvus_cdc.sink.writer_sink import Origin, WriterSink
 from milvus_cdc.source import LogSource

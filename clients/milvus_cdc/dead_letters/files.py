@@ -16,8 +16,7 @@ from milvuscdc.v1 import dead_letters_pb2
 from milvus_cdc.dead_letters import FIELD, Letter
 from milvus_cdc.errors import UnknownOutcomeError
 from milvus_cdc.secrets import SecretResolver
-from milvus_cdc.sink.files.opening import open_store
-from milvus_cdc.sink.registry import resolve
+from milvus_cdc.sink.files.opening import open_store_of
 
 
 class LetterFiles:
@@ -25,15 +24,7 @@ class LetterFiles:
 
     def __init__(self, spec: dead_letters_pb2.DeadLetterFiles, secrets: SecretResolver) -> None:
         """No I/O. Raises UserError for a secret or a URI that cannot be used."""
-        s3, place = spec.s3, f"{FIELD}.files.s3"
-        self._store = open_store(
-            spec.uri,
-            endpoint=s3.endpoint,
-            region=s3.region,
-            access_key_id=resolve(secrets, s3.access_key_id, f"{place}.access_key_id"),
-            secret_access_key=resolve(secrets, s3.secret_access_key, f"{place}.secret_access_key"),
-            session_token=resolve(secrets, s3.session_token, f"{place}.session_token"),
-        )
+        self._store = open_store_of(spec, secrets, f"{FIELD}.files")
 
     async def probe(self) -> str:
         return await asyncio.to_thread(self._store.probe)

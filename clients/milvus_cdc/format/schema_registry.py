@@ -18,8 +18,7 @@ import httpx
 from milvuscdc.v1 import format_pb2
 
 from milvus_cdc.errors import CdcError, RetryableError, UserError
-from milvus_cdc.secrets import SecretResolver
-from milvus_cdc.sink.registry import resolve
+from milvus_cdc.secrets import SecretResolver, resolve
 
 MEDIA_TYPE: Final = "application/vnd.schemaregistry.v1+json"
 _TIMEOUT_SECONDS: Final = 10.0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from milvuscdc.v1 import secret_pb2, task_pb2
+from milvuscdc.v1 import task_pb2
 
 from milvus_cdc.errors import UserError
-from milvus_cdc.secrets import SecretResolver
+from milvus_cdc.secrets import SecretResolver, resolve
 from milvus_cdc.sink import Sink
 from milvus_cdc.sink.writer import Writer
 
@@ -49,14 +49,3 @@ def open_writer(spec: task_pb2.Sink, secrets: SecretResolver) -> Writer:
             raise UserError(
                 "SINK_UNKNOWN", f"no sink of kind {other!r} is known here", field="sink"
             )
-
-
-def resolve(secrets: SecretResolver, secret: secret_pb2.Secret, field: str) -> str | None:
-    """The value of a reference, None when it is unset; `field` is its place in the task."""
-    match secret.WhichOneof("ref"):
-        case "env":
-            return secrets.env(secret.env, field=field)
-        case "file":
-            return secrets.file(secret.file, field=field)
-        case _:
-            return None

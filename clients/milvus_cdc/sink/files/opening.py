@@ -5,8 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from milvuscdc.v1 import dead_letters_pb2, sink_file_pb2
+
 from milvus_cdc.errors import UserError
-from milvus_cdc.sink.files.store import URI_FIELD, LocalStore, Store
+from milvus_cdc.secrets import SecretResolver, resolve
+from milvus_cdc.sink.files.store import LocalStore, Store
+
+
+def open_store_of(
+    spec: sink_file_pb2.FileSink | dead_letters_pb2.DeadLetterFiles,
+    secrets: SecretResolver,
+    field: str,
+) -> Store:
+    """What a task says, `field` being its place there; no I/O yet. Raises UserError for a secret or
+    a URI that cannot be used.
+    """
+    s3, place = spec.s3, f"{field}.s3"
+    return open_store(
+        spec.uri,
+        endpoint=s3.endpoint,
+        region=s3.region,
+        access_key_id=resolve(secrets, s3.access_key_id, f"{place}.access_key_id"),
+        secret_access_key=resolve(secrets, s3.secret_access_key, f"{place}.secret_access_key"),
+        session_token=resolve(secrets, s3.session_token, f"{place}.session_token"),
+        field=field,
+    )
 
 
 def open_store(
@@ -17,6 +40,7 @@ def open_store(
     access_key_id: str | None = None,
     secret_access_key: str | None = None,
     session_token: str | None = None,
+    field: str = "sink.files",
 ) -> Store:
     """`file:///folder` or `s3://bucket/prefix`; no I/O yet. Raises UserError URI_INVALID."""
     parts = urlsplit(uri)
@@ -29,7 +53,7 @@ def open_store(
             raise UserError(
                 "KEY_INCOMPLETE",
                 "an access key and its secret come together, or neither of them",
-                field="sink.files.s3",
+                field=f"{field}.s3",
             )
         return ObjectStore(
             parts.netloc,
@@ -41,5 +65,7 @@ def open_store(
             session_token=session_token,
         )
     raise UserError(
-        "URI_INVALID", f"{uri!r} is neither file:///folder nor s3://bucket/prefix", field=URI_FIELD
+        "URI_INVALID",
+        f"{uri!r} is neither file:///folder nor s3://bucket/prefix",
+        field=f"{field}.uri",
     )

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import structlog
-from milvuscdc.v1 import secret_pb2, sink_file_pb2
+from milvuscdc.v1 import sink_file_pb2
 
 from milvus_cdc.errors import BugError, CdcError, RetryableError, UnknownOutcomeError, UserError
 from milvus_cdc.rows import Changes, Table
 from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.sink.files import encode
 from milvus_cdc.sink.files.chain import locate
-from milvus_cdc.sink.files.opening import open_store
+from milvus_cdc.sink.files.opening import open_store_of
 from milvus_cdc.sink.files.orphans import remove_orphans
 from milvus_cdc.sink.files.publishing import Published
 from milvus_cdc.sink.files.store import Bytes
@@ -62,25 +62,7 @@ class FileWriter:
 
     def __init__(self, spec: sink_file_pb2.FileSink, secrets: SecretResolver) -> None:
         """No I/O. Raises UserError for a secret, a URI or a format that cannot be used."""
-
-        def secret(value: secret_pb2.Secret, name: str) -> str | None:
-            place = f"sink.files.s3.{name}"
-            match value.WhichOneof("ref"):
-                case "env":
-                    return secrets.env(value.env, field=place)
-                case "file":
-                    return secrets.file(value.file, field=place)
-            return None
-
-        s3 = spec.s3
-        self._store = open_store(
-            spec.uri,
-            endpoint=s3.endpoint,
-            region=s3.region,
-            access_key_id=secret(s3.access_key_id, "access_key_id"),
-            secret_access_key=secret(s3.secret_access_key, "secret_access_key"),
-            session_token=secret(s3.session_token, "session_token"),
-        )
+        self._store = open_store_of(spec, secrets, "sink.files")
         self._files: encode.Parquet | encode.JsonLines
         if spec.WhichOneof("files") == "json_lines":
             from milvus_cdc.format.registry import open_format

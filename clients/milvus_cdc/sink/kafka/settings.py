@@ -10,15 +10,15 @@ Names and ranges: librdkafka's CONFIGURATION.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
 from confluent_kafka import KafkaError, KafkaException, Producer
-from milvuscdc.v1 import secret_pb2, sink_kafka_pb2
+from milvuscdc.v1 import sink_kafka_pb2
 
 from milvus_cdc.errors import UserError
-from milvus_cdc.secrets import SecretResolver
+from milvus_cdc.secrets import SecretResolver, resolve
 
 log = structlog.get_logger()
 
@@ -197,7 +197,7 @@ def _tls(tls: sink_kafka_pb2.KafkaTls, secrets: SecretResolver) -> Settings:
         settings["ssl.certificate.location"] = tls.certificate_file
         settings["ssl.key.location"] = tls.key_file
     if tls.HasField("key_password"):
-        settings["ssl.key.password"] = _secret(secrets, tls.key_password, f"{field}.key_password")
+        settings["ssl.key.password"] = resolve(secrets, tls.key_password, f"{field}.key_password")
     return settings
 
 
@@ -222,26 +222,19 @@ def _sasl(sasl: sink_kafka_pb2.KafkaSasl, secrets: SecretResolver) -> Settings:
             )
     if not by_token:
         settings["sasl.username"] = sasl.username
-        settings["sasl.password"] = _secret(secrets, sasl.password, f"{field}.password")
+        settings["sasl.password"] = resolve(secrets, sasl.password, f"{field}.password")
         return settings
     settings |= {
         "sasl.oauthbearer.method": "oidc",
         "sasl.oauthbearer.token.endpoint.url": sasl.oauth.token_url,
         "sasl.oauthbearer.client.id": sasl.oauth.client_id,
-        "sasl.oauthbearer.client.secret": _secret(
+        "sasl.oauthbearer.client.secret": resolve(
             secrets, sasl.oauth.client_secret, f"{field}.oauth.client_secret"
         ),
     }
     if sasl.oauth.scope:
         settings["sasl.oauthbearer.scope"] = sasl.oauth.scope
     return settings
-
-
-def _secret(secrets: SecretResolver, secret: secret_pb2.Secret, field: str) -> str:
-    resolve: Callable[..., str] = (
-        secrets.file if secret.WhichOneof("ref") == "file" else secrets.env
-    )
-    return resolve(secret.file or secret.env, field=field)
 
 
 def message_timeout_ms(timeout_seconds: float) -> int:

@@ -15,8 +15,7 @@ from pathlib import Path
 from milvuscdc.v1 import sink_postgres_pb2
 
 from milvus_cdc.errors import UserError
-from milvus_cdc.secrets import SecretResolver
-from milvus_cdc.sink.registry import resolve
+from milvus_cdc.secrets import SecretResolver, resolve
 
 FIELD = "sink.postgres"
 DEFAULT_PORT = 5432
