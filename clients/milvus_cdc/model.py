@@ -8,6 +8,7 @@ can compare.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 
 TSO_LOGICAL_BITS = 18
@@ -21,6 +22,17 @@ def tso_to_ms(tso: int) -> int:
 def ms_to_tso(unix_ms: int) -> int:
     """The first TSO of a Unix millisecond."""
     return unix_ms << TSO_LOGICAL_BITS
+
+
+def ms_to_text(unix_ms: int) -> str:
+    """ISO 8601 in UTC, to the millisecond."""
+    seconds, ms = divmod(unix_ms, 1000)
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{ms:03}Z"
+
+
+def tso_to_text(tso: int) -> str:
+    """ISO 8601 in UTC, to the millisecond."""
+    return ms_to_text(tso_to_ms(tso))
 
 
 def split_assignment_id(assignment_id: str) -> tuple[str, int | None]:

@@ -6,10 +6,9 @@ Law: neither `batching` nor `limits` of a task raises what the sink takes at onc
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import UTC, datetime
 
 from milvus_cdc.errors import UserError
-from milvus_cdc.model import Batching, tso_to_ms
+from milvus_cdc.model import Batching, tso_to_text
 from milvus_cdc.sink.writer import Capabilities, Checkpoint
 
 from milvus_cdc_replicator.core.assignment import AssignmentCore
@@ -53,10 +52,10 @@ class Arrangement:
             if known.resolved_ts < lane.stored_ts:
                 raise UserError(
                     "SINK_PUT_BACK",
-                    f"the sink has {known.vchannel} up to {_time(known.resolved_ts)} and once had "
-                    f"it up to {_time(lane.stored_ts)}: it was put back to an older state, and "
-                    "rows in between are missing there; `milvus-cdc task resync` brings the "
-                    "collection anew",
+                    f"the sink has {known.vchannel} up to {tso_to_text(known.resolved_ts)} and "
+                    f"once had it up to {tso_to_text(lane.stored_ts)}: it was put back to an "
+                    "older state, and rows in between are missing there; `milvus-cdc task resync` "
+                    "brings the collection anew",
                     field="sink",
                 )
             lane.stored_ts = known.resolved_ts
@@ -108,7 +107,3 @@ class Arrangement:
         self._core.sequencer.bound(
             limits.rows_per_request, limits.bytes_per_request, lingers=limits.lingers
         )
-
-
-def _time(ts: int) -> str:
-    return datetime.fromtimestamp(tso_to_ms(ts) / 1000, UTC).isoformat(timespec="milliseconds")

@@ -20,7 +20,7 @@ from milvus_cdc.cli.commands import read_text
 from milvus_cdc.cli.position_file import FilePosition, parse_positions, pchannel_of
 from milvus_cdc.cli.task_file import InputError
 from milvus_cdc.control import ControlClient, task_name
-from milvus_cdc.model import tso_to_ms
+from milvus_cdc.model import tso_to_ms, tso_to_text
 from milvus_cdc.source.registry import position_text
 
 HEAD = ("COLLECTION", "VCHANNEL", "POSITION", "TICK", "TIME", "QUEUE KEEPS IT FOR")
@@ -206,7 +206,4 @@ def _change(position: VchannelPosition, before: task_pb2.VchannelProgress | None
 
 def _time(ts: int) -> str:
     """Empty for 0."""
-    if not ts:
-        return ""
-    at = datetime.fromtimestamp(tso_to_ms(ts) / 1000, UTC)
-    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return tso_to_text(ts) if ts else ""

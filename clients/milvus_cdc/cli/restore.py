@@ -13,6 +13,7 @@ from milvus_cdc.cli.sink import token_of
 from milvus_cdc.cli.task_file import InputError
 from milvus_cdc.control import ControlClient
 from milvus_cdc.errors import CdcError, RetryableError, UserError
+from milvus_cdc.model import tso_to_text
 from milvus_cdc.sink.files.opening import open_store
 from milvus_cdc.sink.files.reading import (
     NEWEST,
@@ -20,7 +21,6 @@ from milvus_cdc.sink.files.reading import (
     History,
     find_collections,
     time_to_ts,
-    ts_to_text,
 )
 from milvus_cdc.sink.files.restoring import Progress
 from milvus_cdc.sink.files.restoring import restore as restore_rows
@@ -133,7 +133,7 @@ def _show(
         "source": ".".join(history.name),
         "collectionId": str(history.table.collection_id),
         "target": f"{database}.{name}",
-        "completeUpTo": ts_to_text(until) if until else "",
+        "completeUpTo": tso_to_text(until) if until else "",
         "files": len(history.files),
         "changes": sum(file.entry.rows for file in history.files),
         "rowsWritten": done.written if done else 0,

@@ -7,15 +7,15 @@ Whatever the place is, its errors name fields below `dead_letters`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Protocol
 
 import orjson
 
 from milvus_cdc.format.flat_json import FlatJson
-from milvus_cdc.model import tso_to_ms
+from milvus_cdc.model import ms_to_text, tso_to_ms
 from milvus_cdc.rows import Changes, Table
 
 FIELD = "dead_letters"
@@ -42,7 +42,7 @@ class Letter:
 
 def letters_of(table: Table, changes: Changes, reason: str, message: str) -> list[Letter]:
     """One of each row."""
-    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    now = ms_to_text(time.time_ns() // 1_000_000)
     records = FlatJson().encode(table, changes)
     keys = (orjson.dumps(key) for key in changes.arrow(table).column(table.key.name).to_pylist())
     return [

@@ -8,15 +8,15 @@ attributes are strings: CloudEvents' integers have 32 bits.
 
 from __future__ import annotations
 
+import time
 import uuid
-from datetime import UTC, datetime
 from urllib.parse import quote
 
 import orjson
 
 from milvus_cdc.format import Record, assemble, json_rows, schema_event
 from milvus_cdc.format.json_cells import PLAIN, JsonStyle
-from milvus_cdc.model import tso_to_ms
+from milvus_cdc.model import ms_to_text, tso_to_text
 from milvus_cdc.rows import ChangeOp, Changes, Table
 from milvus_cdc.sink.writer import SchemaChange
 
@@ -44,7 +44,7 @@ class CloudEventsJson:
             "specversion": "1.0",
             "type": _TYPES[changes.op],
             "source": self._source_of(table),
-            "time": _time(tso_to_ms(changes.ts)),
+            "time": tso_to_text(changes.ts),
             "datacontenttype": "application/json",
             "vchannel": changes.vchannel,
             "logorder": str(changes.order),
@@ -78,7 +78,7 @@ class CloudEventsJson:
             "specversion": "1.0",
             "type": _SCHEMA_TYPE,
             "source": self._source_of(table),
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "time": ms_to_text(time.time_ns() // 1_000_000),
             "datacontenttype": "application/json",
             "id": str(uuid.uuid4()),
             "subject": table.full_name,
@@ -101,8 +101,3 @@ class CloudEventsJson:
 def _strings(keys: list[bytes]) -> list[bytes]:
     """A subject is a string, also where the key is a number."""
     return [key if key[:1] == b'"' else b'"' + key + b'"' for key in keys]
-
-
-def _time(unix_ms: int) -> str:
-    seconds, ms = divmod(unix_ms, 1000)
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{ms:03}Z"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cached_property
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from milvus_cdc.errors import UserError
-from milvus_cdc.model import ms_to_tso, tso_to_ms
+from milvus_cdc.model import ms_to_tso, tso_to_text
 from milvus_cdc.rows import Table
 from milvus_cdc.sink.files import alive, encode, places, schema_file
 from milvus_cdc.sink.files.chain import Chain
@@ -39,11 +39,6 @@ NEWEST = 2**63 - 1
 def time_to_ts(at: datetime) -> int:
     """The last TSO of that millisecond."""
     return ms_to_tso(int(at.timestamp() * 1000) + 1) - 1
-
-
-def ts_to_text(ts: int) -> str:
-    at = datetime.fromtimestamp(tso_to_ms(ts) / 1000, UTC)
-    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +75,10 @@ class CollectionFiles:
             )
         complete = links[-1].complete_ts
         if at != NEWEST and at > complete and not links[-1].dropped:
-            known = ts_to_text(complete) if complete else "no time yet"
+            known = tso_to_text(complete) if complete else "no time yet"
             raise UserError(
                 "NOT_COMPLETE",
-                f"{self.folder} is complete up to {known}, not up to {ts_to_text(at)}; choose an "
+                f"{self.folder} is complete up to {known}, not up to {tso_to_text(at)}; choose an "
                 "earlier time, or wait for the files to be published",
             )
         return History(self.store, self.folder, tuple(links), at)

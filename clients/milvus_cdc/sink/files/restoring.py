@@ -19,11 +19,11 @@ import pyarrow.compute as pc
 from milvus_cdc.codec.field_data import field_data
 from milvus_cdc.errors import RetryableError, UnknownOutcomeError, UserError
 from milvus_cdc.milvus_protos import common_pb2
-from milvus_cdc.model import Collection, Partition
+from milvus_cdc.model import Collection, Partition, tso_to_text
 from milvus_cdc.rows import Table
 from milvus_cdc.sink import Op, RowBatch, RowChunk, Sink
 from milvus_cdc.sink.files import alive
-from milvus_cdc.sink.files.reading import History, ts_to_text
+from milvus_cdc.sink.files.reading import History
 
 _REQUEST_BYTES = 16 * 2**20
 _HELD_BYTES = 64 * 2**20
@@ -56,7 +56,7 @@ async def restore(
         when = max(event.ts for _, event in history.events)
         raise UserError(
             "COLLECTION_DROPPED",
-            f"{'.'.join(history.name)} was dropped at the source at {ts_to_text(when)}; choose a "
+            f"{'.'.join(history.name)} was dropped at the source at {tso_to_text(when)}; choose a "
             "time before",
         )
     table = history.table
