@@ -82,25 +82,18 @@ def changes_of(op: LogOp) -> Changes:
     """
     message = op.payload
     if isinstance(message, Delete):
-        return Changes(
-            ChangeOp.DELETE,
-            op.ts,
-            message.vchannel,
-            op.order,
-            op.partition,
-            op.rows,
-            delete_keys=message.keys,
-            size=op.size,
-            traceparent=message.traceparent,
-        )
+        kind = ChangeOp.DELETE
+    else:
+        kind = ChangeOp.UPDATE if op.replaces else ChangeOp.CREATE
     return Changes(
-        ChangeOp.UPDATE if op.replaces else ChangeOp.CREATE,
+        kind,
         op.ts,
         message.vchannel,
         op.order,
         op.partition,
         op.rows,
-        columns=message.columns,
+        columns=() if isinstance(message, Delete) else message.columns,
+        delete_keys=message.keys if isinstance(message, Delete) else None,
         size=op.size,
         traceparent=message.traceparent,
     )

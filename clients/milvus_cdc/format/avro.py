@@ -20,15 +20,16 @@ Numbers in bytes are little-endian.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any, Final
 
 import fastavro
 import orjson
+import pyarrow as pa
 
-from milvus_cdc.errors import BugError
-from milvus_cdc.format import Record, assemble, avro_pieces, schema_event, schema_names
+from milvus_cdc.format import Record, assemble, avro_pieces, schema_event, schema_names, wire_pieces
 from milvus_cdc.format.schema_registry import Part, Registry, frame
-from milvus_cdc.rows import ChangeOp, Changes, Field, FieldType, Table
+from milvus_cdc.rows import Changes, Field, FieldType, Table
 from milvus_cdc.sink.writer import SchemaChange
 
 _TYPES: Final = {
@@ -51,8 +52,8 @@ class AvroFormat:
         """`arrays`: vectors as arrays of numbers."""
         self._registry = registry
         self._arrays = arrays
-        self._frames: dict[Table, tuple[bytes, bytes]] = {}
-        self._event_frames: dict[Table, tuple[bytes, bytes]] = {}
+        self._frames: dict[Table, wire_pieces.Frames] = {}
+        self._event_frames: dict[Table, wire_pieces.Frames] = {}
 
     async def prepare(self, table: Table, topic: str = "", schema_topic: str = "") -> None:
         name = schema_names.namespace(table)
@@ -71,27 +72,13 @@ class AvroFormat:
         return frame(await self._registry.schema_id(subject, "AVRO", text))
 
     def encode(self, table: Table, changes: Changes) -> list[Record]:
-        if table not in self._frames:
-            raise BugError("NOT_PREPARED", f"no schema has been registered for {table.full_name}")
-        key_frame, value_frame = self._frames[table]
-        records: list[Record] = []
-        for batch in assemble.chunks(changes.arrow(table)):
-            key_column = batch.column(table.key.name)
-            pieces = avro_pieces.parts(table.key, key_column, self._arrays)
-            keys = assemble.join_rows([key_frame, *pieces])
-            if changes.op is ChangeOp.DELETE:
-                records += [Record(key, None) for key in keys]
-                continue
-            parts: list[assemble.Part] = [value_frame]
-            for field, column in zip(table.fields, batch.columns, strict=True):
-                parts += avro_pieces.parts(field, column, self._arrays)
-            records += map(Record, keys, assemble.join_rows(parts))
-        return records
+        def parts(field: Field, column: pa.Array) -> Sequence[assemble.Part]:
+            return avro_pieces.parts(field, column, self._arrays)
+
+        return wire_pieces.records(table, changes, wire_pieces.prepared(self._frames, table), parts)
 
     def encode_schema(self, change: SchemaChange | None, table: Table) -> Record:
-        if table not in self._event_frames:
-            raise BugError("NOT_PREPARED", f"no schema for the changes of {table.full_name}")
-        key_frame, value_frame = self._event_frames[table]
+        key_frame, value_frame = wire_pieces.prepared(self._event_frames, table)
         key, value = io.BytesIO(), io.BytesIO()
         fastavro.schemaless_writer(key, EVENT_KEY, schema_event.key(table))
         fastavro.schemaless_writer(value, EVENT, schema_event.event(change, table))

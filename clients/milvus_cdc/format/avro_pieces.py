@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from milvus_cdc.format import assemble, json_cells, wire_pieces
+from milvus_cdc.format import assemble, wire_pieces
 from milvus_cdc.rows import Field, FieldType
 
 _NULL: Final = b"\x00"
@@ -62,22 +62,7 @@ def _parts(field: Field, column: pa.Array, arrays: bool) -> Sequence[assemble.Pa
 
 
 def _scalars(kind: FieldType, column: pa.Array) -> list[bytes]:
-    match kind:
-        case FieldType.VARCHAR:
-            return wire_pieces.prefixed_zigzag([text or b"" for text in json_cells.texts(column)])
-        case FieldType.JSON:
-            return wire_pieces.prefixed_zigzag(
-                [
-                    json_cells.json_text(text)[0] if text else b""
-                    for text in json_cells.texts(column)
-                ]
-            )
-        case FieldType.BOOL:
-            return [b"\x01" if value else b"\x00" for value in assemble.numbers(column)]
-        case FieldType.FLOAT | FieldType.DOUBLE:
-            values = assemble.numbers(column)
-            return assemble.fixed(values.tobytes(), values.itemsize)
-    return wire_pieces.varint_pieces(wire_pieces.zigzag(assemble.numbers(column)))
+    return wire_pieces.scalars(kind, column, wire_pieces.prefixed_zigzag, wire_pieces.zigzag)
 
 
 def _arrays(items: list[bytes], ends: NDArray[np.int64]) -> list[bytes]:
@@ -91,13 +76,8 @@ def _arrays(items: list[bytes], ends: NDArray[np.int64]) -> list[bytes]:
 
 def _vector_arrays(field: Field, column: pa.Array) -> Sequence[assemble.Part]:
     count = wire_pieces.varint(2 * field.dim)
-    values: NDArray[Any]
     if field.type is FieldType.INT8_VECTOR:
-        values = assemble.numbers(column)
-        flat, ends = wire_pieces.varints(wire_pieces.zigzag(values.reshape(-1)))
+        values = assemble.numbers(column).reshape(-1)
+        flat, ends = wire_pieces.varints(wire_pieces.zigzag(values))
         return [count, assemble.slices(flat, ends[:: field.dim]), _END]
-    if field.type is FieldType.BFLOAT16_VECTOR:
-        values = assemble.bfloat16(assemble.fixed_bytes(column), field.dim)
-    else:
-        values = assemble.numbers(column).astype(np.float32, copy=False)
-    return [count, assemble.fixed(values.tobytes(), 4 * field.dim), _END]
+    return [count, assemble.fixed(wire_pieces.floats(field, column), 4 * field.dim), _END]

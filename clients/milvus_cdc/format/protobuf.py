@@ -20,13 +20,13 @@ Numbers in bytes are little-endian.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
+import pyarrow as pa
 from google.protobuf import descriptor_pb2, json_format
 from milvuscdc.v1 import schema_event_pb2
 
-from milvus_cdc.errors import BugError
 from milvus_cdc.format import (
     Record,
     assemble,
@@ -34,9 +34,10 @@ from milvus_cdc.format import (
     protobuf_pieces,
     schema_event,
     schema_names,
+    wire_pieces,
 )
 from milvus_cdc.format.schema_registry import Part, Registry, frame
-from milvus_cdc.rows import ChangeOp, Changes, Field, FieldType, Table
+from milvus_cdc.rows import Changes, Field, FieldType, Table
 from milvus_cdc.sink.writer import SchemaChange
 
 _F = descriptor_pb2.FieldDescriptorProto
@@ -67,8 +68,8 @@ class ProtobufFormat:
         """`arrays`: vectors as arrays of numbers."""
         self._registry = registry
         self._arrays = arrays
-        self._frames: dict[Table, tuple[bytes, bytes]] = {}
-        self._event_frames: dict[Table, tuple[bytes, bytes]] = {}
+        self._frames: dict[Table, wire_pieces.Frames] = {}
+        self._event_frames: dict[Table, wire_pieces.Frames] = {}
 
     async def prepare(self, table: Table, topic: str = "", schema_topic: str = "") -> None:
         name = schema_names.namespace(table)
@@ -94,28 +95,13 @@ class ProtobufFormat:
         return await self._registry.schema_id(subject, "PROTOBUF", schema)
 
     def encode(self, table: Table, changes: Changes) -> list[Record]:
-        if table not in self._frames:
-            raise BugError("NOT_PREPARED", f"no schema has been registered for {table.full_name}")
-        key_frame, value_frame = self._frames[table]
-        records: list[Record] = []
-        for batch in assemble.chunks(changes.arrow(table)):
-            key_column = batch.column(table.key.name)
-            keys = assemble.join_rows(
-                [key_frame, *protobuf_pieces.parts(table.key, key_column, self._arrays)]
-            )
-            if changes.op is ChangeOp.DELETE:
-                records += [Record(key, None) for key in keys]
-                continue
-            parts: list[assemble.Part] = [value_frame]
-            for field, column in zip(table.fields, batch.columns, strict=True):
-                parts += protobuf_pieces.parts(field, column, self._arrays)
-            records += map(Record, keys, assemble.join_rows(parts))
-        return records
+        def parts(field: Field, column: pa.Array) -> Sequence[assemble.Part]:
+            return protobuf_pieces.parts(field, column, self._arrays)
+
+        return wire_pieces.records(table, changes, wire_pieces.prepared(self._frames, table), parts)
 
     def encode_schema(self, change: SchemaChange | None, table: Table) -> Record:
-        if table not in self._event_frames:
-            raise BugError("NOT_PREPARED", f"no schema for the changes of {table.full_name}")
-        key_frame, value_frame = self._event_frames[table]
+        key_frame, value_frame = wire_pieces.prepared(self._event_frames, table)
         event = schema_event.event(change, table)
         key = schema_event_pb2.SchemaEventKey(**schema_event.key(table))
         value = json_format.ParseDict(event, schema_event_pb2.SchemaEvent())

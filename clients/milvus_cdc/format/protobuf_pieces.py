@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from milvus_cdc.format import assemble, json_cells, wire_pieces
+from milvus_cdc.format import assemble, wire_pieces
 from milvus_cdc.format.avro_pieces import optional as optional
 from milvus_cdc.rows import FIRST_USER_FIELD_ID, Field, FieldType
 
@@ -94,22 +94,7 @@ def _parts(field: Field, place: int, column: pa.Array, arrays: bool) -> Sequence
 
 
 def _scalars(kind: FieldType, column: pa.Array) -> list[bytes]:
-    match kind:
-        case FieldType.VARCHAR:
-            return wire_pieces.prefixed([text or b"" for text in json_cells.texts(column)])
-        case FieldType.JSON:
-            return wire_pieces.prefixed(
-                [
-                    json_cells.json_text(text)[0] if text else b""
-                    for text in json_cells.texts(column)
-                ]
-            )
-        case FieldType.BOOL:
-            return [b"\x01" if value else b"\x00" for value in assemble.numbers(column)]
-        case FieldType.FLOAT | FieldType.DOUBLE:
-            values = assemble.numbers(column)
-            return assemble.fixed(values.tobytes(), values.itemsize)
-    return wire_pieces.varint_pieces(wire_pieces.twos_complement(assemble.numbers(column)))
+    return wire_pieces.scalars(kind, column, wire_pieces.prefixed, wire_pieces.twos_complement)
 
 
 def _repeated(
@@ -130,7 +115,6 @@ def _messages(place: int, items: list[bytes], ends: NDArray[np.int64]) -> list[b
 
 def _vectors(field: Field, column: pa.Array, arrays: bool) -> tuple[bytes, int | NDArray[np.int64]]:
     """The rows one after the other, and their width or where each begins and ends."""
-    values: NDArray[Any]
     if not arrays or field.type is FieldType.BINARY_VECTOR:
         flat = assemble.fixed_bytes(column)
         return flat, len(flat) // max(1, len(column))
@@ -138,8 +122,4 @@ def _vectors(field: Field, column: pa.Array, arrays: bool) -> tuple[bytes, int |
         values = assemble.numbers(column).reshape(-1)
         flat, ends = wire_pieces.varints(wire_pieces.twos_complement(values))
         return flat, ends[:: field.dim]
-    if field.type is FieldType.BFLOAT16_VECTOR:
-        values = assemble.bfloat16(assemble.fixed_bytes(column), field.dim)
-    else:
-        values = assemble.numbers(column).astype(np.float32, copy=False)
-    return values.tobytes(), 4 * field.dim
+    return wire_pieces.floats(field, column), 4 * field.dim

@@ -13,6 +13,11 @@ from typing import Protocol
 
 from milvus_cdc.errors import LogResetError
 
+STREAMING_HEADER = "_v"
+"""A message's header that only Milvus' streaming service (2.6) writes."""
+TRACE_HEADER = "traceparent"
+"""A message's header with the trace context of the request that wrote it."""
+
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:

@@ -36,6 +36,8 @@ from milvus_cdc.errors import (
     UserError,
 )
 from milvus_cdc.source import (
+    STREAMING_HEADER,
+    TRACE_HEADER,
     KafkaConfig,
     LogEntry,
     LogLimits,
@@ -58,8 +60,6 @@ SAMPLED_ENTRIES = 64
 SAMPLED_BYTES = 256 * 1024
 HELD_KIBIBYTES = 2048
 """What the client may hold ahead of a reader, besides one fetch."""
-STREAMING_HEADER = "_v"
-TRACE_HEADER = "traceparent"
 
 _DENIED = frozenset(
     (

@@ -34,6 +34,8 @@ from milvus_cdc.errors import (
     RetryableError,
 )
 from milvus_cdc.source import (
+    STREAMING_HEADER,
+    TRACE_HEADER,
     LogEntry,
     LogLimits,
     LogRange,
@@ -62,8 +64,6 @@ SILENT_SECONDS = 45.0
 """The server ends every pull within `PULL_SECONDS`: a reader that hears nothing for this long is
 stuck, wherever in the client that may be.
 """
-STREAMING_HEADER = "_v"
-TRACE_HEADER = "traceparent"
 
 
 class NatsSource:
