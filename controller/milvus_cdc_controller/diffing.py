@@ -18,7 +18,7 @@ from milvus_cdc_controller.api_errors import ApiError
 from milvus_cdc_controller.core import jobs
 from milvus_cdc_controller.core.task import TaskRecord
 from milvus_cdc_controller.specs import carry_message, collection_spec, metadata_spec
-from milvus_cdc_controller.verification import chosen, failed
+from milvus_cdc_controller.verification import check_comparable, chosen, failed
 
 if TYPE_CHECKING:
     from milvus_cdc_controller.loop import ControlLoop
@@ -27,15 +27,7 @@ if TYPE_CHECKING:
 async def diff(
     loop: ControlLoop, task: TaskRecord, request: pb.DiffTaskRequest
 ) -> AsyncIterator[pb.DiffTaskResponse]:
-    kind = task_pb2.Sink.FromString(task.spec.sink).WhichOneof("kind")
-    if kind != "milvus":
-        raise ApiError(
-            "FAILED_PRECONDITION",
-            "SINK_NOT_COMPARABLE",
-            f"{task.spec.name} writes to {kind}, which has none of what diff looks at; it compares "
-            "two Milvus.",
-            field="sink",
-        )
+    check_comparable(task, "which has none of what diff looks at")
     job = _job(loop, task, list(request.collections))
     verdict = diff_pb2.DiffVerdict(collections=len(job.collections))
     payload = jobs.DiffJob(task.spec.source, job.SerializeToString())

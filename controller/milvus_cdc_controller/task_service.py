@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.message import Message
 from milvus_cdc.errors import CdcError
-from milvus_cdc.model import Carry, Catalogue, Collection, ObjectState
+from milvus_cdc.model import Catalogue, Collection, ObjectState
 from milvuscdc.v1 import task_pb2
 from milvuscdc.v1 import task_service_pb2 as pb
 from milvuscdc.v1 import task_service_pb2_grpc as rpc
@@ -178,23 +178,16 @@ class TaskService(rpc.TaskServiceServicer):
                 whole.selection.exclude[:] = request.task.selection.exclude
             check_task_part(whole, "selection")
         paths = set(request.update_mask.paths)
-        with_carry = any(path.startswith("carry") for path in paths)
-        if "carry" in paths:
-            whole.carry.CopyFrom(request.task.carry)
-        for switch in (path.partition(".")[2] for path in paths if path.startswith("carry.")):
-            given = {f.name: value for f, value in request.task.carry.ListFields()}
-            setattr(whole.carry, switch, given.get(switch, getattr(Carry(), switch)))
+        with_carry = _take_over(request.task.carry, whole.carry, paths, "carry")
         if "drift" in paths:
             whole.drift = request.task.drift
             check_task_part(whole, "drift")
-        with_batching = any(path.startswith("batching") for path in paths)
+        with_batching = _take_over(request.task.batching, whole.batching, paths, "batching")
         if with_batching:
-            _take_over(request.task.batching, whole.batching, paths, "batching")
             check_task_part(whole, "batching")
             check_batching(whole)
-        with_limits = any(path.startswith("limits") for path in paths)
+        with_limits = _take_over(request.task.limits, whole.limits, paths, "limits")
         if with_limits:
-            _take_over(request.task.limits, whole.limits, paths, "limits")
             check_task_part(whole, "limits")
         with_letters = "dead_letters" in paths
         if with_letters:
@@ -341,18 +334,22 @@ class TaskService(rpc.TaskServiceServicer):
         return present.task_message(world, newest, self._loop.store_error)
 
 
-def _take_over(given: Message, whole: Message, paths: set[str], name: str) -> None:
-    """Of a message of the task what the paths name; what is not given is cleared."""
+def _take_over(given: Message, whole: Message, paths: set[str], name: str) -> bool:
+    """Of a message of the task what the paths name; what is not given is cleared. Whether they name
+    anything of it.
+    """
     if name in paths:
         whole.CopyFrom(given)
-        return
-    for part in (path.partition(".")[2] for path in paths if path.startswith(f"{name}.")):
+        return True
+    parts = [path.partition(".")[2] for path in paths if path.startswith(f"{name}.")]
+    for part in parts:
         whole.ClearField(part)
         for field, value in given.ListFields():
             if field.name == part and field.message_type is not None:
                 getattr(whole, part).CopyFrom(value)
             elif field.name == part:
                 setattr(whole, part, value)
+    return bool(parts)
 
 
 def _planned(spec: TaskSpec, catalogue: Catalogue) -> list[Collection]:

@@ -28,18 +28,23 @@ NAMED_LOOKS = 150
 _STOPPED = (CollectionState.FAILED, CollectionState.PAUSED)
 
 
-async def verify(
-    loop: ControlLoop, task: TaskRecord, request: pb.VerifyTaskRequest
-) -> AsyncIterator[pb.VerifyTaskResponse]:
-    records = chosen(loop, task, list(request.collections))
+def check_comparable(task: TaskRecord, why: str) -> None:
+    """Raises ApiError SINK_NOT_COMPARABLE unless the sink is a Milvus."""
     kind = task_pb2.Sink.FromString(task.spec.sink).WhichOneof("kind")
     if kind != "milvus":
         raise ApiError(
             "FAILED_PRECONDITION",
             "SINK_NOT_COMPARABLE",
-            f"{task.spec.name} writes to {kind}, which verify cannot read; it compares two Milvus.",
+            f"{task.spec.name} writes to {kind}, {why}; it compares two Milvus.",
             field="sink",
         )
+
+
+async def verify(
+    loop: ControlLoop, task: TaskRecord, request: pb.VerifyTaskRequest
+) -> AsyncIterator[pb.VerifyTaskResponse]:
+    records = chosen(loop, task, list(request.collections))
+    check_comparable(task, "which verify cannot read")
     if not task_pb2.Source.FromString(task.spec.source).HasField("milvus"):
         raise ApiError(
             "FAILED_PRECONDITION",

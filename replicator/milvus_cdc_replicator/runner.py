@@ -37,15 +37,11 @@ from milvus_cdc_replicator.report import LaneReport, Report, lag_ms
 from milvus_cdc_replicator.schema import key_field
 from milvus_cdc_replicator.settings import Limits
 from milvus_cdc_replicator.sink_object import SinkObject
-from milvus_cdc_replicator.sink_work import Troubles
+from milvus_cdc_replicator.sink_work import Troubles, look_again
 from milvus_cdc_replicator.source_properties import SourceProperties
 from milvus_cdc_replicator.spec import CollectionAssignment
 
 log = structlog.get_logger()
-
-
-def _nothing() -> None:
-    """An event that makes the owner look again."""
 
 
 HOUSEKEEPING_SECONDS = 1.0
@@ -373,7 +369,7 @@ class CollectionRunner:
             return
         if not self._intake.has_memory or self._object.waits:
             sequencer.hurry()
-            self._post(_nothing)
+            self._post(look_again)
         elif self._linger is None:
             loop = asyncio.get_running_loop()
             self._linger = loop.call_later(self._object.arrangement.linger_seconds, self._lingered)

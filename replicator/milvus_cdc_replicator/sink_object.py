@@ -30,7 +30,7 @@ from milvus_cdc_replicator.core.ops import Write
 from milvus_cdc_replicator.drift import Reconciler, note_emptied, without_dropped
 from milvus_cdc_replicator.gate import WriteGate
 from milvus_cdc_replicator.pacing import Pacer
-from milvus_cdc_replicator.sink_work import SinkWork, Troubles
+from milvus_cdc_replicator.sink_work import SinkWork, Troubles, look_again
 from milvus_cdc_replicator.source_properties import SourceProperties
 from milvus_cdc_replicator.spec import CollectionAssignment
 
@@ -57,10 +57,6 @@ def _name(want: Collection) -> tuple[str, str]:
 
 def _named(want: Collection, name: tuple[str, str]) -> Collection:
     return want if _name(want) == name else replace(want, database=name[0], name=name[1])
-
-
-def _nothing() -> None:
-    """An event that makes the owner look again."""
 
 
 class SinkObject:
@@ -264,13 +260,13 @@ class SinkObject:
     async def heartbeat(self) -> None:
         """Tells the sink how far it is."""
         resolved = min((lane.resolved_ts for lane in self._core.lanes.values()), default=0)
-        if resolved and self._sink is not None and not self._halt.is_set():
-            await self._sink.heartbeat(self._sink.target(self.placed), resolved)
+        if resolved and self._sink and self._work and not self._halt.is_set():
+            await self._sink.heartbeat(self._work.target, resolved)
 
     async def release(self) -> None:
         """Nothing is written any more by this owner."""
-        if self._sink is not None and self._core.opened:
-            await self._sink.release(self._sink.target(self.placed))
+        if self._sink and self._work and self._core.opened:
+            await self._sink.release(self._work.target)
 
     async def _open_at(self, sink: Sink, place: Collection) -> Opened:
         applied = self._assignment.applied
@@ -360,7 +356,7 @@ class SinkObject:
             await reconciler.run(self._assignment, self._wanted())
         finally:
             self._reconciling = False
-            self._post(_nothing)
+            self._post(look_again)
             if said != (reconciler.applied_version, self.conditions):
                 self._changed()
 
@@ -463,7 +459,7 @@ class SinkObject:
         self._bind()
         self._log.info("renamed at the sink", before=before)
         self._changed()
-        self._post(_nothing)
+        self._post(look_again)
 
     def _maybe_drop(self) -> None:
         if (

@@ -74,6 +74,10 @@ class Troubles:
             self._changed()
 
 
+def look_again() -> None:
+    """An event that makes the owner look again."""
+
+
 def _insert(write: Write) -> bool:
     return write.kind is WriteKind.INSERT
 
@@ -248,6 +252,10 @@ class SinkWork:
             self._pacing -= 1
             self._paced_at = time.monotonic()
         return True
+
+    @property
+    def target(self) -> CollectionTarget:
+        return self._target
 
     def retarget(self, target: CollectionTarget) -> None:
         """The collection has another name; nothing may be in flight."""

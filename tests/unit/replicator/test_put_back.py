@@ -9,15 +9,11 @@ from dataclasses import replace
 from milvus_cdc.sink.memory_writer import DESTINATIONS, MemoryWriter
 from milvus_cdc.sink.writer_sink import Origin, WriterSink
 from milvus_cdc_replicator.report import Report
-from milvus_cdc_replicator.runner import CollectionRunner
-from milvus_cdc_replicator.settings import Limits
 
 from tests.unit.replicator.test_runner import START, Bench, failure, insert, tick, until
 
-EPOCHS = iter(range(4, 100))
 
-
-def next_owner(bench: Bench, report: Report) -> None:
+def go_on(bench: Bench, report: Report) -> None:
     """From where the last one reported to be."""
     start = bench.runner.assignment.lanes[0]
     [lane] = report.lanes
@@ -30,16 +26,7 @@ def next_owner(bench: Bench, report: Report) -> None:
             horizon_ts=START + 1000,
         ),
     )
-    bench.runner = CollectionRunner(
-        replace(bench.runner.assignment, epoch=next(EPOCHS), opened=True, lanes=lanes),
-        connections=bench.connections,  # type: ignore[arg-type]
-        gate=bench.gate,
-        budget=bench.budget,
-        limits=Limits(assignment_bytes=1 << 19),
-        notify=lambda _: None,
-        query_partition=lambda *_: None,
-        on_room=bench.connections.wake_readers,
-    )
+    bench.next_owner(opened=True, lanes=lanes)
 
 
 async def test_what_was_there_once_and_is_not_any_more_stops_the_collection() -> None:
@@ -58,7 +45,7 @@ async def test_what_was_there_once_and_is_not_any_more_stops_the_collection() ->
     await until(lambda: bench.resolved_ts == START + 5)
     report = bench.runner.report()
     await bench.runner.stop()
-    next_owner(bench, report)
+    go_on(bench, report)
     await bench.start()
     bench.append(insert(START + 7, [2]), tick(START + 9))
     await until(lambda: bench.resolved_ts == START + 9)
@@ -66,7 +53,7 @@ async def test_what_was_there_once_and_is_not_any_more_stops_the_collection() ->
     await bench.runner.stop()
 
     DESTINATIONS[place].collections = backup
-    next_owner(bench, report)
+    go_on(bench, report)
     bench.runner.start()
     failed = await failure(bench)
     assert failed.reason == "SINK_PUT_BACK"

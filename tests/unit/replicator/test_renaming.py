@@ -12,8 +12,6 @@ import pytest
 from milvus_cdc.model import ObjectState
 from milvus_cdc.sink import CollectionTarget, DeleteBatch, RowBatch
 from milvus_cdc_replicator import metrics
-from milvus_cdc_replicator.runner import CollectionRunner
-from milvus_cdc_replicator.settings import Limits
 
 from tests.unit.replicator.test_runner import START, VCHANNEL, Bench, insert, running, tick, until
 
@@ -37,21 +35,6 @@ def renamed(bench: Bench, name: str, rename_ts: int, database: str = "default") 
             rename_ts=rename_ts,
         )
     )
-
-
-def next_owner(bench: Bench, **other: Any) -> CollectionRunner:
-    """Of what the controller knows: the last assignment it sent."""
-    bench.runner = CollectionRunner(
-        replace(bench.runner.assignment, epoch=4, **other),
-        connections=bench.connections,  # type: ignore[arg-type]
-        gate=bench.gate,
-        budget=bench.budget,
-        limits=Limits(assignment_bytes=1 << 19),
-        notify=lambda _: None,
-        query_partition=lambda *_: None,
-        on_room=bench.connections.wake_readers,
-    )
-    return bench.runner
 
 
 async def test_rows_before_the_rename_come_first_and_those_in_flight_end_before_it() -> None:
@@ -120,7 +103,7 @@ async def test_the_next_owner_finds_it_under_either_name(done: bool) -> None:
         else:
             await until(lambda: bench.runner.assignment.version == 2)
         await bench.runner.stop()
-        runner = next_owner(bench)
+        runner = bench.next_owner()
         runner.start()
         await until(lambda: runner.report().opened is not None)
         assert runner.report().renamed_to == (("default", "d") if done else None)
@@ -144,14 +127,14 @@ async def test_a_drop_or_a_resync_on_the_way_leaves_nothing_under_the_old_name(
             await until(lambda: bench.sink.collections("default") == ["d"])
         await bench.runner.stop()
         if resync:
-            runner = next_owner(bench, opened=False, recreate=True, sink_collection_id=0)
+            runner = bench.next_owner(opened=False, recreate=True, sink_collection_id=0)
             runner.start()
             await until(lambda: runner.report().opened is not None)
             assert bench.sink.collections("default") == ["d"]
         else:
             want = replace(bench.runner.assignment.want, state=ObjectState.DROPPED)
             lanes = tuple(replace(x, closed=True) for x in bench.runner.assignment.lanes)
-            runner = next_owner(bench, want=want, lanes=lanes, drop_granted=True)
+            runner = bench.next_owner(want=want, lanes=lanes, drop_granted=True)
             runner.start()
             await until(lambda: runner.report().dropped)
             assert bench.sink.collections("default") == []

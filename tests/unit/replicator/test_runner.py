@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -151,17 +152,27 @@ class Bench:
             recreate=recreate,
             drop_granted=False,
         )
-        self.runner = CollectionRunner(
+        self._limits = Limits(assignment_bytes=memory * 3 // 4)
+        self.runner = self._owner(assignment)
+        self._horizon_ts = horizon_ts
+
+    def _owner(self, assignment: CollectionAssignment) -> CollectionRunner:
+        return CollectionRunner(
             assignment,
             connections=self.connections,  # type: ignore[arg-type]
             gate=self.gate,
             budget=self.budget,
-            limits=Limits(assignment_bytes=memory * 3 // 4),
+            limits=self._limits,
             notify=lambda _: None,
             query_partition=lambda *_: None,
             on_room=self.connections.wake_readers,
         )
-        self._horizon_ts = horizon_ts
+
+    def next_owner(self, **other: Any) -> CollectionRunner:
+        """Of what the controller knows: the last assignment it sent, but for `other`."""
+        last = self.runner.assignment
+        self.runner = self._owner(replace(last, epoch=last.epoch + 1, **other))
+        return self.runner
 
     def beat(self) -> None:
         self.lease.heartbeat_sent(1, boottime())
