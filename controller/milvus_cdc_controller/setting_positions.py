@@ -37,7 +37,7 @@ async def set_positions(
             field="etag",
         )
     _refuse(refuse_task(world, task))
-    if holds_checkpoints(task_pb2.Sink.FromString(task.spec.sink)):
+    if await _sink_holds_them(loop, task):
         raise ApiError(
             "FAILED_PRECONDITION",
             "SINK_HOLDS_CHECKPOINTS",
@@ -83,6 +83,15 @@ def holds_checkpoints(sink: task_pb2.Sink) -> bool:
             return True
         case _:
             return False
+
+
+async def _sink_holds_them(loop: ControlLoop, task: TaskRecord) -> bool:
+    sink = task_pb2.Sink.FromString(task.spec.sink)
+    if sink.WhichOneof("kind") != "plugin":
+        return holds_checkpoints(sink)
+    # Only who has it installed knows.
+    result = await single(loop, jobs.ProbeJob(task.spec.source, task.spec.sink))
+    return isinstance(result, jobs.ProbeDone) and result.sink_holds_checkpoints
 
 
 def _refuse(refusal: Refusal | None) -> None:

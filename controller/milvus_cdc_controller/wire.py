@@ -159,7 +159,10 @@ def _job_result(update: pb.JobUpdate) -> jobs.JobResult | None:
             failed = update.failed
             return jobs.JobFailed(failed.reason, failed.message, failed.field, failed.transient)
         case "probe":
-            return jobs.ProbeDone(update.probe.source_version, update.probe.sink_version)
+            done = update.probe
+            return jobs.ProbeDone(
+                done.source_version, done.sink_version, done.sink_holds_checkpoints
+            )
         case "resolve":
             ends = tuple((e.pchannel, e.position, e.incarnation) for e in update.resolve.log_ends)
             return jobs.ResolveDone(ends, update.resolve.source_ts)

@@ -115,7 +115,13 @@ class JobRunner:
                 async with self._source_client(job.source) as client:
                     answer = await client.call("GetVersion", milvus_pb2.GetVersionRequest())
                     source_version = answer.version
-        return pb.ProbeResult(source_version=source_version, sink_version=sink_version)
+        return pb.ProbeResult(
+            source_version=source_version,
+            sink_version=sink_version,
+            sink_holds_checkpoints=(
+                isinstance(sink, WriterSink) and sink.writer.capabilities.own_checkpoint
+            ),
+        )
 
     async def _resolve(self, job: pb.ResolveJob) -> pb.ResolveResult:
         source = await self._connections.source(job.source)

@@ -174,6 +174,7 @@ class FakeReplicator:
         self.opens = True
         self.beats = True
         self.draining = False
+        self.holds_checkpoints = False
         self.held: dict[str, pb.Assign] = {}
         self.acks: dict[str, pb.ProgressAck] = {}
         self.limits: dict[str, task_pb2.Limits] = {}
@@ -311,7 +312,11 @@ class FakeReplicator:
     async def _do(self, job: pb.JobRequest) -> None:
         match job.WhichOneof("job"):
             case "probe":
-                done = pb.ProbeResult(source_version="2.3.5", sink_version="2.3.5")
+                done = pb.ProbeResult(
+                    source_version="2.3.5",
+                    sink_version="2.3.5",
+                    sink_holds_checkpoints=self.holds_checkpoints,
+                )
                 await self.say(job_update=pb.JobUpdate(job_id=job.job_id, probe=done))
             case "resolve":
                 ends = [pb.LogEnd(pchannel=name, position=b"end") for name in job.resolve.pchannels]

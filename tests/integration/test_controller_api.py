@@ -20,7 +20,9 @@ from milvus_cdc_controller.store.sqlite import SqliteStore
 from milvuscdc.v1 import (
     dead_letters_pb2,
     fleet_service_pb2,
+    format_pb2,
     replication_service_pb2_grpc,
+    sink_file_pb2,
     task_pb2,
     verify_pb2,
 )
@@ -502,6 +504,36 @@ async def test_verify_is_refused_where_it_could_never_end(api: Api) -> None:
     await until_task(api, "tasks/copy", task_pb2.TASK_STATE_PAUSED)
     code, info = await refused(api.tasks.VerifyTask(verify))
     assert (code, info.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "TASK_PAUSED")
+
+
+@pytest.mark.parametrize(
+    ("sink", "holds"),
+    [
+        (task_pb2.Sink(files=sink_file_pb2.FileSink(uri="file:///rows")), False),
+        (task_pb2.Sink(plugin=format_pb2.Plugin(name="other")), True),
+    ],
+    ids=["files", "a plugin that says so"],
+)
+async def test_positions_that_the_sink_holds_cannot_be_set(
+    api: Api, sink: task_pb2.Sink, holds: bool
+) -> None:
+    async with FakeReplicator(api, "a") as replicator:
+        replicator.holds_checkpoints = holds
+        task = task_message()
+        task.sink.CopyFrom(sink)
+        await create(api, task)
+        await until(lambda: "default.books" in replicator.collections())
+        await api.tasks.PauseTask(api_pb.PauseTaskRequest(name="tasks/copy"))
+        await until_task(api, "tasks/copy", task_pb2.TASK_STATE_PAUSED)
+        await until(lambda: not replicator.collections())
+        request = api_pb.SetTaskPositionsRequest(name="tasks/copy")
+        request.at.FromSeconds(1)
+        code, info = await refused(api.tasks.SetTaskPositions(request))
+        assert (code, info.reason) == (
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "SINK_HOLDS_CHECKPOINTS",
+        )
+        assert info.metadata["field"] == "sink"
 
 
 async def test_a_caller_that_leaves_ends_the_verify_job(api: Api) -> None:

@@ -1952,17 +1952,21 @@ class ProbeResult(_message.Message):
 
     SOURCE_VERSION_FIELD_NUMBER: _builtins.int
     SINK_VERSION_FIELD_NUMBER: _builtins.int
+    SINK_HOLDS_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     source_version: _builtins.str
     sink_version: _builtins.str
+    sink_holds_checkpoints: _builtins.bool
+    """The sink keeps its checkpoints itself, together with the rows."""
     def __init__(
         self,
         *,
         source_version: _builtins.str = ...,
         sink_version: _builtins.str = ...,
+        sink_holds_checkpoints: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sink_version", b"sink_version", "source_version", b"source_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sink_holds_checkpoints", b"sink_holds_checkpoints", "sink_version", b"sink_version", "source_version", b"source_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -89,6 +89,7 @@ class JobFailed:
 class ProbeDone:
     source_version: str
     sink_version: str
+    sink_holds_checkpoints: bool = False
 
 
 @dataclass(frozen=True, slots=True)

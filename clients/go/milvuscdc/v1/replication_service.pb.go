@@ -4408,8 +4408,10 @@ type ProbeResult struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SourceVersion string                 `protobuf:"bytes,1,opt,name=source_version,json=sourceVersion,proto3" json:"source_version,omitempty"`
 	SinkVersion   string                 `protobuf:"bytes,2,opt,name=sink_version,json=sinkVersion,proto3" json:"sink_version,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// The sink keeps its checkpoints itself, together with the rows.
+	SinkHoldsCheckpoints bool `protobuf:"varint,3,opt,name=sink_holds_checkpoints,json=sinkHoldsCheckpoints,proto3" json:"sink_holds_checkpoints,omitempty"`
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
 }
 
 func (x *ProbeResult) Reset() {
@@ -4454,6 +4456,13 @@ func (x *ProbeResult) GetSinkVersion() string {
 		return x.SinkVersion
 	}
 	return ""
+}
+
+func (x *ProbeResult) GetSinkHoldsCheckpoints() bool {
+	if x != nil {
+		return x.SinkHoldsCheckpoints
+	}
+	return false
 }
 
 type ResolveResult struct {
@@ -5375,10 +5384,11 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x14\n" +
 	"\x05field\x18\x03 \x01(\tR\x05field\x12\x1c\n" +
-	"\ttransient\x18\x04 \x01(\bR\ttransient\"W\n" +
+	"\ttransient\x18\x04 \x01(\bR\ttransient\"\x8d\x01\n" +
 	"\vProbeResult\x12%\n" +
 	"\x0esource_version\x18\x01 \x01(\tR\rsourceVersion\x12!\n" +
-	"\fsink_version\x18\x02 \x01(\tR\vsinkVersion\"]\n" +
+	"\fsink_version\x18\x02 \x01(\tR\vsinkVersion\x124\n" +
+	"\x16sink_holds_checkpoints\x18\x03 \x01(\bR\x14sinkHoldsCheckpoints\"]\n" +
 	"\rResolveResult\x12/\n" +
 	"\blog_ends\x18\x01 \x03(\v2\x14.milvuscdc.v1.LogEndR\alogEnds\x12\x1b\n" +
 	"\tsource_ts\x18\x02 \x01(\x04R\bsourceTs\"b\n" +
