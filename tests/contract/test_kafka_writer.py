@@ -343,6 +343,27 @@ async def test_a_topic_deleted_under_us(broker: KafkaServer, writer: Open) -> No
     assert topic_of(table) not in admin.list_topics(timeout=5).topics
 
 
+async def test_a_schema_topic_deleted_under_us(broker: KafkaServer, writer: Open) -> None:
+    table = some_table()
+    events = f"{topic_of(table)}.schema"
+    sink = writer(librdkafka={"topic.metadata.propagation.max.ms": "1000"}, schema_topic=events)
+    await sink.open(table, Opening.NEW, 1)
+    admin = AdminClient({"bootstrap.servers": broker.brokers})
+    admin.delete_topics([events])[events].result(10)
+    drop = SchemaChange(SchemaChangeKind.DROP_COLLECTION, table, ts=BEGIN)
+    found = None
+    for _ in range(20):
+        try:
+            await sink.apply(drop, 2.0)
+        except UserError as error:
+            found = error
+            break
+        except CdcError:
+            continue
+    assert found is not None
+    assert (found.reason, found.field) == ("SINK_TOPIC_MISSING", "sink.kafka.schema_topic")
+
+
 async def test_a_broker_that_is_killed_under_writes_loses_nothing(
     broker: KafkaServer, writer: Open
 ) -> None:

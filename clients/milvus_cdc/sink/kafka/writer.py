@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -138,7 +138,7 @@ class KafkaWriter:
         if self._exactly_once is not None:
             opened = await self._exactly_once.open(table, opening, epoch, created)
         elif opening is not Opening.RESUME and self._schema_topic is not None:
-            await self._producers.send(created, EVENT_SECONDS)
+            await self._tell(collection, created, EVENT_SECONDS)
         if opening is Opening.RECREATE:
             # Now that nobody else can add to it.
             opened = replace(opened, conditions=await self._forget(collection))
@@ -155,7 +155,7 @@ class KafkaWriter:
         def hand_over(handing: HandingOver) -> None:
             self._hand_event(handing, opened, change)
 
-        await self._producers.send(hand_over, timeout_seconds)
+        await self._tell(opened, hand_over, timeout_seconds)
 
     async def write(self, table: Table, batch: Batch, timeout_seconds: float) -> None:
         collection = self._collections.get(_key(table))
@@ -189,8 +189,7 @@ class KafkaWriter:
                 error.rows = await asyncio.to_thread(find)
             raise
         except UserError as error:
-            if error.reason == "SINK_TOPIC_MISSING":
-                await self._confirm_missing(collection.topic, error)
+            await self._confirm_missing(collection.topic, self._topic.field, error)
             raise
 
     def _find(
@@ -277,8 +276,23 @@ class KafkaWriter:
         )
         return (("RECORDS_REMAIN", text),)
 
-    async def _confirm_missing(self, topic: str, error: UserError) -> None:
+    async def _tell(
+        self, collection: _Collection, hand_over: Callable[[HandingOver], None], seconds: float
+    ) -> None:
+        """An event on the topic of schema changes, which there is."""
+        assert self._schema_topic is not None
+        try:
+            await self._producers.send(hand_over, seconds)
+        except UserError as error:
+            topic = self._schema_topic.topic(collection.table)
+            await self._confirm_missing(topic, self._schema_topic.field, error)
+            raise
+
+    async def _confirm_missing(self, topic: str, field: str, error: UserError) -> None:
         """A client that has lost its broker may think a topic gone; only a broker knows."""
+        if error.reason != "SINK_TOPIC_MISSING":
+            return
+        error.field = field
         if await self._brokers.exists(topic):
             raise RetryableError(
                 "SINK_ERROR", f"topic {topic} is there again: {error.message}"
