@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from wsgiref.simple_server import WSGIServer
 
@@ -76,26 +77,38 @@ class Metrics:
         tasks = [task.state for task in world.tasks.values()]
         for state in TaskState:
             self.tasks.labels(state=state.value).set(tasks.count(state))
-        self.lag_seconds.clear()
-        self.checkpoint_age_seconds.clear()
-        self.retention_left_seconds.clear()
-        self.retention_left_bytes.clear()
+        shown = (
+            self.lag_seconds,
+            self.checkpoint_age_seconds,
+            self.retention_left_seconds,
+            self.retention_left_bytes,
+        )
+        # Of two with one name, of which one is on its way out, the worse one is shown.
+        worst: dict[tuple[Gauge, str, str], float] = {}
         states: list[CollectionState] = []
         for uid, records in world.collections.items():
             for record in records.values():
                 view = collection_view(world, record)
                 states.append(view.status[0])
-                labels = {"task": world.tasks[uid].spec.name, "collection": record.now_at_sink}
+                name = world.tasks[uid].spec.name, record.now_at_sink
                 if view.observed.lag_ms >= 0:
-                    self.lag_seconds.labels(**labels).set(view.observed.lag_ms / 1000)
+                    lag = self.lag_seconds, *name
+                    worst[lag] = max(worst.get(lag, 0.0), view.observed.lag_ms / 1000)
                 if view.progress.resolved_ts:
+                    age = self.checkpoint_age_seconds, *name
                     age_ms = now.wall_ms - tso_to_ms(view.progress.resolved_ts)
-                    self.checkpoint_age_seconds.labels(**labels).set(max(0, age_ms) / 1000)
+                    worst[age] = max(worst.get(age, 0.0), age_ms / 1000)
                 left = retention_of(world, view.progress, record.assignment_id)
                 if left.left_ms >= 0:
-                    self.retention_left_seconds.labels(**labels).set(left.left_ms / 1000)
+                    seconds = self.retention_left_seconds, *name
+                    worst[seconds] = min(worst.get(seconds, math.inf), left.left_ms / 1000)
                 if left.left_bytes >= 0:
-                    self.retention_left_bytes.labels(**labels).set(left.left_bytes)
+                    size = self.retention_left_bytes, *name
+                    worst[size] = min(worst.get(size, math.inf), left.left_bytes)
+        for gauge in shown:
+            gauge.clear()
+        for (gauge, task, collection), value in worst.items():
+            gauge.labels(task=task, collection=collection).set(value)
         for collection_state in CollectionState:
             self.collections.labels(state=collection_state.value).set(
                 states.count(collection_state)

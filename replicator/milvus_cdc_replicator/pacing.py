@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 
 from milvus_cdc.model import RateLimits
@@ -117,3 +117,9 @@ class Pacers:
         for task_uid, pacer in self._pacers.items():
             if task_uid not in self._told and pacer.limits != RateLimits():
                 pacer.change(RateLimits())
+
+    def forget(self, held: Container[str]) -> None:
+        """Those without limits whose tasks (uids) are not among `held`."""
+        for task_uid, pacer in list(self._pacers.items()):
+            if task_uid not in held and pacer.limits == RateLimits():
+                del self._pacers[task_uid]

@@ -432,6 +432,7 @@ class Replicator:
             self._send(pb.ConnectRequest(progress=self._progress(runner)))
             del self._reported_at[assignment_id]
             self._retention.drop(runner.assignment)
+            self._pacers.forget({split_assignment_id(each)[0] for each in self._runners})
         self._send(_released(assignment_id, epoch))
 
     def _query_partition(self, assignment_id: str, epoch: int, partition_id: int) -> None:

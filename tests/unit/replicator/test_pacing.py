@@ -160,6 +160,16 @@ def test_limits_that_a_new_stream_does_not_tell_are_over() -> None:
     assert pacers.of("b").limits == RateLimits(3, 0)
 
 
+def test_a_task_that_has_nothing_here_is_forgotten_once_its_limits_are_over() -> None:
+    pacers = Pacers()
+    held, gone, limited = (pacers.of(uid) for uid in ("held", "gone", "limited"))
+    pacers.tell("limited", RateLimits(1, 0))
+    pacers.forget({"held"})
+    assert pacers.of("held") is held
+    assert pacers.of("limited") is limited
+    assert pacers.of("gone") is not gone
+
+
 class Paced:
     """A runner under limits, with the times at which the sink was asked for how many rows."""
 
