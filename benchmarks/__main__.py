@@ -16,6 +16,7 @@ from rich.console import Console
 
 from benchmarks import (
     catchup,
+    ddl,
     files,
     footprint,
     kafka_sink,
@@ -38,6 +39,7 @@ PARTS = (
     "crash",
     "steady",
     "lag",
+    "ddl",
     "memory",
     "idle",
     "list",
@@ -189,6 +191,9 @@ def _measure(rig: Rig, options: argparse.Namespace, results: Results) -> None:
             results.steady.append(steady.steady(rig, dim, stream_seconds))
     if "lag" in parts:
         _measure_lag(rig, probe_seconds, results)
+    if "ddl" in parts:
+        _say(f"{queue}: operations beside a stream of rows")
+        results.ddl.append(ddl.measure(rig, stream_seconds))
     if "idle" in parts:
         _say(f"{queue}: at rest with {IDLE_COLLECTIONS} collections")
         results.idle[queue] = footprint.idle(rig, IDLE_COLLECTIONS, probe_seconds)

@@ -118,13 +118,13 @@ def measure(rig: Rig, background: int, seconds: float, dim: int = 128) -> Lag:
         tick_ms=rig.tick_ms,
         background=background,
         probes=len(lags),
-        p50=_percentile(lags, 50),
-        p99=_percentile(lags, 99),
+        p50=percentile(lags, 50),
+        p99=percentile(lags, 99),
         largest=lags[-1],
     )
 
 
-def _percentile(ordered: list[float], percent: int) -> float:
+def percentile(ordered: list[float], percent: int) -> float:
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
 
 

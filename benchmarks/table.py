@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.catchup import CatchUp, Crash
+from benchmarks.ddl import DdlLag
 from benchmarks.files import FileFigures
 from benchmarks.footprint import Idle, Listing, Stalled
 from benchmarks.kafka_sink import AT_LEAST_ONCE, EXACTLY_ONCE, KafkaFigures
@@ -28,6 +29,7 @@ GOAL_CPU = {1_000: 4.0, 100: 12.0}
 GOAL_CPU_DISCARDING = 3.0
 GOAL_CRASH = 0.9
 GOAL_P50, GOAL_P99 = 0.3, 0.7
+GOAL_DDL_P99 = 2.0
 GOAL_MIB = 256.0
 GOAL_IDLE = 5.0
 GOAL_LIST_MS = 100.0
@@ -62,6 +64,7 @@ class Results:
     crashes: dict[str, Crash] = field(default_factory=dict)
     steady: list[Steady] = field(default_factory=list)
     lags: list[Lag] = field(default_factory=list)
+    ddl: list[DdlLag] = field(default_factory=list)
     stalled: dict[str, Stalled] = field(default_factory=dict)
     idle: dict[str, Idle] = field(default_factory=dict)
     listing: dict[str, Listing] = field(default_factory=dict)
@@ -181,6 +184,15 @@ class Results:
                 f"largest {lag.largest:.2f} s",
                 f"< {GOAL_P50}, < {GOAL_P99} s",
             )
+        for seen in self.ddl:
+            slowest = sorted(seen.by_kind.items(), key=lambda each: -each[1])
+            table.add_row(
+                f"{seen.queue}: {seen.operations} operations beside {seen.rows_per_second:,.0f} "
+                "rows/s, acknowledged to shown",
+                f"p50 {seen.p50:.2f} s, p99 {_judged(seen.p99, GOAL_DDL_P99)} s, at most: "
+                + ", ".join(f"{what} {most:.2f}" for what, most in slowest),
+                f"p99 < {GOAL_DDL_P99:.0f} s",
+            )
         for queue, stall in self.stalled.items():
             table.add_row(
                 f"{queue}: replicator memory, sink stopped, {stall.rows_waiting:,} rows waiting",
@@ -201,12 +213,12 @@ class Results:
                 f"{_judged(listed.milliseconds, GOAL_LIST_MS, 0)} ms",
                 f"< {GOAL_LIST_MS:.0f} ms",
             )
-        for seen in self.metadata:
+        for known in self.metadata:
             table.add_row(
-                f"source with {seen.collections:,} collections, {seen.followed:,} followed",
-                f"first listing {_judged(seen.listing_seconds, GOAL_LISTING_SECONDS, 1)} s, "
-                f"controller {_judged(seen.peak_mib, GOAL_CONTROLLER_MIB, 0)} MiB, "
-                f"one changed key {seen.change_cpu_ms:.0f} ms of CPU",
+                f"source with {known.collections:,} collections, {known.followed:,} followed",
+                f"first listing {_judged(known.listing_seconds, GOAL_LISTING_SECONDS, 1)} s, "
+                f"controller {_judged(known.peak_mib, GOAL_CONTROLLER_MIB, 0)} MiB, "
+                f"one changed key {known.change_cpu_ms:.0f} ms of CPU",
                 f"< {GOAL_LISTING_SECONDS:.0f} s, < {GOAL_CONTROLLER_MIB:.0f} MiB",
             )
         if (look := self.reconciled) is not None:
