@@ -219,6 +219,8 @@ async def test_nearest_neighbours(database: Database, writer: PostgresWriter) ->
     await write(writer, table, put(table, rows))
     near = 'SELECT id FROM "default".articles ORDER BY {} LIMIT 3'
     assert database.select(near.format("v <-> '[9.2,0,0,0]'")) == [(9,), (10,), (8,)]
+    psql = near.format("v <-> '[9.2,0,0,0]'")
+    assert database.server.psql(psql, database.name) == ["9", "10", "8"]
     assert database.select(near.format("b <~> B'1110000000000000', id")) == [(3,), (2,), (4,)]
     assert database.select(near.format("h <-> '[0.7,1]'")) == [(3,), (2,), (4,)]
     await opened(writer, table, Opening.RECREATE)

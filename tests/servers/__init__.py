@@ -1,7 +1,7 @@
 """Real servers for tests, demo and benchmarks: loopback only, free ports, all below one folder."""
 
 from tests.servers.etcd import EtcdServer
-from tests.servers.kafka import KafkaServer, kafka_unavailable_reason
+from tests.servers.kafka import KafkaServer, Quorum, kafka_unavailable_reason
 from tests.servers.lite import MilvusLiteServer
 from tests.servers.milvus import MilvusServer
 from tests.servers.ports import free_port
@@ -17,6 +17,7 @@ __all__ = [
     "MilvusLiteServer",
     "MilvusServer",
     "PostgresServer",
+    "Quorum",
     "S3Server",
     "ServerStartError",
     "Stack",

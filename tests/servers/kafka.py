@@ -1,4 +1,4 @@
-"""A real single-node Apache Kafka 3.9.1 (KRaft) on loopback, its jars resolved once by Maven.
+"""Real Apache Kafka 3.9.1 (KRaft) on loopback, one broker or several; Maven brings its jars once.
 
 Law: data, ports and the cluster id stay through stop, kill and restart.
 """
@@ -9,6 +9,7 @@ import base64
 import shutil
 import subprocess
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 from confluent_kafka import KafkaException
@@ -52,21 +53,46 @@ def kafka_unavailable_reason() -> str | None:
     )
 
 
+@dataclass(frozen=True)
+class Quorum:
+    """Nodes of one cluster, by number from 1: what is written is on all of them, a majority is
+    enough to go on.
+    """
+
+    cluster_id: str
+    ports: tuple[tuple[int, int], ...]
+    """Of each node: as a broker, as a controller."""
+
+    @classmethod
+    def of(cls, nodes: int) -> Quorum:
+        cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        return cls(cluster_id, tuple((free_port(), free_port()) for _ in range(nodes)))
+
+
 class KafkaServer(ManagedProcess):
-    """One broker; `brokers` is `host:port`.
+    """One broker; `brokers` is `host:port`, of all of them where it is node `node` of a quorum.
 
     With `secured` it also listens where one has to log in, and knows rights; whoever comes without
     a login may do everything.
     """
 
-    def __init__(self, folder: Path, *, name: str = "kafka", secured: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str = "kafka",
+        secured: bool = False,
+        quorum: Quorum | None = None,
+        node: int = 1,
+    ) -> None:
         """RuntimeError with the way out when Java or Maven is missing or finds no jars."""
         if reason := kafka_unavailable_reason():
             raise RuntimeError(reason)
-        broker, controller = free_port(), free_port()
-        self.brokers = f"127.0.0.1:{broker}"
+        self._quorum, self._node = quorum or Quorum.of(1), node
+        broker, controller = self._quorum.ports[node - 1]
+        self.brokers = ",".join(f"127.0.0.1:{port}" for port, _ in self._quorum.ports)
         self.security = KafkaSecurity(folder) if secured else None
-        self._controller = f"127.0.0.1:{controller}"
+        self._listener, self._controller = f"127.0.0.1:{broker}", f"127.0.0.1:{controller}"
         self._classpath = f"{cached_folder('kafka-3.9.1', _resolve_jars) / 'lib'}/*"
         self._properties = folder / "server.properties"
         argv = ["java", *_JVM, "-cp", self._classpath, "kafka.Kafka", str(self._properties)]
@@ -85,27 +111,32 @@ class KafkaServer(ManagedProcess):
 
     def _answers(self) -> bool:
         # librdkafka would log every refused connection; a broker not ready is no news here.
-        settings = {"bootstrap.servers": self.brokers, "log_level": "0"}
+        settings = {"bootstrap.servers": self._listener, "log_level": "0"}
         try:
-            return bool(AdminClient(settings).list_topics(timeout=5).brokers)
+            return self._node in AdminClient(settings).list_topics(timeout=5).brokers
         except KafkaException:
             return False
 
     def _format(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        nodes = len(self._quorum.ports)
+        voters = enumerate((port for _, port in self._quorum.ports), 1)
+        copies, enough = str(nodes), str(nodes // 2 + 1)
         settings = {
             "process.roles": "broker,controller",
-            "node.id": "1",
-            "controller.quorum.voters": f"1@{self._controller}",
-            "listeners": f"PLAINTEXT://{self.brokers},CONTROLLER://{self._controller}",
-            "advertised.listeners": f"PLAINTEXT://{self.brokers}",
+            "node.id": str(self._node),
+            "controller.quorum.voters": ",".join(f"{at}@127.0.0.1:{port}" for at, port in voters),
+            "listeners": f"PLAINTEXT://{self._listener},CONTROLLER://{self._controller}",
+            "advertised.listeners": f"PLAINTEXT://{self._listener}",
             "controller.listener.names": "CONTROLLER",
             "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
             "log.dirs": str(self.folder / "data"),
-            "offsets.topic.replication.factor": "1",
+            "default.replication.factor": copies,
+            "min.insync.replicas": enough,
+            "offsets.topic.replication.factor": copies,
             "offsets.topic.num.partitions": "1",
-            "transaction.state.log.replication.factor": "1",
-            "transaction.state.log.min.isr": "1",
+            "transaction.state.log.replication.factor": copies,
+            "transaction.state.log.min.isr": enough,
             # The default of 50 makes a start, and a return after a crash, take seconds longer.
             "transaction.state.log.num.partitions": "4",
             "group.initial.rebalance.delay.ms": "0",
@@ -117,7 +148,6 @@ class KafkaServer(ManagedProcess):
                 settings[key] = f"{settings[key]},{value}" if key in settings else value
             scram = self.security.storage_arguments()
         self._properties.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
-        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         tool = [
             "java",
             *_JVM,
@@ -127,7 +157,16 @@ class KafkaServer(ManagedProcess):
             "kafka.tools.StorageTool",
         ]
         # As one word: an id may begin with a hyphen.
-        _run([*tool, "format", f"--cluster-id={cluster}", "-c", str(self._properties), *scram])
+        _run(
+            [
+                *tool,
+                "format",
+                f"--cluster-id={self._quorum.cluster_id}",
+                "-c",
+                str(self._properties),
+                *scram,
+            ]
+        )
 
 
 _JVM = ["-Xms64m", "-Xmx384m", "-XX:+UseSerialGC", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]

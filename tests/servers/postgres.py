@@ -76,6 +76,17 @@ class PostgresServer(ManagedProcess):
     def connect(self, database: str = "postgres") -> psycopg.Connection:
         return psycopg.connect(self.conninfo(database), autocommit=True, connect_timeout=5)
 
+    def psql(self, query: str, database: str = "postgres") -> list[str]:
+        """Lines that PostgreSQL's own client prints, values only."""
+        told = [str(self._programs / "psql"), "-X", "-A", "-t", "-v", "ON_ERROR_STOP=1"]
+        done = subprocess.run(
+            [*told, "-d", self.conninfo(database), "-c", query],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return done.stdout.split()
+
     def make_database(self, name: str) -> str:
         """Makes it, empty, and returns its name."""
         with self.connect() as connection:
