@@ -71,6 +71,17 @@ def main() -> int:
     structlog.configure(wrapper_class=quiet)
     console = Console(width=None if sys.stdout.isatty() else 200)
     results = Results(command=f"python -m benchmarks {' '.join(sys.argv[1:])}".strip())
+    try:
+        _measure_all(options, results)
+    finally:
+        # Half an hour of figures is not lost by what fails after them.
+        results.show(console)
+        if options.json:
+            results.write_json(options.json)
+    return 0
+
+
+def _measure_all(options: argparse.Namespace, results: Results) -> None:
     if "metadata" in options.only:
         many = MANY_COLLECTIONS // 10 if options.quick else MANY_COLLECTIONS
         _say(f"metadata of {many:,} collections")
@@ -91,10 +102,6 @@ def main() -> int:
             _say(f"{queue}: the same servers, ticking every {FAST_TICK_MS} ms")
             with Rig(queue, tick_ms=FAST_TICK_MS) as rig:
                 _measure_lag(rig, PROBE_SECONDS, results)
-    results.show(console)
-    if options.json:
-        results.write_json(options.json)
-    return 0
 
 
 def _options() -> argparse.Namespace:

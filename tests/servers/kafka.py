@@ -9,6 +9,7 @@ import base64
 import shutil
 import subprocess
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,11 +85,13 @@ class KafkaServer(ManagedProcess):
         secured: bool = False,
         quorum: Quorum | None = None,
         node: int = 1,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         """RuntimeError with the way out when Java or Maven is missing or finds no jars."""
         if reason := kafka_unavailable_reason():
             raise RuntimeError(reason)
         self._quorum, self._node = quorum or Quorum.of(1), node
+        self._settings = dict(settings or {})
         broker, controller = self._quorum.ports[node - 1]
         self.brokers = ",".join(f"127.0.0.1:{port}" for port, _ in self._quorum.ports)
         self.security = KafkaSecurity(folder) if secured else None
@@ -140,6 +143,7 @@ class KafkaServer(ManagedProcess):
             # The default of 50 makes a start, and a return after a crash, take seconds longer.
             "transaction.state.log.num.partitions": "4",
             "group.initial.rebalance.delay.ms": "0",
+            **self._settings,
         }
         scram: list[str] = []
         if self.security is not None:

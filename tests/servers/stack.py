@@ -51,7 +51,11 @@ class Stack:
         self.folder = folder
         self.mq = mq
         self.etcd = EtcdServer(folder / "etcd")
-        self.kafka = KafkaServer(folder / "kafka") if mq == "kafka" else None
+        self.kafka: KafkaServer | None = None
+        if mq == "kafka":
+            # As Milvus' own chart has it: an insert may be larger than a broker's default.
+            of_broker = {"message.max.bytes": str(10 * 2**20)}
+            self.kafka = KafkaServer(folder / "kafka", settings=of_broker)
         self.source = MilvusServer(
             folder / "source",
             etcd_endpoint=self.etcd.endpoint,
