@@ -513,6 +513,35 @@ async def test_rights(database: Database, plain_user: str) -> None:
     await writer.close()
 
 
+async def test_credentials_that_expire(database: Database, plain_user: str) -> None:
+    """Rows stop with what to do, and go on once the user may log in again."""
+    database.execute(f"GRANT CREATE ON DATABASE {database.name} TO {plain_user}")
+    database.execute("CREATE EXTENSION vector")
+    writer, table = database.writer(user=plain_user), table_of()
+    await opened(writer, table)
+    await write(writer, table, put(table, plain([1])))
+    database.execute(f"ALTER ROLE {plain_user} VALID UNTIL '2020-01-01'")
+    # As a restart of the server, a failover or an idle limit ends connections.
+    database.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", plain_user
+    )
+    seen: list[CdcError] = []
+    while not seen or not isinstance(seen[-1], UserError):
+        assert len(seen) < 5
+        with pytest.raises(CdcError) as raised:
+            await write(writer, table, put(table, plain([2])))
+        seen.append(raised.value)
+    assert (seen[-1].reason, seen[-1].field) == (
+        "SINK_AUTHENTICATION_FAILED",
+        "sink.postgres.password",
+    )
+    database.execute(f"ALTER ROLE {plain_user} VALID UNTIL 'infinity'")
+    await opened(writer, table, Opening.RESUME, epoch=2)
+    await write(writer, table, put(table, plain([2])))
+    assert database.numbers().keys() == {1, 2}
+    await writer.close()
+
+
 async def test_schemas_that_a_person_prepared(database: Database, plain_user: str) -> None:
     """Without any right to make some."""
     database.execute("CREATE EXTENSION vector")

@@ -93,6 +93,16 @@ async def test_an_alias_whose_collection_is_gone_moves_to_another(bench: Bench) 
     assert [kind for _, kind, _ in await bench.apply(bench.alias("live", "new"))] == ["alias"]
 
 
+async def test_an_alias_stays_with_a_collection_that_is_made_anew(bench: Bench) -> None:
+    await bench.sink.ensure_database(bench.database)
+    sample = await bench.collection("blue")
+    await bench.apply(bench.alias("live", "blue"))
+    await bench.sink.open_collection(
+        sample.want(), opened=False, adopt=False, recreate=True, sink_collection_id=0
+    )
+    assert await bench.apply(bench.alias("live", "blue")) == []
+
+
 async def test_an_alias_cannot_take_the_name_of_a_collection(bench: Bench) -> None:
     await bench.sink.ensure_database(bench.database)
     for name in ("blue", "green"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from milvus_cdc.errors import (
@@ -31,6 +32,7 @@ from milvus_cdc.sink.metadata import CredentialChange, MetadataDiff, MetadataWis
 from milvus_cdc.sink.milvus import capabilities as able
 from milvus_cdc.sink.milvus import requests
 from milvus_cdc.sink.milvus import schema as schemas
+from milvus_cdc.sink.milvus.aliases import Aliases
 from milvus_cdc.sink.milvus.metadata import Metadata
 from milvus_cdc.sink.milvus.objects import DDL_SECONDS, Objects
 from milvus_cdc.sink.milvus.renaming import rename
@@ -46,8 +48,10 @@ class MilvusSink:
         self._client = MilvusClient(uri, token)
         self._capabilities: able.Capabilities | None = None
         self._objects = Objects(self._client, self.capabilities)
+        self._aliases = Aliases(self._client)
         self._metadata = Metadata(
             self._client,
+            self._aliases,
             has_database=self._has_database,
             ensure_database=self.ensure_database,
             drop_database=self.drop_database,
@@ -158,11 +162,13 @@ class MilvusSink:
                     f"{want.full_name} is not at the sink, and this task does not carry `schema`; "
                     "create it there, then `milvus-cdc task retry`",
                 )
+            aliases: Sequence[str] = ()
             if there is not None and recreate and create:
-                await self._drop(want)
-                there = None
+                aliases, there = there.aliases, None
+                await self._drop(want, aliases)
             if there is None:
                 there = await self._create(want)
+                await self._aliases.put_back(want, aliases)
             else:
                 schemas.check_fits(want, there.schema)
                 adopted = await self._may_hold_rows(want)
@@ -245,13 +251,18 @@ class MilvusSink:
             )
         return there
 
-    async def _drop(self, want: Collection) -> None:
+    async def _drop(self, want: Collection, aliases: Sequence[str] = ()) -> None:
+        """Those `aliases` go first where the server wants it so."""
         request = milvus_pb2.DropCollectionRequest(db_name=want.database, collection_name=want.name)
         try:
             await self._client.ask(
                 "DropCollection", request, timeout=DDL_SECONDS, database=want.database
             )
         except Refusal as refusal:
+            if refusal.says("alias") and aliases:
+                for alias in aliases:
+                    await self._aliases.drop(want.database, alias)
+                return await self._drop(want)
             if refusal.says("alias"):
                 raise UserError(
                     "SINK_HAS_ALIASES",

@@ -11,11 +11,13 @@ DescribeAlias: there a collection described by the alias tells its own name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from milvus_cdc.errors import UserError
 from milvus_cdc.milvus_client import MilvusClient, Refusal
 from milvus_cdc.milvus_protos import milvus_pb2
+from milvus_cdc.model import Collection
 from milvus_cdc.sink.metadata import AliasWish
 
 ALIAS_NOT_FOUND = 1600
@@ -83,6 +85,11 @@ class Aliases:
             except Refusal as second:
                 # The other way is closed too: what the first one said is what is wrong.
                 raise self._refused(second if _missing(first) else first, wish) from second
+
+    async def put_back(self, want: Collection, aliases: Sequence[str]) -> None:
+        """They stand for a collection made anew, as they stood for the one before."""
+        for alias in aliases:
+            await self.put(AliasWish(want.database, alias, want.name), moves=True)
 
     async def drop(self, database: str, alias: str) -> None:
         """Succeeds when there is none."""

@@ -40,6 +40,7 @@ class Metadata:
     def __init__(
         self,
         client: MilvusClient,
+        aliases: Aliases,
         *,
         has_database: Callable[[str], Awaitable[bool]],
         ensure_database: Callable[[str], Awaitable[None]],
@@ -49,7 +50,7 @@ class Metadata:
         self._has_database = has_database
         self._ensure_database = ensure_database
         self._drop_database = drop_database
-        self._aliases = Aliases(client)
+        self._aliases = aliases
         self.access = AccessControl(client)
 
     async def look(self, wish: MetadataWish) -> MetadataDiff:
