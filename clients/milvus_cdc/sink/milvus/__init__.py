@@ -33,8 +33,9 @@ from milvus_cdc.sink.milvus import capabilities as able
 from milvus_cdc.sink.milvus import requests
 from milvus_cdc.sink.milvus import schema as schemas
 from milvus_cdc.sink.milvus.aliases import Aliases
+from milvus_cdc.sink.milvus.calls import DDL_SECONDS
 from milvus_cdc.sink.milvus.metadata import Metadata
-from milvus_cdc.sink.milvus.objects import DDL_SECONDS, Objects
+from milvus_cdc.sink.milvus.objects import Objects
 from milvus_cdc.sink.milvus.renaming import rename
 from milvus_cdc.sink.writer import Batch
 

@@ -18,38 +18,29 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
-import structlog
-
-from milvus_cdc.errors import CdcError, RetryableError, UserError
+from milvus_cdc.errors import UserError
 from milvus_cdc.milvus_client import MilvusClient, Refusal
 from milvus_cdc.milvus_protos import common_pb2, milvus_pb2
-from milvus_cdc.milvus_status import INDEX_NOT_FOUND
-from milvus_cdc.model import Carry, Collection, Index, LoadKind, ObjectState
+from milvus_cdc.model import Carry, Collection, ObjectState
 from milvus_cdc.sink.differences import (
     DEFAULT_PARTITION,
     DESCRIPTION,
-    MMAP,
     NEUTRAL,
-    TYPE_PARAMS,
     Action,
     ObjectDifference,
     Seen,
-    SeenIndex,
     compare,
-    index_differs,
     is_missing,
-    loaded_partitions,
     missing,
     wanted_properties,
 )
+from milvus_cdc.sink.milvus.calls import DDL_SECONDS, Calls
 from milvus_cdc.sink.milvus.capabilities import Capabilities, unsupported
+from milvus_cdc.sink.milvus.indexes import ALTERS_INDEXES, Indexes
+from milvus_cdc.sink.milvus.loading import Loading
 from milvus_cdc.sink.milvus.schema import has_partition_key, parse
 
-log = structlog.get_logger()
-
-DDL_SECONDS = 30.0
 _DELETES_PROPERTIES = (2, 5)
-_ALTERS_INDEXES = (2, 4)
 
 
 class Objects:
@@ -60,8 +51,13 @@ class Objects:
     ) -> None:
         self._client = client
         self._capabilities = capabilities
-        self._too_many_replicas: dict[str, int] = {}
-        """Collections of which the sink refused that many."""
+        self._calls = Calls(client, capabilities)
+        self._loading = Loading(self._calls)
+        self._indexes = Indexes(self._calls, self._loading.release)
+
+    async def is_loaded(self, want: Collection) -> bool:
+        """Every partition can be queried."""
+        return await self._loading.is_loaded(want)
 
     # ---- one look
 
@@ -112,11 +108,11 @@ class Objects:
     async def describe(self, want: Collection) -> Any | None:
         """None when it does not exist, or its database. Raises UserError SINK_NAME_IS_ALIAS."""
         try:
-            answer = await self._ask("DescribeCollection", want)
+            answer = await self._calls.ask("DescribeCollection", want)
         except Refusal as refusal:
             if refusal.not_found or refusal.no_database:
                 return None
-            raise self._client.error(refusal) from refusal
+            raise self._calls.error(refusal) from refusal
         if want.name in answer.aliases:
             raise UserError(
                 "SINK_NAME_IS_ALIAS",
@@ -138,16 +134,16 @@ class Objects:
     async def _look(self, at: Collection, there: Any, carry: Carry) -> Seen:
         """`at` is the collection under the name that it has."""
         known = await self._capabilities()
-        partitions = tuple(await self._call_partitions(at))
-        indexes = await self._indexes(at) if carry.index else {}
+        partitions = tuple(await self._calls.partitions(at))
+        indexes = await self._indexes.seen(at) if carry.index else {}
         loaded: set[str] = set()
         replicas = None
         if carry.load:
             # Where replicas are compared, the empty list of what is in memory must do.
-            counted = known.replicas and self._counts_replicas(at)
-            loaded = await self._loaded_partitions(at, ask_state=not counted)
+            counted = known.replicas and self._loading.counts_replicas(at)
+            loaded = await self._loading.partitions(at, ask_state=not counted)
             if counted and loaded:
-                replicas = await self._replicas(at)
+                replicas = await self._loading.replicas(at)
         return Seen(
             name=at.name,
             partitions=partitions,
@@ -156,12 +152,8 @@ class Objects:
             properties={pair.key: pair.value for pair in there.properties},
             replicas=replicas,
             description=there.schema.description if known.release >= _DELETES_PROPERTIES else None,
-            index_mmap=known.release >= _ALTERS_INDEXES,
+            index_mmap=known.release >= ALTERS_INDEXES,
         )
-
-    def _counts_replicas(self, at: Collection) -> bool:
-        wanted = at.load.replicas
-        return wanted > 1 and self._too_many_replicas.get(at.full_name) != wanted
 
     # ---- one repair
 
@@ -185,9 +177,9 @@ class Objects:
             case "partition":
                 await self.create_partition(want, name)
             case "index":
-                await self._mend_index(want, name)
+                await self._indexes.mend(want, name)
             case "load":
-                await self._mend_load(want)
+                await self._loading.mend(want)
 
     async def insist(self, want: Collection, sink_collection_id: int) -> Any:
         """The collection of this id under its name."""
@@ -248,12 +240,12 @@ class Objects:
 
     async def _alter(self, want: Collection, **change: Any) -> None:
         try:
-            await self._ask("AlterCollection", want, **change)
+            await self._calls.ask("AlterCollection", want, **change)
         except Refusal as refusal:
             if not refusal.says("loaded", "release"):
-                raise self._client.error(refusal) from refusal
-            await self._release(want)
-            await self._call("AlterCollection", want, **change)
+                raise self._calls.error(refusal) from refusal
+            await self._loading.release(want)
+            await self._calls.call("AlterCollection", want, **change)
 
     # ---- partitions
 
@@ -266,7 +258,7 @@ class Objects:
         try:
             there = set(await self._partitions(want))
         except Refusal as refusal:
-            raise self._client.error(refusal) from refusal
+            raise self._calls.error(refusal) from refusal
         made = []
         for partition in want.partitions:
             if partition.state is ObjectState.CREATED and partition.name not in there:
@@ -278,24 +270,24 @@ class Objects:
         if not (known := await self._capabilities()).partitions:
             raise unsupported(want, [f"partition {partition!r}: {known.name} has no partitions"])
         try:
-            await self._ask("CreatePartition", want, partition_name=partition)
+            await self._calls.ask("CreatePartition", want, partition_name=partition)
         except Refusal as refusal:
             if refusal.not_found or partition not in await self._partitions(want):
-                raise self._client.error(refusal) from refusal
+                raise self._calls.error(refusal) from refusal
 
     async def drop_partition(self, want: Collection, partition: str) -> None:
         try:
             if partition not in await self._partitions(want):
                 return
             whole = False
-            if partition in await self._loaded_partitions(want):
+            if partition in await self._loading.partitions(want):
                 whole = await self._release_partition(want, partition)
-            await self._ask("DropPartition", want, partition_name=partition)
+            await self._calls.ask("DropPartition", want, partition_name=partition)
             if whole:
-                await self._mend_load(want)
+                await self._loading.mend(want)
         except Refusal as refusal:
             if not refusal.not_found:
-                raise self._client.error(refusal) from refusal
+                raise self._calls.error(refusal) from refusal
 
     async def _release_partition(self, want: Collection, partition: str) -> bool:
         """Whether all of the collection had to be released: 2.2 knows no partitions of one that was
@@ -304,212 +296,15 @@ class Objects:
         if not (await self._capabilities()).load_partitions:
             return False  # it drops a partition that serves
         try:
-            await self._ask("ReleasePartitions", want, partition_names=[partition])
+            await self._calls.ask("ReleasePartitions", want, partition_names=[partition])
         except Refusal as refusal:
             if not refusal.says("after load collection"):
-                raise self._client.error(refusal) from refusal
-            await self._release(want)
+                raise self._calls.error(refusal) from refusal
+            await self._loading.release(want)
             return True
         return False
 
     async def _partitions(self, want: Collection) -> list[str]:
         if not (await self._capabilities()).partitions:
             return [DEFAULT_PARTITION]
-        return list((await self._ask("ShowPartitions", want)).partition_names)
-
-    # ---- indexes
-
-    async def _indexes(self, want: Collection) -> dict[str, SeenIndex]:
-        try:
-            answer = await self._ask("DescribeIndex", want)
-        except Refusal as refusal:
-            if refusal.code == INDEX_NOT_FOUND or refusal.says("index not found"):
-                return {}
-            raise self._client.error(refusal) from refusal
-        names = {}
-        if not (await self._capabilities()).index_names:
-            # It calls each index like its field, whatever name it was given.
-            names = {index.field_name: index.name for index in want.indexes}
-        return {
-            names.get(found.field_name, found.index_name): SeenIndex(
-                names.get(found.field_name, found.index_name),
-                found.field_name,
-                {pair.key: pair.value for pair in found.params},
-            )
-            for found in answer.index_descriptions
-        }
-
-    async def _mend_index(self, want: Collection, name: str) -> None:
-        """From where it is to what is wanted, looked at anew: dropped, altered, made."""
-        wanted = next((index for index in want.indexes if index.name == name), None)
-        found = (await self._indexes(want)).get(name)
-        if wanted is not None and found is not None and not index_differs(wanted, found):
-            if (await self._capabilities()).release >= _ALTERS_INDEXES:
-                await self._alter_index(want, wanted)
-            return
-        if found is not None:
-            await self._drop_index(want, found)
-        if wanted is not None:
-            await self._create_index(want, wanted)
-
-    async def _alter_index(self, want: Collection, index: Index) -> None:
-        value = dict(index.params).get(MMAP)
-        change: dict[str, Any] = {"delete_keys": [MMAP]}
-        if value is not None:
-            change = {"extra_params": [common_pb2.KeyValuePair(key=MMAP, value=value)]}
-        try:
-            await self._ask("AlterIndex", want, index_name=index.name, **change)
-        except Refusal as refusal:
-            if not refusal.says("loaded", "release"):
-                raise self._client.error(refusal) from refusal
-            await self._release(want)
-            await self._call("AlterIndex", want, index_name=index.name, **change)
-
-    async def _drop_index(self, want: Collection, found: SeenIndex) -> None:
-        names = {"field_name": found.field_name, "index_name": found.name}
-        try:
-            await self._ask("DropIndex", want, **names)
-        except Refusal as refusal:
-            if not refusal.says("release"):
-                raise self._client.error(refusal) from refusal
-            await self._release(want)
-            await self._call("DropIndex", want, **names)
-
-    async def _create_index(self, want: Collection, index: Index) -> None:
-        known = await self._capabilities()
-        types = {field.name: field.data_type for field in parse(want).fields}
-        if why := known.index_violation(index, types.get(index.field_name, 0)):
-            raise unsupported(want, [why])
-        params = [
-            common_pb2.KeyValuePair(key=key, value=value)
-            for key, value in index.params
-            if key not in TYPE_PARAMS
-        ]
-        await self._call(
-            "CreateIndex",
-            want,
-            field_name=index.field_name,
-            index_name=index.name,
-            extra_params=params,
-        )
-
-    # ---- load state
-
-    async def _mend_load(self, want: Collection) -> None:
-        want = (await self._capabilities()).loadable(want)
-        match want.load.kind:
-            case LoadKind.NONE:
-                await self._release(want)
-            case LoadKind.COLLECTION:
-                await self._load_all(want)
-            case LoadKind.PARTITIONS:
-                await self._load_some(want)
-
-    async def _load_all(self, want: Collection) -> None:
-        loaded = await self._loaded_partitions(want)
-        if not loaded or not loaded.issuperset(await self._call_partitions(want)):
-            await self._load("LoadCollection", want, bool(loaded))
-        elif self._counts_replicas(want):
-            await self._more_replicas(want)
-
-    async def _load_some(self, want: Collection) -> None:
-        names = loaded_partitions(want) & set(await self._call_partitions(want))
-        if not names:
-            return
-        loaded = await self._loaded_partitions(want)
-        if missing_ones := sorted(names - loaded):
-            await self._load("LoadPartitions", want, bool(loaded), partition_names=missing_ones)
-        elif not loaded - names and self._counts_replicas(want):
-            await self._more_replicas(want)
-        # Afterwards: a collection whose last loaded partition is released loses its replicas.
-        if surplus := sorted(loaded - names):
-            await self._call("ReleasePartitions", want, partition_names=surplus)
-
-    async def _load(self, method: str, want: Collection, partly: bool, **fields: Any) -> None:
-        replicas = await self._replicas(want) or 1 if partly else want.load.replicas
-        try:
-            await self._ask(method, want, replica_number=max(1, replicas), **fields)
-        except Refusal as refusal:
-            if replicas <= 1 or not refusal.says("replica", "not enough", "insufficient"):
-                raise self._client.error(refusal) from refusal
-            self._no_more_replicas(want, refusal)
-            await self._call(method, want, replica_number=1, **fields)
-
-    async def _more_replicas(self, want: Collection) -> None:
-        """Of what serves already: later versions can, others refuse, and go on serving."""
-        if (await self._replicas(want) or 0) >= want.load.replicas:
-            return
-        try:
-            await self._ask("LoadCollection", want, replica_number=want.load.replicas)
-        except Refusal as refusal:
-            if not refusal.says("replica", "not enough", "insufficient"):
-                raise self._client.error(refusal) from refusal
-            self._no_more_replicas(want, refusal)
-
-    def _no_more_replicas(self, want: Collection, refusal: Refusal) -> None:
-        self._too_many_replicas[want.full_name] = want.load.replicas
-        log.warning(
-            "the sink cannot hold so many replicas, it serves from fewer",
-            collection=want.full_name,
-            replicas=want.load.replicas,
-            error=refusal.text,
-        )
-
-    async def _replicas(self, want: Collection) -> int | None:
-        """None where the server does not tell."""
-        try:
-            return len((await self._ask("GetReplicas", want)).replicas)
-        except (Refusal, CdcError):
-            return None
-
-    async def _release(self, want: Collection) -> None:
-        if await self._load_state(want) != common_pb2.LoadStateNotLoad:
-            await self._call("ReleaseCollection", want)
-
-    async def is_loaded(self, want: Collection) -> bool:
-        """Every partition can be queried."""
-        if await self._load_state(want) != common_pb2.LoadStateLoaded:
-            return False
-        return set(await self._call_partitions(want)) <= await self._loaded_partitions(want)
-
-    async def _loaded_partitions(self, want: Collection, *, ask_state: bool = True) -> set[str]:
-        """Loaded or being loaded."""
-        if not (await self._capabilities()).load:
-            return set(await self._call_partitions(want))
-        if ask_state and await self._load_state(want) == common_pb2.LoadStateNotLoad:
-            return set()
-        try:
-            answer = await self._ask("ShowPartitions", want, type=milvus_pb2.ShowType.InMemory)
-        except Refusal as refusal:
-            if refusal.says("not loaded"):
-                return set()  # released in between
-            raise self._client.error(refusal) from refusal
-        return set(answer.partition_names)
-
-    async def _load_state(self, want: Collection) -> int:
-        state = int((await self._call("GetLoadState", want)).state)
-        if state == common_pb2.LoadStateNotExist:
-            raise RetryableError(
-                "SINK_COLLECTION_NOT_READY",
-                f"the sink cannot tell yet if {want.full_name} is loaded",
-            )
-        return state
-
-    # ---- calls
-
-    async def _call_partitions(self, want: Collection) -> list[str]:
-        if not (await self._capabilities()).partitions:
-            return [DEFAULT_PARTITION]
-        return list((await self._call("ShowPartitions", want)).partition_names)
-
-    async def _call(self, method: str, want: Collection, **fields: Any) -> Any:
-        try:
-            return await self._ask(method, want, **fields)
-        except Refusal as refusal:
-            raise self._client.error(refusal) from refusal
-
-    async def _ask(self, method: str, want: Collection, **fields: Any) -> Any:
-        request = getattr(milvus_pb2, f"{method}Request")(
-            db_name=want.database, collection_name=want.name, **fields
-        )
-        return await self._client.ask(method, request, timeout=DDL_SECONDS, database=want.database)
+        return list((await self._calls.ask("ShowPartitions", want)).partition_names)

@@ -17,8 +17,9 @@ from milvus_cdc.errors import RetryableError, UserError
 from milvus_cdc.milvus_client import MilvusClient, Refusal
 from milvus_cdc.milvus_protos import milvus_pb2
 from milvus_cdc.model import Collection
+from milvus_cdc.sink.milvus.calls import DDL_SECONDS
 from milvus_cdc.sink.milvus.capabilities import Capabilities
-from milvus_cdc.sink.milvus.objects import DDL_SECONDS, Objects
+from milvus_cdc.sink.milvus.objects import Objects
 
 
 async def rename(
