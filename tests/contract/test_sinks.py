@@ -17,7 +17,8 @@ from milvus_cdc.milvus_client import MilvusClient
 from milvus_cdc.model import Carry, Collection, Index, Partition
 from milvus_cdc.sink import DeleteBatch, Op, RowBatch, Sink, reconcile
 from milvus_cdc.sink.differences import ObjectDifference, is_missing
-from milvus_cdc.sink.memory import MemorySink, decode_cells, decode_rows
+from milvus_cdc.sink.memory import MemorySink
+from milvus_cdc.sink.memory_rows import decode_cells, decode_rows
 from milvus_cdc.sink.milvus import MilvusSink
 from pymilvus.grpc_gen import common_pb2, milvus_pb2
 from pymilvus.grpc_gen.schema_pb2 import DataType

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from milvus_cdc.errors import BugError
 from milvus_cdc.sink import DeleteBatch, Op, RowBatch, RowChunk
-from milvus_cdc.sink.memory import decode_rows
+from milvus_cdc.sink.memory_rows import decode_rows
 from milvus_cdc.sink.milvus import requests
 from pymilvus.grpc_gen import common_pb2, milvus_pb2, schema_pb2
 from pymilvus.grpc_gen.schema_pb2 import DataType, FieldData

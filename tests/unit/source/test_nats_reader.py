@@ -6,9 +6,10 @@ import asyncio
 
 import pytest
 from milvus_cdc.errors import RetryableError
-from milvus_cdc.source import NatsConfig, nats
-from milvus_cdc.source.nats import NatsReader, NatsSource
+from milvus_cdc.source import NatsConfig, nats_reader
+from milvus_cdc.source.nats import NatsSource
 from milvus_cdc.source.nats_connection import Connection
+from milvus_cdc.source.nats_reader import NatsReader
 
 
 class StuckSource(NatsSource):
@@ -35,7 +36,7 @@ async def _read_for_ever(reader: NatsReader) -> None:
 async def test_a_reader_that_hears_nothing_says_so_and_begins_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(nats, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(nats_reader, "SILENT_SECONDS", 0.05)
     source = StuckSource()
     reader = NatsReader(source, "dml_0", 1, b"")
     for connects in (1, 2):

@@ -1,0 +1,231 @@
+"""Reads one Kafka topic of a source Milvus, in a thread of its own.
+
+Laws: no group is joined and nothing is committed; the client never chooses an offset by itself
+(`auto.offset.reset=error`); offsets follow one another, a hole (compaction, deleted records) is an
+error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+import structlog
+from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
+
+from milvus_cdc.errors import CdcError, LogResetError, LogTruncatedError, RetryableError
+from milvus_cdc.source import STREAMING_HEADER, TRACE_HEADER, LogEntry
+from milvus_cdc.source.kafka_client import (
+    DENIED,
+    NO_TOPIC,
+    OUT_OF_RANGE,
+    ClientLog,
+    client_settings,
+)
+from milvus_cdc.source.positions import encode
+
+if TYPE_CHECKING:
+    from milvus_cdc.source.kafka import KafkaSource
+
+log = structlog.get_logger()
+
+POLL_SECONDS = 0.5
+POLL_MESSAGES = 4096
+CHECK_SECONDS = 5.0
+"""How often a reader asks whether the topic still is the same one."""
+HELD_KIBIBYTES = 2048
+"""What the client may hold ahead of a reader, besides one fetch."""
+
+
+class KafkaReader:
+    """One consumer assigned to partition 0; it reconnects by itself after a RetryableError."""
+
+    def __init__(
+        self, source: KafkaSource, brokers: str, pchannel: str, start: int, incarnation: bytes
+    ) -> None:
+        self._source = source
+        self._brokers = brokers
+        self._pchannel = pchannel
+        self.incarnation = incarnation
+        self._next = start
+        """Offset the client must bring next."""
+        self._entries: deque[LogEntry] = deque()
+        self._window = 0
+        self._handed = self._taken = 0
+        """Bytes so far; the first is counted by the thread, the second by the loop."""
+        self._error: BaseException | None = None
+        self._arrived = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name=f"kafka {pchannel}", daemon=True)
+        self._wanted = threading.Event()
+        """Set: the thread fetches; cleared while it is ahead by half a window, and by an error."""
+        self._closed = False
+        self._consumer: Consumer | None = None
+        self._check_at = time.monotonic() + CHECK_SECONDS
+        self._down = False
+        self._late: CdcError | None = None
+
+    async def read(self, max_bytes: int, wait_seconds: float) -> list[LogEntry]:
+        self._window = max_bytes
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._thread.start()
+        if not self._entries and self._error is None:
+            self._arrived.clear()
+            if not self._wanted.is_set():
+                self._wanted.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_seconds):
+                    await self._arrived.wait()
+        # Nothing below waits: entries are taken only by a call that returns them.
+        if not self._entries and self._error is not None:
+            error = self._error
+            if isinstance(error, RetryableError):
+                # Said once; the next read tries again.
+                self._error = None
+            raise error
+        return self._take(max_bytes)
+
+    async def close(self) -> None:
+        self._closed = True
+        self._wanted.set()
+        if self._loop is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def _accept(self, entries: list[LogEntry], error: BaseException | None) -> None:
+        self._entries.extend(entries)
+        if error is not None:
+            self._error = error
+        self._arrived.set()
+
+    def _take(self, max_bytes: int) -> list[LogEntry]:
+        taken: list[LogEntry] = []
+        size = 0
+        while self._entries:
+            size += len(self._entries[0].payload)
+            if taken and size > max_bytes:
+                break
+            taken.append(self._entries.popleft())
+        self._taken += sum([len(entry.payload) for entry in taken])
+        if not self._wanted.is_set() and self._error is None and not self._far_ahead():
+            self._wanted.set()
+        return taken
+
+    def _far_ahead(self) -> bool:
+        return self._handed - self._taken > self._window // 2
+
+    # Everything below runs in the reader's thread.
+
+    def _run(self) -> None:
+        assert self._loop is not None
+        while self._wanted.wait() and not self._closed:
+            entries: list[LogEntry] = []
+            failed: BaseException | None = None
+            try:
+                entries = self._fetch(POLL_SECONDS)
+            except BaseException as error:
+                failed = error
+            self._handed += sum([len(entry.payload) for entry in entries])
+            if failed is not None or self._far_ahead():
+                self._wanted.clear()
+                if self._closed or (failed is None and not self._far_ahead()):
+                    self._wanted.set()  # what was asked for while it was being cleared
+            if entries or failed is not None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    self._loop.call_soon_threadsafe(self._accept, entries, failed)
+        self._consumer_lost()
+
+    def _fetch(self, wait: float) -> list[LogEntry]:
+        if self._late is not None:
+            late = self._late
+            if isinstance(late, RetryableError):
+                self._late = None
+            raise late
+        consumer = self._consumer or self._assign()
+        if self._down:
+            self._source.check(self._pchannel, self._next, self.incarnation)
+            self._down = False
+        elif time.monotonic() >= self._check_at:
+            self._source.check_topic(self._pchannel, self.incarnation)
+            self._check_at = time.monotonic() + CHECK_SECONDS
+        first = consumer.poll(wait)
+        if first is None:
+            return []
+        entries: list[LogEntry] = []
+        for message in (first, *consumer.consume(POLL_MESSAGES, timeout=0)):
+            try:
+                entries.append(self._entry(message))
+            except CdcError as error:
+                # What came before it is whole and goes out first.
+                self._late = error
+                break
+        if self._late is not None and not entries:
+            return self._fetch(0)
+        return entries
+
+    def _entry(self, message: Message) -> LogEntry:
+        error = message.error()
+        if error is not None:
+            self._consumer_lost()
+            if error.code() == KafkaError._LOG_TRUNCATION:
+                raise LogResetError(
+                    f"topic {self._pchannel} lost its end after offset {self._next}: {error.str()}"
+                )
+            if error.code() in OUT_OF_RANGE or error.code() in NO_TOPIC:
+                self._source.check(self._pchannel, self._next, self.incarnation)
+                raise RetryableError("QUEUE_UNREACHABLE", f"{self._pchannel}: {error.str()}")
+            raise self._source.translate(error, self._pchannel)
+        offset = message.offset()
+        if offset != self._next:
+            raise LogTruncatedError(
+                f"topic {self._pchannel} no longer holds offset {self._next}: "
+                f"offset {offset} follows its predecessor"
+            )
+        payload = message.value()
+        self._next += 1
+        headers = dict(message.headers() or ())
+        trace = headers.get(TRACE_HEADER) or b""
+        return LogEntry(
+            encode(offset), payload or b"", STREAMING_HEADER in headers, trace.decode("latin-1")
+        )
+
+    def _assign(self) -> Consumer:
+        def on_error(error: KafkaError) -> None:
+            log.debug("kafka client", topic=self._pchannel, error=error.str())
+            if error.code() in (KafkaError._ALL_BROKERS_DOWN, *DENIED):
+                self._down = True
+
+        consumer = Consumer(
+            client_settings(self._brokers)
+            | {
+                # Demanded by the client; nothing joins it as long as partitions are assigned.
+                "group.id": "milvus-cdc",
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "auto.offset.reset": "error",
+                "allow.auto.create.topics": False,
+                "isolation.level": "read_uncommitted",
+                "check.crcs": True,
+                "fetch.min.bytes": 1,
+                "fetch.wait.max.ms": 500,
+                "fetch.max.bytes": 1024 * 1024,
+                "max.partition.fetch.bytes": 1024 * 1024,
+                "queued.max.messages.kbytes": HELD_KIBIBYTES,
+                "fetch.queue.backoff.ms": 5,
+                "error_cb": on_error,
+            },
+            logger=ClientLog(self._pchannel),
+        )
+        consumer.assign([TopicPartition(self._pchannel, 0, self._next)])
+        self._consumer = consumer
+        return consumer
+
+    def _consumer_lost(self) -> None:
+        """The next fetch begins with a new consumer at the offset that is due."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            consumer.close()
