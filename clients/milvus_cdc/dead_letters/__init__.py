@@ -14,7 +14,6 @@ from typing import Protocol
 
 import orjson
 
-from milvus_cdc.format.flat_json import FlatJson
 from milvus_cdc.model import ms_to_text, tso_to_ms
 from milvus_cdc.rows import Changes, Table
 
@@ -42,6 +41,9 @@ class Letter:
 
 def letters_of(table: Table, changes: Changes, reason: str, message: str) -> list[Letter]:
     """One of each row."""
+    # With it comes Arrow, which who has no letters to write does without.
+    from milvus_cdc.format.flat_json import FlatJson
+
     now = ms_to_text(time.time_ns() // 1_000_000)
     records = FlatJson().encode(table, changes)
     keys = (orjson.dumps(key) for key in changes.arrow(table).column(table.key.name).to_pylist())
