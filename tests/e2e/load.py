@@ -122,6 +122,8 @@ class Load:
     shapes: tuple[Shape, ...] = SHAPES
     pause_seconds: float = 0.01
     rows_per_call: tuple[int, int] = (1, 60)
+    rows_max: int = 12_000
+    """Of a collection: one query of Milvus gives 16,384."""
     acknowledged: int = 0
     errors: list[BaseException] = field(default_factory=list)
 
@@ -179,13 +181,14 @@ class Load:
             else {}
         )
         choice = rng.random()
+        full = len(known) >= self.rows_max
         if shape.auto_id:
-            if choice < 0.8 or not known:
+            if (choice < 0.8 and not full) or not known:
                 rows = [make_row(shape, rng, None) for _ in range(count)]
                 known.extend(client.insert(shape.name, rows)["ids"])
             else:
                 self._delete(client, shape, rng, known)
-        elif choice < 0.5 or len(known) < 10:
+        elif (choice < 0.5 and not full) or len(known) < 10:
             # A key is inserted once while it lives: the source itself does not look for doubles.
             keys = [new_key(shape, rng, step, n) for n in range(count)]
             client.insert(shape.name, [make_row(shape, rng, key) for key in keys], **partition)
