@@ -243,6 +243,11 @@ class ControlClient:
         pages = self._pages(self._tasks.ListTaskCollections, request, "collections")
         return [c async for c in pages]
 
+    async def list_controllers(self) -> list[fleet_service_pb2.Controller]:
+        """All that run; none is the leader while one is being elected."""
+        request = fleet_service_pb2.ListControllersRequest()
+        return list((await self._call(self._fleet.ListControllers, request)).controllers)
+
     async def list_replicators(self) -> list[fleet_service_pb2.Replicator]:
         request = fleet_service_pb2.ListReplicatorsRequest(page_size=PAGE_SIZE)
         return [r async for r in self._pages(self._fleet.ListReplicators, request, "replicators")]

@@ -15,6 +15,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from milvus_cdc.errors import CdcError, RetryableError, UserError
 
 from milvus_cdc_controller.loop import Refused
+from milvus_cdc_controller.store import LeadershipLost
 
 log = structlog.get_logger(__name__)
 
@@ -84,7 +85,7 @@ def of(error: Exception) -> ApiError:
             )
         case UserError():
             return ApiError("FAILED_PRECONDITION", error.reason, error.message, field=error.field)
-        case RetryableError():
+        case RetryableError() | LeadershipLost():
             return ApiError("UNAVAILABLE", error.reason, error.message, field=error.field)
         case CdcError():
             return ApiError("INTERNAL", error.reason, error.message, field=error.field)

@@ -14,9 +14,7 @@ from milvus_cdc import logs
 from milvus_cdc.errors import CdcError
 
 from milvus_cdc_controller.config import Config, load
-from milvus_cdc_controller.server import serve
-from milvus_cdc_controller.store import Store
-from milvus_cdc_controller.store.etcd import EtcdStore
+from milvus_cdc_controller.server import Elected, serve
 from milvus_cdc_controller.store.sqlite import SqliteStore
 
 log = structlog.get_logger(__name__)
@@ -51,42 +49,26 @@ async def _run(config: Config) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    opening = asyncio.create_task(_open(config))
+    if config.store.etcd is not None:
+        return 0 if await Elected(config).run(stop) else 1
+    assert config.store.sqlite is not None
+    return await _lead_alone(config, config.store.sqlite.path, stop)
+
+
+async def _lead_alone(config: Config, path: Path, stop: asyncio.Event) -> int:
+    store = await SqliteStore.open(path)
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if not opening.done():
-        opening.cancel()
-        await asyncio.wait({opening})
-        return 0
-    store = opening.result()
-    lost = asyncio.create_task(store.lost())
     try:
         async with serve(config, store) as running:
-            await asyncio.wait({stopping, running.done, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if lost.done():
-                log.critical("controller ends", reason="LEADERSHIP_LOST", error=str(lost.result()))
-                return 1
+            await asyncio.wait({stopping, running.done}, return_when=asyncio.FIRST_COMPLETED)
             if running.done.done():
                 log.critical("controller ends: its loop broke", exc_info=running.done.exception())
                 return 1
             log.info("controller stops")
     finally:
-        lost.cancel()
         stopping.cancel()
         await store.close()
     return 0
-
-
-async def _open(config: Config) -> Store:
-    if config.store.etcd is not None:
-        etcd = config.store.etcd
-        # A controller that was killed holds its leadership until its lease ends.
-        wait_seconds = 2.0 * etcd.lease_seconds
-        return await EtcdStore.open(
-            etcd.endpoints, etcd.prefix, etcd.lease_seconds, wait_seconds=wait_seconds
-        )
-    assert config.store.sqlite is not None
-    return await SqliteStore.open(config.store.sqlite.path)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,13 @@ from pydantic.alias_generators import to_camel
 
 from milvus_cdc_controller.core.liveness import Leases
 
+FAILOVER_SECONDS = 3.0
+"""For etcd to notice the end of a leader's lease, an election, and loading what is stored."""
+RECONNECT_SECONDS = 2.0
+"""For a replicator to be connected to the new leader."""
+LEAST_WRITE_SECONDS = 1.0
+"""A replicator begins no write with less of its lease left."""
+
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s/]+):[0-9]{1,5}$")]
 
 
@@ -32,7 +39,8 @@ class EtcdConfig(_Part):
 
     endpoints: list[Annotated[str, Field(pattern=r"^[^/\s]+:[0-9]{1,5}$")]] = Field(min_length=1)
     prefix: str = "milvus-cdc"
-    lease_seconds: Annotated[int, Field(ge=2, le=300)] = 10
+    lease_seconds: Annotated[int, Field(ge=2, le=300)] = 5
+    """The leader's. Another one leads at most FAILOVER_SECONDS after its end."""
 
 
 class StoreConfig(_Part):
@@ -89,11 +97,44 @@ class LogConfig(_Part):
 
 class Config(_Part):
     listen: Address = "127.0.0.1:7070"
+    advertise: Address | None = None
+    """Where other controllers reach this one."""
     metrics: Address | None = "127.0.0.1:7071"
     store: StoreConfig = StoreConfig(sqlite=SqliteConfig(path=Path("milvus-cdc.db")))
     lease: LeaseConfig = LeaseConfig()
     retention: RetentionConfig = RetentionConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def advertised(self) -> str:
+        return self.advertise or self.listen
+
+    @property
+    def silence_seconds(self) -> float:
+        """How long nobody may lead after a leader has died, as replicators see it."""
+        if self.store.etcd is None:
+            return 0
+        return self.store.etcd.lease_seconds + FAILOVER_SECONDS + RECONNECT_SECONDS
+
+    def fault(self) -> tuple[str, str] | None:
+        """What does not fit together: the key to blame, and why."""
+        if self.store.etcd is None:
+            return None
+        least = self.lease.heartbeat + self.silence_seconds + LEAST_WRITE_SECONDS
+        if self.lease.ttl < least:
+            return "lease.ttl", (
+                f"must be at least {least:g} (lease.heartbeat + store.etcd.leaseSeconds + "
+                f"{FAILOVER_SECONDS + RECONNECT_SECONDS + LEAST_WRITE_SECONDS:g}), so that "
+                "replicators go on writing while another controller is elected; raise it, or lower "
+                "store.etcd.leaseSeconds"
+            )
+        host = self.advertised.rpartition(":")[0]
+        if host in ("0.0.0.0", "[::]", "[::0]"):
+            return "advertise", (
+                f"{self.advertised} is no address that other controllers can reach this one at; "
+                "name one"
+            )
+        return None
 
 
 def load(path: Path) -> Config:
@@ -105,7 +146,7 @@ def load(path: Path) -> Config:
     except yaml.YAMLError as error:
         raise UserError("CONFIG_UNREADABLE", f"{path} is not YAML: {error}") from error
     try:
-        return Config.model_validate({} if body is None else body)
+        config = Config.model_validate({} if body is None else body)
     except ValidationError as error:
         faults = [
             f"{'.'.join(str(part) for part in fault['loc']) or 'the file'}: {_say(fault['msg'])}"
@@ -116,6 +157,11 @@ def load(path: Path) -> Config:
             f"{path}: {'; '.join(faults)}",
             field=".".join(str(part) for part in error.errors()[0]["loc"]),
         ) from error
+    fault = config.fault()
+    if fault is not None:
+        key, why = fault
+        raise UserError("CONFIG_INVALID", f"{path}: {key}: {why}", field=key)
+    return config
 
 
 def _say(message: str) -> str:

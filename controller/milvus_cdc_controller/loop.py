@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
-from milvus_cdc.errors import RetryableError
+from milvus_cdc.errors import CdcError, RetryableError
 
 from milvus_cdc_controller import clock
 from milvus_cdc_controller.core import effects as fx
@@ -102,11 +102,12 @@ class ControlLoop:
         self._last_call = 0
         self._jobs: dict[str, asyncio.Queue[tuple[JobResult, bool]]] = {}
         self._jobs_begun = 0
+        self._ended: CdcError | None = None
         self.store_error = ""
         """What is wrong with the store; empty while it answers."""
 
     async def run(self, outward: Outward) -> None:
-        """Ends only by cancellation, or by LeadershipLost or a bug, which must end the process."""
+        """Ends only by cancellation, or by LeadershipLost or a bug, which must end the reign."""
         self._outward = outward
         self._take(ev.Started(clock.now()))
         async with asyncio.TaskGroup() as group:
@@ -114,12 +115,28 @@ class ControlLoop:
             group.create_task(self._tick())
             group.create_task(self._store_and_send())
 
+    def end(self, error: CdcError) -> None:
+        """Nothing is taken any more; whoever waits for an answer is told the error."""
+        self._ended = error
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(error)
+        for job_id in self._jobs:
+            self._cut_short(job_id, JobFailed(error.reason, error.message, transient=True))
+        while not self._queue.empty():  # room for those who wait to put something
+            self._queue.get_nowait()
+
     async def post(self, make: Callable[[ev.Instant], ev.Event]) -> None:
         """Waits while the queue is full. `make` gets the time at which the event is taken."""
-        await self._queue.put(make)
+        if self._ended is None:
+            await self._queue.put(make)
 
     async def call(self, make: Callable[[ev.Instant, int], ev.Command]) -> TaskRecord | None:
-        """A command and its answer, given once it is stored. Raises Refused."""
+        """A command and its answer, given once it is stored. Raises Refused, and what the loop was
+        ended with.
+        """
+        if self._ended is not None:
+            raise self._ended
         self._last_call += 1
         number = self._last_call
         future: asyncio.Future[TaskRecord | None] = asyncio.get_running_loop().create_future()
@@ -132,6 +149,8 @@ class ControlLoop:
 
     async def begin_job(self, payload: JobPayload) -> str:
         """Gives a job to a replicator; `next_of_job` brings what it says."""
+        if self._ended is not None:
+            raise self._ended
         self._jobs_begun += 1
         job_id = f"call/{self._store.incarnation}/{self._jobs_begun}"
         self._jobs[job_id] = asyncio.Queue(OUTCOMES_MAX)
@@ -204,6 +223,9 @@ class ControlLoop:
                     for key, effect in batch.writes.items()
                 }
                 await self._commit(writes)
+            elif not self._store.certain:
+                # A commit would have been refused: what was decided here may not hold any more.
+                raise await self._store.lost()
             for effect in batch.sends:
                 self._let_out(effect)
 
@@ -260,9 +282,13 @@ class ControlLoop:
         except asyncio.QueueFull:
             # Its caller does not read: the stream must not wait for it, so the job ends.
             log.warning("caller of a job is too slow", job=job_id)
-            while not queue.empty():
-                queue.get_nowait()
-            queue.put_nowait((_TOO_SLOW, True))
+            self._cut_short(job_id, _TOO_SLOW)
+
+    def _cut_short(self, job_id: str, why: JobFailed) -> None:
+        queue = self._jobs[job_id]
+        while not queue.empty():
+            queue.get_nowait()
+        queue.put_nowait((why, True))
 
 
 def _is_heartbeat_ack(effect: fx.Effect) -> bool:

@@ -25,6 +25,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.leader = Gauge(
+            "milvus_cdc_controller_leader",
+            "1 while this controller leads; the other metrics of a controller are its own then.",
+            registry=self.registry,
+        )
         self.tasks = Gauge("milvus_cdc_tasks", "Tasks by state.", ["state"], registry=self.registry)
         self.collections = Gauge(
             "milvus_cdc_collections", "Followed collections by state.", ["state"],
@@ -119,6 +124,15 @@ class Metrics:
         self.assignments.clear()
         for grant in world.grants.values():
             self.assignments.labels(replicator=grant.owner if grant.instance else "").inc()
+
+    def forget(self) -> None:
+        """What only a leader knows."""
+        for gauge in (
+            *(self.tasks, self.collections, self.lag_seconds, self.checkpoint_age_seconds),
+            *(self.retention_left_seconds, self.retention_left_bytes),
+            *(self.replicators, self.assignments),
+        ):
+            gauge.clear()
 
     def serve(self, host: str, port: int) -> tuple[WSGIServer, threading.Thread]:
         """Raises OSError when the address is taken."""

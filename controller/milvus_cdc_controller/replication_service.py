@@ -17,6 +17,7 @@ from milvus_cdc_controller.api_errors import ApiError, abort
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core.liveness import Leases
+from milvus_cdc_controller.forwarding import peer_of
 from milvus_cdc_controller.outbox import Outbox
 
 if TYPE_CHECKING:
@@ -35,11 +36,14 @@ class Streams:
     def __init__(self) -> None:
         self._outboxes: dict[int, Outbox] = {}
         self._last = 0
+        self._closed: tuple[str, str] | None = None
 
     def open(self) -> tuple[int, Outbox]:
         self._last += 1
-        self._outboxes[self._last] = Outbox()
-        return self._last, self._outboxes[self._last]
+        outbox = self._outboxes[self._last] = Outbox()
+        if self._closed is not None:
+            outbox.close(*self._closed)
+        return self._last, outbox
 
     def forget(self, stream: int) -> None:
         self._outboxes.pop(stream, None)
@@ -56,6 +60,8 @@ class Streams:
             outbox.close(effect.reason, effect.message)
 
     def close_all(self, reason: str, message: str) -> None:
+        """Those that are opened later, too."""
+        self._closed = (reason, message)
         for outbox in self._outboxes.values():
             outbox.close(reason, message)
 
@@ -68,12 +74,14 @@ class ReplicationService(rpc.ReplicationServiceServicer):
         controller_id: str,
         leases: Leases,
         progress_ms: int,
+        silence_ms: int,
     ) -> None:
         self._loop = loop
         self._streams = streams
         self._controller_id = controller_id
         self._leases = leases
         self._progress_ms = progress_ms
+        self._silence_ms = silence_ms
 
     async def Connect(
         self, request_iterator: AsyncIterator[pb.ConnectRequest], context: Context
@@ -90,7 +98,11 @@ class ReplicationService(rpc.ReplicationServiceServicer):
                     break
                 for message in messages:
                     yield wire.response(
-                        message, self._controller_id, self._leases, self._progress_ms
+                        message,
+                        self._controller_id,
+                        self._leases,
+                        self._progress_ms,
+                        self._silence_ms,
                     )
             reason, text = outbox.closed or ("CLOSED", "")
             if reason != "HALF_CLOSED":
@@ -122,7 +134,7 @@ class ReplicationService(rpc.ReplicationServiceServicer):
                 "HELLO_MISSING",
                 "The first message must be a Hello with a name and an instance_id.",
             )
-        begin = wire.hello(stream, context.peer(), hello)
+        begin = wire.hello(stream, peer_of(context), hello)
         if begin is None:
             raise ApiError(
                 "FAILED_PRECONDITION",

@@ -1,41 +1,35 @@
-"""The controller put together: store, core, services, metrics, and their end in the right order."""
+"""A controller that serves: what listens for the whole process, and one reign after the other
+behind it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import socket
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
-from milvus_cdc.errors import UserError
-from milvuscdc.v1 import (
-    fleet_service_pb2_grpc,
-    replication_service_pb2_grpc,
-    task_pb2,
-    task_service_pb2_grpc,
-)
+from milvus_cdc.errors import RetryableError, UserError
 
-from milvus_cdc_controller import clock, present
-from milvus_cdc_controller.catalogues import Catalogues, Connect, connect_etcd
+from milvus_cdc_controller.catalogues import Connect, connect_etcd
 from milvus_cdc_controller.config import Config
-from milvus_cdc_controller.core import effects as fx
-from milvus_cdc_controller.core.controller import Controller
-from milvus_cdc_controller.fleet_service import FleetService
+from milvus_cdc_controller.forwarding import MESSAGE_BYTES_MAX, Forwarder
+from milvus_cdc_controller.front import Front
 from milvus_cdc_controller.loop import ControlLoop
 from milvus_cdc_controller.metrics import Metrics
-from milvus_cdc_controller.replication_service import ReplicationService, Streams
-from milvus_cdc_controller.retention_alarm import RetentionAlarm
-from milvus_cdc_controller.store import Store
-from milvus_cdc_controller.store.records import decode
-from milvus_cdc_controller.task_service import TaskService
-from milvus_cdc_controller.watch import WatchHub
+from milvus_cdc_controller.reign import Reign
+from milvus_cdc_controller.store import LeadershipLost, Store
+from milvus_cdc_controller.store.election import Election, Member, Term
+from milvus_cdc_controller.store.etcd import EtcdStore
 
 log = structlog.get_logger(__name__)
 
@@ -44,9 +38,9 @@ SERVICES = (
     "milvuscdc.v1.FleetService",
     "milvuscdc.v1.ReplicationService",
 )
-MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 STOP_SECONDS = 5.0
-OBSERVE_SECONDS = 2.0
+AGAIN_SECONDS = 1.0
+"""After a reign that could not begin or was lost, so that another controller may lead."""
 _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -59,40 +53,12 @@ _OPTIONS = (
     # A second controller on the port must fail, not share its calls.
     ("grpc.so_reuseport", 0),
 )
-
-
-@dataclass(slots=True)
-class _Outward:
-    """Sorts the core's effects to their takers."""
-
-    streams: Streams
-    catalogues: Catalogues
-    hub: WatchHub
-    loop: ControlLoop
-
-    def send(self, stream: int, message: fx.StreamMessage) -> None:
-        self.streams.send(stream, message)
-
-    def close_stream(self, effect: fx.CloseStream) -> None:
-        self.streams.close(effect)
-
-    def publish(self, effect: fx.Publish) -> None:
-        world = self.loop.controller.world
-        if effect.deleted is not None:
-            self.hub.deleted(present.task_message(world, effect.deleted))
-        elif effect.uid in world.tasks:
-            task = world.tasks[effect.uid]
-            self.hub.changed(present.task_message(world, task, self.loop.store_error))
-
-    def source(
-        self, effect: fx.OpenSource | fx.CloseSource | fx.RefreshSource | fx.ReadPartition
-    ) -> None:
-        self.catalogues.handle(effect)
+_STOPS = LeadershipLost("The controller stops; connect anew.", "CONTROLLER_STOPS")
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A controller that serves. `done` ends only when something is broken."""
+    """A controller that leads. `done` ends only when something is broken."""
 
     port: int
     done: asyncio.Task[None]
@@ -100,79 +66,207 @@ class Running:
     metrics: Metrics
 
 
+class _Ear:
+    """What listens: the port, health, reflection, metrics."""
+
+    def __init__(self, config: Config, front: Front, metrics: Metrics) -> None:
+        self._config = config
+        self._front = front
+        self._metrics = metrics
+        self._health = health_aio.HealthServicer()
+        self._server = grpc.aio.server(options=_OPTIONS)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (*SERVICES, reflection.SERVICE_NAME, "grpc.health.v1.Health"), self._server
+        )
+        self._server.add_generic_rpc_handlers([front])
+        self._stop_exporter: Callable[[], None] = lambda: None
+        self._stopping = False
+        try:
+            self.port = self._server.add_insecure_port(config.listen)
+        except RuntimeError as error:
+            raise UserError(
+                "ADDRESS_UNUSABLE", f"listen: {config.listen}: {error}", field="listen"
+            ) from error
+
+    async def open(self) -> None:
+        self._stop_exporter = _export(self._config, self._metrics)
+        await self._server.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self.tell()
+
+    async def tell(self) -> None:
+        """What the health of the services is now."""
+        self._metrics.leader.set(self._front.leads)
+        status = (
+            health_pb2.HealthCheckResponse.SERVING
+            if self._front.answers
+            else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        for service in SERVICES:
+            await self._health.set(service, status)
+
+    async def stop_serving(self) -> None:
+        await self._health.enter_graceful_shutdown()
+
+    async def close(self) -> None:
+        await self._server.stop(STOP_SECONDS)
+        await asyncio.to_thread(self._stop_exporter)
+
+
 @asynccontextmanager
 async def serve(
     config: Config, store: Store, connect: Connect = connect_etcd
 ) -> AsyncIterator[Running]:
-    """Serves until the block is left. The store is the caller's to close; `connect` opens sources.
+    """Leads on a store that only this process has, until the block is left. The store is the
+    caller's to close; `connect` opens sources.
 
     Raises UserError ADDRESS_UNUSABLE, and what decoding the store's records raises.
     """
-    records = [decode(key, value) for key, value in (await store.load()).items()]
-    controller = Controller(config.lease.leases, records)
-    controller.world.warn_fraction = config.retention.warn_fraction
-    controller.world.check_every_ms = round(config.retention.check_seconds * 1000)
     metrics = Metrics()
-    streams = Streams()
-    loop = ControlLoop(controller, store, metrics)
-    catalogues = Catalogues(loop.post, controller.world.source_records.get, connect)
+    reign = await Reign.prepare(config, store, metrics, connect)
+    me = _member(config.advertised)
+    front = Front(lambda: [(me, True)], Forwarder(me.id))
+    ear = _Ear(config, front, metrics)
+    front.reign = reign
+    reign.start()
+    try:
+        await ear.open()
+        log.info("controller serves", address=config.listen, tasks=reign.tasks)
+        yield Running(ear.port, reign.done, reign.loop, metrics)
+    finally:
+        await ear.stop_serving()
+        reign.close_streams(_STOPS.reason, _STOPS.message)
+        await ear.close()
+        await reign.end(_STOPS, drain=True)
 
-    def snapshot() -> list[task_pb2.Task]:
-        world = controller.world
+
+class Elected:
+    """One of several controllers on one etcd: leads when elected, else passes calls on."""
+
+    def __init__(self, config: Config, connect: Connect = connect_etcd) -> None:
+        assert config.store.etcd is not None
+        self._config = config
+        self._etcd = config.store.etcd
+        self._connect = connect
+        self._metrics = Metrics()
+        self.me = _member(config.advertised)
+        self._forwarder = Forwarder(self.me.id)
+        self._election = Election(
+            self._etcd.endpoints, self._etcd.prefix, self._etcd.lease_seconds, self.me
+        )
+        self._election.on_change = self._changed
+        self._front = Front(self._roster, self._forwarder)
+        self._told = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event) -> bool:
+        """Until `stop`; False when something is broken. Raises UserError."""
+        ear = _Ear(self._config, self._front, self._metrics)
+        self._election.join()
+        telling = asyncio.create_task(self._tell(ear), name="health")
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await ear.open()
+            log.info("controller serves", address=self._config.listen, as_address=self.me.address)
+            while not stop.is_set():
+                winning = asyncio.create_task(self._election.win())
+                await asyncio.wait({winning, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                if not winning.done():
+                    winning.cancel()
+                    await asyncio.wait({winning})
+                    break
+                if not await self._reign(winning.result(), stopping):
+                    return False
+                if not stop.is_set():
+                    await asyncio.wait({stopping}, timeout=AGAIN_SECONDS)
+            return True
+        finally:
+            stopping.cancel()
+            telling.cancel()
+            await asyncio.gather(telling, stopping, return_exceptions=True)
+            await ear.stop_serving()
+            await self._forwarder.close()
+            await self._election.leave()
+            await ear.close()
+
+    async def _reign(self, term: Term, stopping: asyncio.Task[bool]) -> bool:
+        """From the election to the end of the term; False when something of ours broke."""
+        began = time.monotonic()
+        try:
+            store = await EtcdStore.open(
+                self._election, term, self._etcd.endpoints, self._etcd.prefix
+            )
+        except (RetryableError, LeadershipLost) as error:
+            log.warning("leadership could not begin", reason=error.reason, error=error.message)
+            return True
+        lost = asyncio.create_task(store.lost())
+        try:
+            reign = await Reign.prepare(self._config, store, self._metrics, self._connect)
+            reign.start()
+            self._front.reign = reign
+            self._told.set()
+            log.info(
+                "controller leads",
+                incarnation=store.incarnation,
+                tasks=reign.tasks,
+                loading_seconds=round(time.monotonic() - began, 3),
+            )
+            await asyncio.wait({stopping, reign.done, lost}, return_when=asyncio.FIRST_COMPLETED)
+            broken = reign.done.done() and store.certain
+            if broken:
+                log.critical("controller ends: its loop broke", exc_info=reign.done.exception())
+            elif not store.certain:
+                log.warning("controller leads no more", error=term.lost().message)
+            else:
+                log.info("controller stops")
+            self._front.reign = None
+            self._told.set()
+            await reign.end(
+                _STOPS if store.certain else term.lost(), drain=store.certain and not broken
+            )
+            self._metrics.forget()
+            return not broken
+        except RetryableError as error:
+            log.warning("leadership could not begin", reason=error.reason, error=error.message)
+            return True
+        finally:
+            self._front.reign = None
+            self._told.set()
+            lost.cancel()
+            await store.close()
+
+    def _changed(self) -> None:
+        """Somebody else leads, or nobody."""
+        leader = self._election.leader
+        others = leader is not None and leader.id != self.me.id
+        self._forwarder.aim(leader if others else None, self._election.term)
+        self._told.set()
+
+    async def _tell(self, ear: _Ear) -> None:
+        while True:
+            await self._told.wait()
+            self._told.clear()
+            await ear.tell()
+
+    def _roster(self) -> list[tuple[Member, bool]]:
+        leader = self._election.leader
+        known = {self.me.id: self.me, **self._election.members}
+        if leader is not None:
+            known[leader.id] = leader
         return [
-            present.task_message(world, task, loop.store_error)
-            for task in sorted(world.tasks.values(), key=lambda task: task.spec.name)
+            (member, self._front.leads if member.id == self.me.id else member == leader)
+            for member in known.values()
         ]
 
-    hub = WatchHub(store.incarnation, snapshot)
-    outward = _Outward(streams, catalogues, hub, loop)
-    server = grpc.aio.server(options=_OPTIONS)
-    health = health_aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    task_service_pb2_grpc.add_TaskServiceServicer_to_server(
-        TaskService(loop, catalogues, hub), server
+
+def _member(address: str) -> Member:
+    return Member(
+        str(uuid.uuid4()),
+        address,
+        version("milvus-cdc"),
+        socket.gethostname(),
+        time.time_ns() // 1_000_000,
     )
-    fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(FleetService(loop), server)
-    replication_service_pb2_grpc.add_ReplicationServiceServicer_to_server(
-        ReplicationService(
-            loop,
-            streams,
-            str(uuid.uuid4()),
-            config.lease.leases,
-            round(config.lease.progress * 1000),
-        ),
-        server,
-    )
-    reflection.enable_server_reflection(
-        (*SERVICES, reflection.SERVICE_NAME, "grpc.health.v1.Health"), server
-    )
-    try:
-        port = server.add_insecure_port(config.listen)
-    except RuntimeError as error:
-        raise UserError(
-            "ADDRESS_UNUSABLE", f"listen: {config.listen}: {error}", field="listen"
-        ) from error
-    stop_exporter = _export(config, metrics)
-    done = asyncio.create_task(loop.run(outward), name="control loop")
-    observing = asyncio.create_task(_observe(metrics, loop), name="metrics")
-    await server.start()
-    for service in ("", *SERVICES):
-        await health.set(service, health_pb2.HealthCheckResponse.SERVING)
-    log.info("controller serves", address=config.listen, tasks=len(controller.world.tasks))
-    try:
-        yield Running(port, done, loop, metrics)
-    finally:
-        await health.enter_graceful_shutdown()
-        hub.close()
-        streams.close_all("CONTROLLER_STOPS", "The controller stops; connect anew.")
-        await server.stop(STOP_SECONDS)
-        await catalogues.close()
-        await loop.drain(STOP_SECONDS)
-        for task in (observing, done):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
-        await asyncio.to_thread(stop_exporter)
 
 
 def _export(config: Config, metrics: Metrics) -> Callable[[], None]:
@@ -193,11 +287,3 @@ def _export(config: Config, metrics: Metrics) -> Callable[[], None]:
         thread.join()
 
     return stop
-
-
-async def _observe(metrics: Metrics, loop: ControlLoop) -> None:
-    alarm = RetentionAlarm()
-    while True:
-        metrics.observe(loop.controller.world, clock.now())
-        alarm.observe(loop.controller.world)
-        await asyncio.sleep(OBSERVE_SECONDS)

@@ -32,6 +32,7 @@ class WatchHub:
         self._history: deque[pb.WatchTasksResponse] = deque(maxlen=HISTORY_MAX)
         self._shown: dict[str, bytes] = {}
         self._watchers: set[asyncio.Queue[pb.WatchTasksResponse | None]] = set()
+        self._closed = False
 
     def changed(self, task: task_pb2.Task) -> None:
         face = task.SerializeToString(deterministic=True)
@@ -51,6 +52,7 @@ class WatchHub:
         self._tell(pb.WatchTasksResponse.TYPE_DELETED, task)
 
     def close(self) -> None:
+        self._closed = True
         for watcher in self._watchers:
             _end(watcher)
 
@@ -71,6 +73,8 @@ class WatchHub:
         snapshot = [] if past is not None else self._snapshot()
         now = self.revision
         self._watchers.add(queue)
+        if self._closed:
+            queue.put_nowait(None)
         try:
             for task in snapshot:
                 if name in ("", task.name):

@@ -202,7 +202,11 @@ def _retention(told: pb.Retention) -> Retention:
 
 
 def response(
-    message: fx.StreamMessage, controller_id: str, leases: Leases, progress_ms: int
+    message: fx.StreamMessage,
+    controller_id: str,
+    leases: Leases,
+    progress_ms: int,
+    silence_ms: int = 0,
 ) -> pb.ConnectResponse:
     match message:
         case fx.Welcome(protocol=protocol):
@@ -213,6 +217,7 @@ def response(
                     lease_ttl=duration(leases.ttl_ms),
                     heartbeat_interval=duration(leases.heartbeat_ms),
                     progress_interval=duration(progress_ms),
+                    silence=duration(silence_ms),
                 )
             )
         case fx.Assign():

@@ -101,7 +101,7 @@ async def _serve(settings: Settings) -> int:
     log.info(
         "replicator started",
         name=settings.name,
-        controller=settings.controller,
+        controller=", ".join(settings.controller),
         listen=settings.listen,
         metrics=settings.metrics,
     )

@@ -177,6 +177,10 @@ class CollectionRunner:
             return None
         return SourceProperties(partial(self._connections.source_client, source.milvus))
 
+    def outlast(self, silence_ms: int) -> None:
+        """Horizons are to reach so far that rows go on while no controller leads."""
+        self._post(lambda: setattr(self._core, "silence_ms", silence_ms))
+
     def grant(self, horizons: list[tuple[str, int]]) -> None:
         def apply() -> None:
             for vchannel, horizon_ts in horizons:

@@ -49,7 +49,12 @@ PROTOCOL = 1
 HOUSEKEEPING_SECONDS = 0.2
 AFTER_BREAK_SECONDS = 10.0
 """Sinks are compared again within it: who was away may have missed something."""
-RECONNECT_SECONDS = (0.1, 0.3, 1.0, 2.0)
+RECONNECT_SECONDS = (0.1, 0.3, 1.0)
+WELCOME_SECONDS = 5.0
+SILENT_PART = 0.6
+"""Of the lease: a controller that has acknowledged nothing for so long is given up, so that another
+one is found before the lease ends.
+"""
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 * MIB),
     ("grpc.max_send_message_length", 64 * MIB),
@@ -57,6 +62,7 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 2_000),  # what one attempt may take
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 
@@ -90,6 +96,9 @@ class Replicator:
         self._heartbeat_seq = 0
         self._heartbeat_seconds = 3.0
         self._progress_seconds = 1.0
+        self._patience = WELCOME_SECONDS
+        self._silence_ms = 0
+        self._dialled = 0
         self._draining = False
         self._closing = False
         self._turns: dict[str, asyncio.Task[None]] = {}
@@ -114,10 +123,11 @@ class Replicator:
                         "stream to the controller lost"
                         if self.connected.is_set()
                         else "controller not reachable",
-                        controller=self._settings.controller,
+                        controller=self._address,
                         code=error.code().name,
                         detail=error.details(),
                     )
+                    self._dialled += 1
                 finally:
                     self.connected.clear()
                     metrics.CONNECTED.set(0)
@@ -151,25 +161,38 @@ class Replicator:
 
     # ---- one stream
 
+    @property
+    def _address(self) -> str:
+        """The controller whose turn it is; the next one's after a failure."""
+        addresses = self._settings.controller
+        return addresses[self._dialled % len(addresses)]
+
     async def _serve(self) -> None:
-        async with grpc.aio.insecure_channel(
-            self._settings.controller, options=CHANNEL_OPTIONS
-        ) as channel:
+        async with grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
             stub = pb_grpc.ReplicationServiceStub(channel)
             self._outbox.clear()
+            self._patience = WELCOME_SECONDS
             call = stub.Connect(self._requests())
-            async for response in call:
-                self._receive(response)
-                if self._closing:
-                    call.cancel()
-                    return
+            responses = aiter(call)
+            try:
+                while True:
+                    async with asyncio.timeout(self._patience):
+                        response = await anext(responses)
+                    self._receive(response)
+                    if self._closing:
+                        call.cancel()
+                        return
+            except StopAsyncIteration:
+                failure = "the controller ended the stream"
+            except TimeoutError:
+                failure = f"the controller was silent for {self._patience:g} s"
             if self._closing:
                 return
             raise grpc.aio.AioRpcError(
                 grpc.StatusCode.UNAVAILABLE,
                 grpc.aio.Metadata(),
                 grpc.aio.Metadata(),
-                details="the controller ended the stream",
+                details=failure,
             )
 
     async def _requests(self) -> AsyncIterator[pb.ConnectRequest]:
@@ -228,6 +251,7 @@ class Replicator:
             case "revoke":
                 self._revoke(response.revoke)
             case "heartbeat_ack":
+                self._patience = max(SILENT_PART * self._lease.ttl, 2 * self._heartbeat_seconds + 1)
                 self._lease.heartbeat_acked(response.heartbeat_ack.seq)
                 self._gate.renewed()
             case "progress_ack":
@@ -258,6 +282,8 @@ class Replicator:
         log.info("connected to the controller", controller_id=welcome.controller_id)
         self._pacers.connected()
         self._lease.configure(welcome.lease_ttl.ToTimedelta().total_seconds())
+        self._patience = max(WELCOME_SECONDS, self._lease.ttl)
+        self._silence_ms = welcome.silence.ToMilliseconds()
         self._heartbeat_seconds = welcome.heartbeat_interval.ToTimedelta().total_seconds()
         self._progress_seconds = welcome.progress_interval.ToTimedelta().total_seconds()
         self.connected.set()
@@ -267,6 +293,7 @@ class Replicator:
         self._outbox_ready.set()
         for runner in self._runners.values():
             if isinstance(runner, CollectionRunner):
+                runner.outlast(self._silence_ms)
                 runner.compare_soon(random.uniform(0, AFTER_BREAK_SECONDS))
 
     def _heartbeat(self) -> None:
@@ -398,6 +425,7 @@ class Replicator:
                 on_room=self._connections.wake_readers,
                 pacer=self._pacers.of(split_assignment_id(assignment_id)[0]),
             )
+            runner.outlast(self._silence_ms)
         else:
             runner = MetadataRunner(
                 assignment,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import yaml
 from milvus_cdc.errors import UserError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 from milvus_cdc_replicator.core.sequencer import WriteLimits
@@ -58,10 +58,17 @@ class SecretSettings(_Strict):
     folders: tuple[str, ...] = ()
 
 
+def _several(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
 class Settings(_Strict):
     """`controller` is the only key most installations set."""
 
-    controller: str = "127.0.0.1:7070"
+    controller: Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)] = (
+        "127.0.0.1:7070",
+    )
+    """Any of the controllers of one installation, or several: tried in this order."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?$")] = (
         Field(default_factory=socket.gethostname)
     )

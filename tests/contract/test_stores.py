@@ -6,16 +6,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from milvus_cdc.errors import CdcError, UserError
-from milvus_cdc.etcd import EtcdClient, KeyRange
-from milvus_cdc_controller.store import LeadershipLost, Store
-from milvus_cdc_controller.store.etcd import EtcdStore
+from milvus_cdc.errors import UserError
+from milvus_cdc_controller.store import Store
 from milvus_cdc_controller.store.sqlite import SqliteStore
 
+from tests.contract.elections import Candidate
 from tests.servers import EtcdServer
 
 Open = Callable[[], Awaitable[Store]]
@@ -29,11 +27,7 @@ def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
         return lambda: SqliteStore.open(path)
     server: EtcdServer = request.getfixturevalue("etcd_server")
     prefix = f"test-{uuid.uuid4()}"
-    return lambda: EtcdStore.open([endpoint(server)], prefix, 2, wait_seconds=0)
-
-
-def endpoint(server: EtcdServer) -> str:
-    return server.endpoint.removeprefix("http://")
+    return lambda: Candidate.lead(server, prefix)
 
 
 async def test_what_is_committed_is_there_after_a_restart(open_store: Open) -> None:
@@ -59,15 +53,23 @@ async def test_a_large_commit_is_whole(open_store: Open) -> None:
     await store.close()
 
 
-async def test_a_second_controller_is_refused(open_store: Open) -> None:
+async def test_large_records_are_stored(open_store: Open) -> None:
     store = await open_store()
+    writes: dict[str, bytes | None] = {f"tasks/{i}": b"x" * 900_000 for i in range(5)}
+    await store.commit(writes)
+    assert await store.load() == writes
+    await store.close()
+
+
+async def test_a_second_controller_on_a_file_is_refused(tmp_path: Path) -> None:
+    store = await SqliteStore.open(tmp_path / "store.db")
     with pytest.raises(UserError) as refused:
-        await open_store()
+        await SqliteStore.open(tmp_path / "store.db")
     assert refused.value.reason == "STORE_IN_USE"
     assert refused.value.field.startswith("store.")
     await store.commit({"tasks/a": b"1"})
     await store.close()
-    again = await open_store()
+    again = await SqliteStore.open(tmp_path / "store.db")
     assert await again.load() == {"tasks/a": b"1"}
     await again.close()
 
@@ -78,19 +80,3 @@ async def test_sqlite_says_why_a_file_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         await SqliteStore.open(path)
     assert refused.value.reason == "STORE_UNUSABLE"
-
-
-async def test_etcd_a_lost_lease_fences_every_commit(etcd_server: EtcdServer) -> None:
-    prefix = f"test-{uuid.uuid4()}"
-    old = await EtcdStore.open([endpoint(etcd_server)], prefix, 2, wait_seconds=0)
-    await old.commit({"tasks/a": b"1"})
-    async with EtcdClient([endpoint(etcd_server)]) as client:
-        await client.delete(KeyRange.key(f"{prefix}/leader"))
-        new = await EtcdStore.open([endpoint(etcd_server)], prefix, 2, wait_seconds=0)
-        with pytest.raises(LeadershipLost):
-            await old.commit({"tasks/a": b"2"})
-        assert (await old.lost()).reason == "LEADERSHIP_LOST"
-        assert await new.load() == {"tasks/a": b"1"}
-        await new.close()
-    with suppress(CdcError):
-        await old.close()

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from milvus_cdc.errors import CdcError, RetryableError
@@ -147,6 +147,14 @@ class Api:
         self.fleet = fleet_service_pb2_grpc.FleetServiceStub(self.channel)
 
 
+class Reachable(Protocol):
+    """A controller's API, wherever it runs."""
+
+    channel: grpc.aio.Channel
+    tasks: Any
+    fleet: Any
+
+
 @asynccontextmanager
 async def controller(path: Path, source: HandFedSource, **lease: float) -> AsyncIterator[Api]:
     """A controller on a store file; leaving the block is a clean stop."""
@@ -165,7 +173,7 @@ class FakeReplicator:
     nowhere.
     """
 
-    def __init__(self, api: Api, name: str, instance: str = "", *, serves_jobs: bool = True):
+    def __init__(self, api: Reachable, name: str, instance: str = "", *, serves_jobs: bool = True):
         self._stub = replication_service_pb2_grpc.ReplicationServiceStub(api.channel)
         self.name = name
         self.instance = instance or str(uuid.uuid4())
@@ -344,7 +352,9 @@ async def until(condition: Callable[[], object], seconds: float = WAIT_SECONDS) 
             await asyncio.sleep(0.01)
 
 
-async def until_task(api: Api, name: str, state: int, reason: str | None = None) -> task_pb2.Task:
+async def until_task(
+    api: Reachable, name: str, state: int, reason: str | None = None
+) -> task_pb2.Task:
     """The task once it is in a state."""
     async with asyncio.timeout(WAIT_SECONDS):
         while True:

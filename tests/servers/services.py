@@ -18,6 +18,9 @@ from tests.servers.process import ManagedProcess
 LEASE_SECONDS = 6
 HEARTBEAT_SECONDS = 1
 CLOCK_MARGIN_SECONDS = 1
+LEADER_LEASE_SECONDS = 2
+ELECTED_LEASE_SECONDS = 10
+"""Of replicators where controllers are elected: it outlasts an election."""
 
 
 def _healthy(address: str, service: str) -> bool:
@@ -54,7 +57,7 @@ class ControllerProcess(ManagedProcess):
                     "metrics": f"127.0.0.1:{metrics_port}",
                     "store": dict(store or {"sqlite": {"path": str(folder / "controller.db")}}),
                     "lease": {
-                        "ttl": LEASE_SECONDS,
+                        "ttl": ELECTED_LEASE_SECONDS if "etcd" in (store or {}) else LEASE_SECONDS,
                         "heartbeat": HEARTBEAT_SECONDS,
                         "clockMargin": CLOCK_MARGIN_SECONDS,
                     },
@@ -68,7 +71,8 @@ class ControllerProcess(ManagedProcess):
             [sys.executable, "-m", "milvus_cdc_controller.app", "--config", config],
             folder,
             ports=[port, metrics_port],
-            ready=lambda: _healthy(self.address, ""),
+            # Not "": without a leader it is alive and answers nothing.
+            ready=lambda: _healthy(self.address, "milvuscdc.v1.TaskService"),
         )
 
 
@@ -78,7 +82,7 @@ class ReplicatorProcess(ManagedProcess):
     def __init__(
         self,
         folder: Path,
-        controller: str,
+        controller: str | Sequence[str],
         name: str,
         *,
         env: Mapping[str, str] | None = None,
@@ -94,7 +98,7 @@ class ReplicatorProcess(ManagedProcess):
         config.write_text(
             yaml.safe_dump(
                 {
-                    "controller": controller,
+                    "controller": controller if isinstance(controller, str) else list(controller),
                     "name": name,
                     "listen": self.address,
                     "metrics": f"127.0.0.1:{metrics_port}",

@@ -202,6 +202,14 @@ async def collections(client: ControlClient, args: argparse.Namespace) -> int:
         await asyncio.sleep(_WATCH_SECONDS)
 
 
+async def controllers(client: ControlClient, args: argparse.Namespace) -> int:
+    found = await client.list_controllers()
+    output.show_list(
+        "controllers", found, args.output, output.CONTROLLER_HEAD, output.controller_line
+    )
+    return 0
+
+
 async def replicators(client: ControlClient, args: argparse.Namespace) -> int:
     found = await client.list_replicators()
     output.show_list(

@@ -48,6 +48,7 @@ _ADVICE = {
     grpc.StatusCode.UNIMPLEMENTED: "this address serves another version, or is no controller",
 }
 _ADVICE_BY_REASON = {
+    "NO_LEADER": "`milvus-cdc controller list` shows which run; try again in a few seconds",
     "TASK_NOT_PAUSED": "milvus-cdc task pause NAME; set the positions; milvus-cdc task resume NAME",
     "NO_REPLICATOR": "start a replicator: milvus-cdc-replicator --config replicator.yaml",
 }
@@ -91,6 +92,12 @@ def build_parser() -> _Parser:
         "--max-differences", type=int, default=0, metavar="N", help="keys to name per kind; 10"
     )
     check.set_defaults(run=verify)
+
+    controller = groups.add_parser("controller", help="the controllers")
+    listing = controller.add_subparsers(metavar="COMMAND", required=True).add_parser(
+        "list", parents=[shared], help="which run, and which of them leads"
+    )
+    listing.set_defaults(run=commands.controllers)
 
     replicator = groups.add_parser("replicator", help="the replicators")
     listing = replicator.add_subparsers(metavar="COMMAND", required=True).add_parser(

@@ -30,6 +30,7 @@ COLLECTION_HEAD = (
     "REPLICATOR",
     "REASON",
 )
+CONTROLLER_HEAD = ("ADDRESS", "ROLE", "HOST", "VERSION", "STARTED", "NAME")
 REPLICATOR_HEAD = ("NAME", "STATE", "ASSIGNMENTS", "CAPACITY", "VERSION", "PEER", "HEARTBEAT")
 ASSIGNMENT_HEAD = ("NAME", "TASK", "COLLECTION", "STATE", "EPOCH", "REPLICATOR")
 
@@ -133,6 +134,17 @@ def collection_line(item: task_pb2.TaskCollection) -> Line:
         str(item.rows_deleted),
         _short(item.replicator) or "-",
         " ".join(filter(None, (item.reason, item.message))),
+    )
+
+
+def controller_line(item: fleet_service_pb2.Controller) -> Line:
+    return (
+        item.address,
+        _enum(fleet_service_pb2.ControllerRole.Name(item.role), "CONTROLLER_ROLE_"),
+        item.host,
+        item.version,
+        _age(item, "start_time"),
+        _short(item.name),
     )
 
 

@@ -45,6 +45,27 @@ REPLICATOR_STATE_DRAINING: ReplicatorState.ValueType  # 3
 """Stopping on its own wish; gets nothing new."""
 Global___ReplicatorState: _TypeAlias = ReplicatorState  # noqa: Y015
 
+class _ControllerRole:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ControllerRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ControllerRole.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONTROLLER_ROLE_UNSPECIFIED: _ControllerRole.ValueType  # 0
+    CONTROLLER_ROLE_LEADER: _ControllerRole.ValueType  # 1
+    """Owns tasks, assignments and checkpoints."""
+    CONTROLLER_ROLE_FOLLOWER: _ControllerRole.ValueType  # 2
+    """Passes calls on, and leads when the leader is gone."""
+
+class ControllerRole(_ControllerRole, metaclass=_ControllerRoleEnumTypeWrapper): ...
+
+CONTROLLER_ROLE_UNSPECIFIED: ControllerRole.ValueType  # 0
+CONTROLLER_ROLE_LEADER: ControllerRole.ValueType  # 1
+"""Owns tasks, assignments and checkpoints."""
+CONTROLLER_ROLE_FOLLOWER: ControllerRole.ValueType  # 2
+"""Passes calls on, and leads when the leader is gone."""
+Global___ControllerRole: _TypeAlias = ControllerRole  # noqa: Y015
+
 @_typing.final
 class Replicator(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -279,3 +300,79 @@ class ListAssignmentsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListAssignmentsResponse: _TypeAlias = ListAssignmentsResponse  # noqa: Y015
+
+@_typing.final
+class Controller(_message.Message):
+    """A controller process. All on one etcd answer; one of them leads, the others pass calls on to it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`controllers/{id}`; new at every start of the process."""
+    role: Global___ControllerRole.ValueType
+    address: _builtins.str
+    """Where the other controllers reach it."""
+    host: _builtins.str
+    version: _builtins.str
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        role: Global___ControllerRole.ValueType = ...,
+        address: _builtins.str = ...,
+        host: _builtins.str = ...,
+        version: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "host", b"host", "name", b"name", "role", b"role", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Controller: _TypeAlias = Controller  # noqa: Y015
+
+@_typing.final
+class ListControllersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListControllersRequest: _TypeAlias = ListControllersRequest  # noqa: Y015
+
+@_typing.final
+class ListControllersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTROLLERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def controllers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Controller]:
+        """All that run, by address; none of them is the leader while one is being elected."""
+
+    def __init__(
+        self,
+        *,
+        controllers: _abc.Iterable[Global___Controller] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controllers", b"controllers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListControllersResponse: _TypeAlias = ListControllersResponse  # noqa: Y015

@@ -50,6 +50,11 @@ class FleetServiceStub:
                 request_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.ListAssignmentsRequest.SerializeToString,
                 response_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.ListAssignmentsResponse.FromString,
                 _registered_method=True)
+        self.ListControllers = channel.unary_unary(
+                '/milvuscdc.v1.FleetService/ListControllers',
+                request_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.ListControllersRequest.SerializeToString,
+                response_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.ListControllersResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer:
@@ -74,6 +79,13 @@ class FleetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListControllers(self, request, context):
+        """Answered by every controller itself, also while none leads.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -91,6 +103,11 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.ListAssignments,
                     request_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.ListAssignmentsRequest.FromString,
                     response_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.ListAssignmentsResponse.SerializeToString,
+            ),
+            'ListControllers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListControllers,
+                    request_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.ListControllersRequest.FromString,
+                    response_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.ListControllersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class FleetService:
             '/milvuscdc.v1.FleetService/ListAssignments',
             milvuscdc_dot_v1_dot_fleet__service__pb2.ListAssignmentsRequest.SerializeToString,
             milvuscdc_dot_v1_dot_fleet__service__pb2.ListAssignmentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListControllers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/milvuscdc.v1.FleetService/ListControllers',
+            milvuscdc_dot_v1_dot_fleet__service__pb2.ListControllersRequest.SerializeToString,
+            milvuscdc_dot_v1_dot_fleet__service__pb2.ListControllersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,6 +36,8 @@ class FleetServiceStub:
     ListReplicators: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.ListReplicatorsRequest, _fleet_service_pb2.ListReplicatorsResponse]
     GetReplicator: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.GetReplicatorRequest, _fleet_service_pb2.GetReplicatorResponse]
     ListAssignments: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.ListAssignmentsRequest, _fleet_service_pb2.ListAssignmentsResponse]
+    ListControllers: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.ListControllersRequest, _fleet_service_pb2.ListControllersResponse]
+    """Answered by every controller itself, also while none leads."""
 
 @_typing.type_check_only
 class FleetServiceAsyncStub(FleetServiceStub):
@@ -45,6 +47,8 @@ class FleetServiceAsyncStub(FleetServiceStub):
     ListReplicators: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.ListReplicatorsRequest, _fleet_service_pb2.ListReplicatorsResponse]  # type: ignore[assignment]
     GetReplicator: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.GetReplicatorRequest, _fleet_service_pb2.GetReplicatorResponse]  # type: ignore[assignment]
     ListAssignments: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.ListAssignmentsRequest, _fleet_service_pb2.ListAssignmentsResponse]  # type: ignore[assignment]
+    ListControllers: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.ListControllersRequest, _fleet_service_pb2.ListControllersResponse]  # type: ignore[assignment]
+    """Answered by every controller itself, also while none leads."""
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
     """Read-only view of the fleet."""
@@ -69,5 +73,13 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _fleet_service_pb2.ListAssignmentsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_service_pb2.ListAssignmentsResponse, _abc.Awaitable[_fleet_service_pb2.ListAssignmentsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListControllers(
+        self,
+        request: _fleet_service_pb2.ListControllersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_service_pb2.ListControllersResponse, _abc.Awaitable[_fleet_service_pb2.ListControllersResponse]]:
+        """Answered by every controller itself, also while none leads."""
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -221,6 +221,7 @@ class Welcome(_message.Message):
     LEASE_TTL_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
     PROGRESS_INTERVAL_FIELD_NUMBER: _builtins.int
+    SILENCE_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     controller_id: _builtins.str
     """New at every start of the controller."""
@@ -234,6 +235,10 @@ class Welcome(_message.Message):
     def progress_interval(self) -> _duration_pb2.Duration:
         """Send progress at most this often per assignment."""
 
+    @_builtins.property
+    def silence(self) -> _duration_pb2.Duration:
+        """So long there may be no controller that leads; ask for horizons that outlast it. 0 where there is one controller."""
+
     def __init__(
         self,
         *,
@@ -242,10 +247,11 @@ class Welcome(_message.Message):
         lease_ttl: _duration_pb2.Duration | None = ...,
         heartbeat_interval: _duration_pb2.Duration | None = ...,
         progress_interval: _duration_pb2.Duration | None = ...,
+        silence: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "lease_ttl", b"lease_ttl", "progress_interval", b"progress_interval"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "lease_ttl", b"lease_ttl", "progress_interval", b"progress_interval", "silence", b"silence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_id", b"controller_id", "heartbeat_interval", b"heartbeat_interval", "lease_ttl", b"lease_ttl", "progress_interval", b"progress_interval", "protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_id", b"controller_id", "heartbeat_interval", b"heartbeat_interval", "lease_ttl", b"lease_ttl", "progress_interval", b"progress_interval", "protocol", b"protocol", "silence", b"silence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

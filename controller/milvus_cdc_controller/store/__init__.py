@@ -1,8 +1,7 @@
 """The seam to where the controller keeps what must survive it: keys and small values.
 
 Laws: one controller at a time has a store open, and every commit proves that it still is the one;
-a commit's writes are carried out in the order given, and each group of `Store.writes_max` of them
-all or not at all.
+a commit's writes are carried out all or not at all, and before those of any later one.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from milvus_cdc.errors import CdcError
 
 
 class LeadershipLost(CdcError):
-    """Another controller may be writing by now: this process must end at once."""
+    """Another controller may be leading by now: this one must stop doing so at once."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__("LEADERSHIP_LOST", message)
+    def __init__(self, message: str, reason: str = "LEADERSHIP_LOST") -> None:
+        super().__init__(reason, message)
 
 
 class Store(Protocol):
@@ -29,13 +28,8 @@ class Store(Protocol):
         ...
 
     @property
-    def writes_max(self) -> int:
-        """Most writes that are stored as one."""
-        ...
-
-    @property
     def certain(self) -> bool:
-        """No other controller can be leading now. While it is not so, no lease may be renewed."""
+        """No other controller can be leading now. Once it is not so, it never is again."""
         ...
 
     async def lost(self) -> LeadershipLost:

@@ -1,188 +1,229 @@
-"""The shared store: keys below a prefix of an etcd, held by whoever holds the leader key.
+"""The shared store: keys below a prefix of an etcd, written by whoever leads.
 
-Laws: every commit is a transaction that compares the leader key's creation with ours, so a
-controller that lost its lease can write nothing; a lost lease ends the process. A commit larger
-than etcd's limit is cut into several transactions, in the order given.
+Laws: every transaction compares the leader key's creation with that of our term and the number of
+the last one with ours, so a deposed leader changes nothing, and a request that was given up and
+gets through later changes nothing either. A commit too large for one transaction is first stored
+beside the records, whole, then carried out; the next leader ends what a dead one had begun so, and
+forgets what was never whole.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import base64
 import json
-import socket
-from collections.abc import Mapping
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
 
-import structlog
-from milvus_cdc.errors import CdcError, RetryableError, UserError
+from milvus_cdc.errors import RetryableError
 from milvus_cdc.etcd import (
     Compare,
     CompareTarget,
+    CompareValue,
     DeleteOp,
     EtcdClient,
     GetOp,
     KeyRange,
+    KeyValue,
     PutOp,
 )
 
 from milvus_cdc_controller.store import LeadershipLost
+from milvus_cdc_controller.store.election import Election, Term, leader_key
 
-log = structlog.get_logger(__name__)
+WRITES_MAX = 100
+"""etcd's default allows 128 operations a transaction (--max-txn-ops)."""
+BYTES_MAX = 1_000_000
+"""And requests of 1.5 MiB (--max-request-bytes); a stored part is a third larger than what is in
+it.
+"""
+_TRIES = 5
+
+Write = tuple[str, bytes | None]
 
 
 class EtcdStore:
-    """Opened with `open`, which takes the leadership and keeps it alive in the background."""
+    """The store during one term. Opened with `open`, closed with the term."""
 
-    writes_max = 100
-    """etcd's default allows 128 operations a transaction (--max-txn-ops)."""
-
-    def __init__(self, client: EtcdClient, prefix: str, lease_seconds: int) -> None:
+    def __init__(self, election: Election, term: Term, client: EtcdClient, prefix: str) -> None:
+        self._election = election
+        self._term = term
         self._client = client
         self._prefix = prefix.strip("/")
-        self._lease_seconds = lease_seconds
-        self._lease = 0
-        self._created = 0
-        self._renewed = 0.0
-        self._keeper: asyncio.Task[None] | None = None
-        self._lost = asyncio.Event()
+        self._number = 0
+        """Of the last transaction of this term that is known to be done."""
+        self._unfinished = 0
+        """Parts of a large commit that is stored whole and not yet carried out."""
+        self._unsure = False
+        """Whether there is such a one."""
         self.incarnation = 0
 
     @classmethod
     async def open(
-        cls, endpoints: list[str], prefix: str, lease_seconds: int, *, wait_seconds: float
+        cls, election: Election, term: Term, endpoints: list[str], prefix: str
     ) -> EtcdStore:
-        """Waits so long for another's lease to end, since a killed controller leaves one behind.
-
-        Raises UserError STORE_IN_USE, RetryableError when etcd does not answer.
-        """
-        store = cls(EtcdClient(endpoints), prefix, lease_seconds)
+        """Raises RetryableError STORE_UNAVAILABLE, LeadershipLost; the term is then resigned."""
+        store = cls(election, term, EtcdClient(endpoints), prefix)
         try:
-            await store._lead(wait_seconds)
+            await store._begin()
         except BaseException:
             await store.close()
             raise
         return store
 
-    async def _lead(self, wait_seconds: float) -> None:
-        loop = asyncio.get_running_loop()
-        until = loop.time() + wait_seconds
-        said = False
-        self._renewed = loop.time()
-        self._lease = (await self._client.grant_lease(self._lease_seconds)).lease
-        self._keeper = asyncio.create_task(self._keep(), name="leader lease")
-        me = json.dumps({"host": socket.gethostname(), "lease": f"{self._lease:x}"}).encode()
-        while True:
-            answer = await self._client.txn(
-                [Compare(self._leader, CompareTarget.VERSION, 0)],
-                [PutOp(self._leader, me, self._lease)],
-                [GetOp(KeyRange.key(self._leader))],
-            )
-            if answer.succeeded:
-                self._created = answer.revision
-                break
-            holder = answer.results[0][0] if answer.results and answer.results[0] else None
-            if holder is not None and holder.lease == self._lease:
-                # Our own put, whose answer was lost.
-                self._created = holder.create_revision
-                break
-            who = holder.value.decode(errors="replace") if holder is not None else "unknown"
-            if loop.time() >= until:
-                raise UserError(
-                    "STORE_IN_USE",
-                    f"another controller holds leadership below {self._prefix!r} ({who}); stop it, "
-                    "or give this one its own prefix.",
-                    field="store.etcd.prefix",
-                )
-            if not said:
-                log.warning("another controller holds leadership, waiting", holder=who)
-                said = True
-            await asyncio.sleep(0.5)
-        await self._count()
-
-    async def _count(self) -> None:
-        """The next incarnation, under our leadership."""
-        key = f"{self._prefix}/incarnation"
-        listing = await self._client.get(key)
-        before = int(listing.kvs[0].value) if listing.kvs else 0
-        self.incarnation = before + 1
-        await self._txn([PutOp(key, str(self.incarnation).encode())])
-
-    async def _keep(self) -> None:
-        while True:
-            await asyncio.sleep(self._lease_seconds / 5)
-            asked = asyncio.get_running_loop().time()
-            try:
-                left = await self._client.keep_alive(self._lease)
-            except CdcError as error:
-                # Only etcd knows whether the lease lives on; until it says so we are not certain.
-                log.warning("leader lease not renewed", error=error.message)
-                continue
-            if left == 0:
-                self._lost.set()
-                return
-            self._renewed = asked
+    async def _begin(self) -> None:
+        """The next incarnation, and what the leader before may have left half done."""
+        counter = f"{self._prefix}/incarnation"
+        before = await self._get(counter)
+        self.incarnation = (int(before.value) if before is not None else 0) + 1
+        await self._try_txn(
+            [PutOp(counter, str(self.incarnation).encode()), PutOp(self._numbers, b"0")], []
+        )
+        self._unsure = True
+        await self._finish()
+        await self._txn([DeleteOp(KeyRange.prefix(self._parts))])
 
     @property
     def certain(self) -> bool:
-        return asyncio.get_running_loop().time() < self._renewed + self._lease_seconds
+        return self._term.certain
 
     async def lost(self) -> LeadershipLost:
-        await self._lost.wait()
-        return _lost()
+        await self._term.over()
+        return self._term.lost()
 
     async def load(self) -> dict[str, bytes]:
-        try:
-            listing = await self._client.list(KeyRange.prefix(self._records))
-        except RetryableError as error:
-            raise RetryableError("STORE_UNAVAILABLE", f"etcd: {error.message}") from error
         start = len(self._records)
-        return {kv.key[start:]: kv.value for kv in listing.kvs}
+        return {kv.key[start:]: kv.value for kv in await self._list(self._records)}
 
     async def commit(self, writes: Mapping[str, bytes | None]) -> None:
-        items = iter(writes.items())
-        while part := list(islice(items, self.writes_max)):
-            await self._txn(
-                [
-                    DeleteOp(KeyRange.key(self._records + key))
-                    if value is None
-                    else PutOp(self._records + key, value)
-                    for key, value in part
-                ]
-            )
+        await self._finish()
+        groups = list(_groups(writes.items()))
+        if len(groups) == 1:
+            await self._txn(self._operations(groups[0]))
+            return
+        for number, group in enumerate(groups):
+            await self._txn([PutOp(self._part(number), _pack(group))])
+        if groups:
+            self._unsure = True
+            await self._txn([PutOp(self._whole, str(len(groups)).encode())])
+            await self._finish()
+
+    async def _finish(self) -> None:
+        """Carries out the large commit that is stored whole, if there is one."""
+        if self._unsure:
+            # After this one nothing that was sent before it can still be done.
+            await self._txn([])
+            whole = await self._get(self._whole)
+            self._unfinished = int(whole.value) if whole is not None else 0
+            self._unsure = False
+        if not self._unfinished:
+            return
+        for kv in await self._list(self._parts):
+            if kv.key < self._part(self._unfinished):
+                await self._txn([*self._operations(_unpack(kv.value)), _delete(kv.key)])
+        await self._txn([_delete(self._whole)])
+        self._unfinished = 0
+
+    def _operations(self, writes: Iterable[Write]) -> list[PutOp | DeleteOp]:
+        return [
+            _delete(self._records + key) if value is None else PutOp(self._records + key, value)
+            for key, value in writes
+        ]
 
     async def _txn(self, operations: list[PutOp | DeleteOp]) -> None:
+        """Raises RetryableError, after which it may have been done or not, and LeadershipLost."""
+        for _ in range(_TRIES):
+            following = self._number + 1
+            found = await self._try_txn(
+                [*operations, PutOp(self._numbers, str(following).encode())],
+                [CompareValue(self._numbers, str(self._number).encode())],
+            )
+            if found is None:
+                self._number = following
+                return
+            # An earlier one whose answer was lost has been done: this one comes after it.
+            self._number = found
+        raise RetryableError("STORE_UNAVAILABLE", "etcd: somebody else writes to the same prefix")
+
+    async def _try_txn(
+        self, operations: list[PutOp | DeleteOp], conditions: list[CompareValue]
+    ) -> int | None:
+        """None when it was done, else the number found."""
+        leader = leader_key(self._prefix)
         try:
             answer = await self._client.txn(
-                [Compare(self._leader, CompareTarget.CREATE_REVISION, self._created)], operations
+                [Compare(leader, CompareTarget.CREATE_REVISION, self._term.created), *conditions],
+                operations,
+                [GetOp(KeyRange.key(leader)), GetOp(KeyRange.key(self._numbers))],
             )
         except RetryableError as error:
+            if not self._term.certain:
+                raise self._term.lost() from error
             raise RetryableError("STORE_UNAVAILABLE", f"etcd: {error.message}") from error
-        if not answer.succeeded:
-            self._lost.set()
-            raise _lost()
+        if answer.succeeded:
+            return None
+        holder, number = answer.results
+        if not number or not holder or holder[0].create_revision != self._term.created:
+            self._term.end("Another controller has been elected")
+            raise self._term.lost()
+        return int(number[0].value)
+
+    async def _get(self, key: str) -> KeyValue | None:
+        return next(iter(await self._list(key, whole_range=False)), None)
+
+    async def _list(self, key: str, *, whole_range: bool = True) -> tuple[KeyValue, ...]:
+        keys = KeyRange.prefix(key) if whole_range else KeyRange.key(key)
+        try:
+            return (await self._client.list(keys)).kvs
+        except RetryableError as error:
+            raise RetryableError("STORE_UNAVAILABLE", f"etcd: {error.message}") from error
 
     async def close(self) -> None:
-        if self._keeper is not None:
-            self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
-        if self._lease:
-            with contextlib.suppress(CdcError):
-                await self._client.revoke_lease(self._lease)
+        await self._election.resign(self._term)
         await self._client.close()
-
-    @property
-    def _leader(self) -> str:
-        return f"{self._prefix}/leader"
 
     @property
     def _records(self) -> str:
         return f"{self._prefix}/records/"
 
+    @property
+    def _numbers(self) -> str:
+        return f"{self._prefix}/commit-number"
 
-def _lost() -> LeadershipLost:
-    return LeadershipLost(
-        "The leader lease in etcd has ended (it was not renewed in time), so another controller "
-        "may lead by now; this one ends."
-    )
+    @property
+    def _whole(self) -> str:
+        return f"{self._prefix}/large-commit"
+
+    @property
+    def _parts(self) -> str:
+        return f"{self._prefix}/large-commit-parts/"
+
+    def _part(self, number: int) -> str:
+        return f"{self._parts}{number:08d}"
+
+
+def _delete(key: str) -> DeleteOp:
+    return DeleteOp(KeyRange.key(key))
+
+
+def _groups(writes: Iterable[Write]) -> Iterator[list[Write]]:
+    """In order, each fit for one transaction."""
+    group: list[Write] = []
+    held = 0
+    for key, value in writes:
+        size = len(key) + len(value or b"") + 64
+        if group and (len(group) == WRITES_MAX or held + size > BYTES_MAX):
+            yield group
+            group, held = [], 0
+        group.append((key, value))
+        held += size
+    if group:
+        yield group
+
+
+def _pack(writes: list[Write]) -> bytes:
+    return json.dumps(
+        [[k, None if v is None else base64.b64encode(v).decode()] for k, v in writes]
+    ).encode()
+
+
+def _unpack(value: bytes) -> list[Write]:
+    return [(k, None if v is None else base64.b64decode(v)) for k, v in json.loads(value)]

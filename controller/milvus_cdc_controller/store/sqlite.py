@@ -23,7 +23,6 @@ _T = TypeVar("_T")
 class SqliteStore:
     """Opened with `open`. All calls run in its own thread, one after the other."""
 
-    writes_max = 1_000_000
     certain = True
 
     def __init__(self, connection: sqlite3.Connection, thread: ThreadPoolExecutor) -> None:

@@ -26,6 +26,8 @@ HORIZON_RESTING_MS = 8_000
 """Granted ahead where nothing happens: twice as long and more as such a one says nothing, so that
 its next row finds it.
 """
+HORIZON_REPORTS_MS = 3_000
+"""At most this much source time passes between two reports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,8 @@ class AssignmentCore:
         """Rows were, for that reason."""
         self.held_back = False
         """Nothing new is begun: what is under way comes to its end."""
+        self.silence_ms = 0
+        """So long nobody may be there to grant a horizon, and rows are to go on."""
         self.sequencer = Sequencer(limits)
         self._partition_key = partition_key
         self._partitions = _Partitions()
@@ -260,6 +264,9 @@ class AssignmentCore:
         else:
             step = front - asked_at
         least = HORIZON_RESTING_MS if self.resting else HORIZON_STEP_MIN_MS
+        if self.silence_ms:
+            # Asked for anew when half of it is left, at the next report.
+            least = max(least, 2 * (self.silence_ms + HORIZON_REPORTS_MS))
         step = max(ms_to_tso(least), min(step, ms_to_tso(HORIZON_STEP_MAX_MS)))
         return front + step if front + step // 2 > lane.horizon_ts else 0
 

@@ -24,6 +24,10 @@ class Lease:
         """The controller's terms, from Welcome."""
         self._ttl = ttl_seconds
 
+    @property
+    def ttl(self) -> float:
+        return self._ttl
+
     def heartbeat_sent(self, seq: int, now: float) -> None:
         self._sent[seq] = now
         while len(self._sent) > _PENDING_MAX:

@@ -209,6 +209,14 @@ class FakeFleet(fleet_service_pb2_grpc.FleetServiceServicer):
         )
         return fleet_service_pb2.ListReplicatorsResponse(replicators=[one])
 
+    async def ListControllers(self, request: Any, context: Any) -> Any:
+        one = fleet_service_pb2.Controller(
+            name="controllers/7",
+            role=fleet_service_pb2.CONTROLLER_ROLE_LEADER,
+            address="10.0.0.1:7070",
+        )
+        return fleet_service_pb2.ListControllersResponse(controllers=[one])
+
     async def GetReplicator(self, request: Any, context: Any) -> Any:
         one = fleet_service_pb2.Replicator(name=request.name)
         return fleet_service_pb2.GetReplicatorResponse(replicator=one)

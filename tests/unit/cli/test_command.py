@@ -178,6 +178,7 @@ async def test_lists_ask_for_every_page(api: Api) -> None:
     assert [task["name"] for task in data["tasks"]] == ["tasks/other", "tasks/products-dr"]
     assert "LOG_TRUNCATED resync it" in (await api.run("task", "collections", "other")).out
     assert "r1" in (await api.run("replicator", "list")).out
+    assert "10.0.0.1:7070  LEADER" in (await api.run("controller", "list")).out
     shown = await api.run("assignment", "list", "--task", "other", "-o", "json")
     assert json.loads(shown.out)["assignments"][0]["task"] == "tasks/other"
 

@@ -100,7 +100,7 @@ class Bench:
         self.may_end = asyncio.Event()
         self.may_end.set()
         self.sink.before_write = self._hold
-        settings = Settings(name="r", controller=f"127.0.0.1:{controller.port}")
+        settings = Settings(name="r", controller=(f"127.0.0.1:{controller.port}",))
         self.connections = Connections(self.source, self.sink)
         self.replicator = Replicator(settings, "1", self.connections)  # type: ignore[arg-type]
 
