@@ -86,7 +86,7 @@ class Forwarder:
             self._route = _Route(leader, term, channel)
         if route is not None:
             route.over = True
-            for call in route.calls:
+            for call in tuple(route.calls):
                 call.cancel()
             closing = asyncio.create_task(route.channel.close())
             self._closing.add(closing)

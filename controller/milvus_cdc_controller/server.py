@@ -238,7 +238,8 @@ class Elected:
     def _changed(self) -> None:
         """Somebody else leads, or nobody."""
         leader = self._election.leader
-        others = leader is not None and leader.id != self.me.id
+        # At our own address it is an earlier start of ours, whose lease has yet to end.
+        others = leader is not None and leader.address != self.me.address
         self._forwarder.aim(leader if others else None, self._election.term)
         self._told.set()
 
