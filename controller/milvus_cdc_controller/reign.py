@@ -131,12 +131,22 @@ class Reign:
 
     @classmethod
     async def prepare(
-        cls, config: Config, store: Store, metrics: Metrics, connect: Connect
+        cls,
+        config: Config,
+        store: Store,
+        metrics: Metrics,
+        connect: Connect,
+        inherited_ms: int = 0,
     ) -> Reign:
-        """Loads what is stored. Raises what decoding it raises, and RetryableError."""
+        """Loads what is stored. `inherited_ms`: the longest lease that replicators may have from
+        others.
+
+        Raises what decoding it raises, and RetryableError.
+        """
         records = [decode(key, value) for key, value in (await store.load()).items()]
         controller = Controller(config.lease.leases, records)
         controller.world.warn_fraction = config.retention.warn_fraction
+        controller.world.inherited_ttl_ms = inherited_ms
         controller.world.check_every_ms = round(config.retention.check_seconds * 1000)
         return cls(config, store, metrics, connect, controller)
 

@@ -5,6 +5,7 @@ behind it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 import uuid
@@ -194,14 +195,21 @@ class Elected:
         began = time.monotonic()
         try:
             store = await EtcdStore.open(
-                self._election, term, self._etcd.endpoints, self._etcd.prefix
+                self._election,
+                term,
+                self._etcd.endpoints,
+                self._etcd.prefix,
+                self._config.lease.leases.ttl_ms,
             )
         except (RetryableError, LeadershipLost) as error:
             log.warning("leadership could not begin", reason=error.reason, error=error.message)
             return True
         lost = asyncio.create_task(store.lost())
+        forgetting = asyncio.create_task(self._forget_inherited(store), name="inherited leases")
         try:
-            reign = await Reign.prepare(self._config, store, self._metrics, self._connect)
+            reign = await Reign.prepare(
+                self._config, store, self._metrics, self._connect, store.inherited_ms
+            )
             reign.start()
             self._front.reign = reign
             self._told.set()
@@ -232,8 +240,17 @@ class Elected:
         finally:
             self._front.reign = None
             self._told.set()
-            lost.cancel()
+            for task in (lost, forgetting):
+                task.cancel()
+            await asyncio.gather(lost, forgetting, return_exceptions=True)
             await store.close()
+
+    async def _forget_inherited(self, store: EtcdStore) -> None:
+        leases = self._config.lease.leases
+        if store.inherited_ms > leases.ttl_ms:
+            await asyncio.sleep((store.inherited_ms + leases.margin_ms) / 1000)
+            with contextlib.suppress(RetryableError, LeadershipLost):
+                await store.forget_inherited()
 
     def _changed(self) -> None:
         """Somebody else leads, or nobody."""

@@ -18,6 +18,7 @@ class Candidate:
     def __init__(self, server: EtcdServer, prefix: str, name: str = "") -> None:
         self.endpoints = [server.endpoint.removeprefix("http://")]
         self.prefix = prefix
+        self.lease_ms = 15_000
         self.me = Member(name or str(uuid.uuid4()), f"{name or 'here'}:1", "1", "host", 0)
         self.election = Election(self.endpoints, prefix, LEASE_SECONDS, self.me)
         self.election.join()
@@ -26,7 +27,9 @@ class Candidate:
     async def win(self) -> EtcdStore:
         """Waits for it."""
         self.term = await self.election.win()
-        return await EtcdStore.open(self.election, self.term, self.endpoints, self.prefix)
+        return await EtcdStore.open(
+            self.election, self.term, self.endpoints, self.prefix, self.lease_ms
+        )
 
     async def freeze(self) -> None:
         """Its lease is not renewed any more, as if its process were stopped."""

@@ -127,6 +127,23 @@ async def test_a_leader_whose_key_was_taken_away_is_told_by_its_next_commit(
         await new.close()
 
 
+async def test_a_leader_knows_the_longest_lease_that_others_gave(stand: Stand) -> None:
+    for name, lease_ms, inherited_ms in (
+        ("first", 60_000, 0),
+        ("second", 15_000, 60_000),
+        ("third", 15_000, 60_000),
+    ):
+        candidate = stand(name)
+        candidate.lease_ms = lease_ms
+        store = await candidate.win()
+        assert store.inherited_ms == inherited_ms
+        if name == "third":
+            await store.forget_inherited()
+        await store.close()
+    store = await stand("last").win()
+    assert store.inherited_ms == 15_000
+
+
 class Interrupted:
     """Takes the place of a store's etcd: the transactions whose turn it is get lost on the way, or
     their answers do.

@@ -50,13 +50,13 @@ FULL_FOR_MS = 10_000
 
 def started(world: World) -> None:
     """Every stored grant counts as live: its owner may have had its last heartbeat acknowledged
-    just now.
+    just now, under a lease as long as that controller's.
     """
+    longer_ms = max(0, world.inherited_ttl_ms - world.leases.ttl_ms)
+    end_ms = world.leases.end_ms(world.now.mono_ms) + longer_ms
     for grant in world.grants.values():
         if grant.instance and grant.instance not in world.sessions:
-            world.sessions[grant.instance] = Session(
-                grant.instance, grant.owner, world.leases.end_ms(world.now.mono_ms)
-            )
+            world.sessions[grant.instance] = Session(grant.instance, grant.owner, end_ms)
     world.watch_sources()
     world.touch_all()
 

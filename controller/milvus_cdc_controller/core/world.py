@@ -128,6 +128,8 @@ class World:
     work: dict[str, TaskWork] = field(default_factory=dict)
     retention: dict[str, dict[str, Seen]] = field(default_factory=dict)
     """By assignment id and vchannel."""
+    inherited_ttl_ms: int = 0
+    """The longest lease that controllers before this one may have given."""
     check_every_ms: int = 60_000
     warn_fraction: float = 0.2
     """Less than this part of a limit of the queue is a reason to warn."""

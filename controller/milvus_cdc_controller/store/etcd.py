@@ -43,7 +43,9 @@ Write = tuple[str, bytes | None]
 class EtcdStore:
     """The store during one term. Opened with `open`, closed with the term."""
 
-    def __init__(self, election: Election, term: Term, client: EtcdClient, prefix: str) -> None:
+    def __init__(
+        self, election: Election, term: Term, client: EtcdClient, prefix: str, promised_ms: int
+    ) -> None:
         self._election = election
         self._term = term
         self._client = client
@@ -54,14 +56,20 @@ class EtcdStore:
         """Parts of a large commit that is stored whole and not yet carried out."""
         self._unsure = False
         """Whether there is such a one."""
+        self._promised_ms = promised_ms
         self.incarnation = 0
+        self.inherited_ms = 0
+        """The longest lease that leaders before may have given to replicators."""
 
     @classmethod
     async def open(
-        cls, election: Election, term: Term, endpoints: list[str], prefix: str
+        cls, election: Election, term: Term, endpoints: list[str], prefix: str, promised_ms: int
     ) -> EtcdStore:
-        """Raises RetryableError STORE_UNAVAILABLE, LeadershipLost; the term is then resigned."""
-        store = cls(election, term, EtcdClient(endpoints), prefix)
+        """`promised_ms`: how long a lease this leader gives to replicators.
+
+        Raises RetryableError STORE_UNAVAILABLE, LeadershipLost; the term is then resigned.
+        """
+        store = cls(election, term, EtcdClient(endpoints), prefix, promised_ms)
         try:
             await store._begin()
         except BaseException:
@@ -74,12 +82,22 @@ class EtcdStore:
         counter = f"{self._prefix}/incarnation"
         before = await self._get(counter)
         self.incarnation = (int(before.value) if before is not None else 0) + 1
-        await self._try_txn(
-            [PutOp(counter, str(self.incarnation).encode()), PutOp(self._numbers, b"0")], []
-        )
+        promised = await self._get(self._promise)
+        self.inherited_ms = int(promised.value) if promised is not None else 0
+        longest = max(self.inherited_ms, self._promised_ms)
+        operations: list[PutOp | DeleteOp] = [
+            PutOp(counter, str(self.incarnation).encode()),
+            PutOp(self._promise, str(longest).encode()),
+            PutOp(self._numbers, b"0"),
+        ]
+        await self._try_txn(operations, [])
         self._unsure = True
         await self._finish()
         await self._txn([DeleteOp(KeyRange.prefix(self._parts))])
+
+    async def forget_inherited(self) -> None:
+        """When leases of leaders before have ended. Raises as `commit`."""
+        await self._txn([PutOp(self._promise, str(self._promised_ms).encode())])
 
     @property
     def certain(self) -> bool:
@@ -187,6 +205,10 @@ class EtcdStore:
     @property
     def _numbers(self) -> str:
         return f"{self._prefix}/commit-number"
+
+    @property
+    def _promise(self) -> str:
+        return f"{self._prefix}/replicator-lease-ms"
 
     @property
     def _whole(self) -> str:

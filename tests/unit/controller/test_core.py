@@ -136,6 +136,16 @@ def test_after_a_controller_restart_an_absent_owner_keeps_its_work_for_a_lease()
     assert script.core.world.grants[BOOKS].instance == "instance-b"
 
 
+def test_a_controller_elsewhere_may_have_given_longer_leases() -> None:
+    script = Script(running().stored, at_ms=500_000, inherited_ttl_ms=25_000)
+    script.hello(1, "b")
+    script.see(collection(11))
+    script.pass_time(26_900, beating=(1,))
+    assert script.core.world.grants[BOOKS].epoch == 1
+    script.pass_time(200, beating=(1,))
+    assert script.core.world.grants[BOOKS].instance == "instance-b"
+
+
 def test_a_stale_holder_is_asked_to_let_go_before_it_may_have_it_again() -> None:
     script = running()
     script.take(ev.StreamLost(script.now, 1))

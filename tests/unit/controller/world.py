@@ -56,9 +56,16 @@ def spec(name: str = "tasks/copy", **other: Any) -> TaskSpec:
 class Script:
     """Feeds a core and remembers what it stored, as a store would."""
 
-    def __init__(self, records: dict[str, Record] | None = None, *, at_ms: int = 0) -> None:
+    def __init__(
+        self,
+        records: dict[str, Record] | None = None,
+        *,
+        at_ms: int = 0,
+        inherited_ttl_ms: int = 0,
+    ) -> None:
         self.stored: dict[str, Record] = dict(records or {})
         self.core = Controller(LEASES, self.stored.values())
+        self.core.world.inherited_ttl_ms = inherited_ttl_ms
         self.at_ms = at_ms
         self.revision = 0
         self.calls = 0
