@@ -105,7 +105,7 @@ class Forwarder:
             except ApiError as error:
                 await abort(context, error)
 
-        handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(handle)  # type: ignore[arg-type]
+        handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(handle)
         return handler
 
     async def _pass_on(self, method: str, requests: AsyncIterator[bytes], context: Context) -> None:
@@ -137,7 +137,9 @@ class Forwarder:
             unexplained = not any(key == _DETAILS_KEY for key, _ in trailing)
             if route.over:
                 raise _changed() from error
-            if unexplained and error.code() is grpc.StatusCode.UNAVAILABLE:
+            # The second is what gRPC makes of a write that meets the end of the stream.
+            broken = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL)
+            if unexplained and error.code() in broken:
                 raise ApiError(
                     "UNAVAILABLE",
                     "LEADER_UNREACHABLE",

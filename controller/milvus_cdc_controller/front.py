@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -22,13 +22,8 @@ OURS = "/milvuscdc.v1."
 Roster = Callable[[], Iterable[tuple[Member, bool]]]
 """The controllers that are known to run, and whether they lead."""
 
-if TYPE_CHECKING:
-    _GenericRpcHandler = grpc.GenericRpcHandler[Any, Any]
-else:
-    _GenericRpcHandler = grpc.GenericRpcHandler
 
-
-class Front(_GenericRpcHandler):
+class Front(grpc.GenericRpcHandler):
     """A server's only handler of our services."""
 
     def __init__(self, roster: Roster, forwarder: Forwarder) -> None:
@@ -36,7 +31,7 @@ class Front(_GenericRpcHandler):
         self._forwarder = forwarder
         self._own = Handlers()
         controllers = grpc.unary_unary_rpc_method_handler(
-            _Controllers(roster).ListControllers,  # type: ignore[arg-type]
+            _Controllers(roster).ListControllers,
             request_deserializer=pb.ListControllersRequest.FromString,
             response_serializer=pb.ListControllersResponse.SerializeToString,
         )

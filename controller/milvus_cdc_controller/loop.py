@@ -126,6 +126,13 @@ class ControlLoop:
         while not self._queue.empty():  # room for those who wait to put something
             self._queue.get_nowait()
 
+    def check(self) -> None:
+        """For who waits for something to change in the world. Raises what the loop was ended
+        with.
+        """
+        if self._ended is not None:
+            raise self._ended
+
     async def post(self, make: Callable[[ev.Instant], ev.Event]) -> None:
         """Waits while the queue is full. `make` gets the time at which the event is taken."""
         if self._ended is None:
@@ -135,8 +142,7 @@ class ControlLoop:
         """A command and its answer, given once it is stored. Raises Refused, and what the loop was
         ended with.
         """
-        if self._ended is not None:
-            raise self._ended
+        self.check()
         self._last_call += 1
         number = self._last_call
         future: asyncio.Future[TaskRecord | None] = asyncio.get_running_loop().create_future()
@@ -149,8 +155,7 @@ class ControlLoop:
 
     async def begin_job(self, payload: JobPayload) -> str:
         """Gives a job to a replicator; `next_of_job` brings what it says."""
-        if self._ended is not None:
-            raise self._ended
+        self.check()
         self._jobs_begun += 1
         job_id = f"call/{self._store.incarnation}/{self._jobs_begun}"
         self._jobs[job_id] = asyncio.Queue(OUTCOMES_MAX)

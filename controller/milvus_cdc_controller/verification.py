@@ -135,6 +135,7 @@ def failed(result: jobs.JobFailed) -> ApiError:
 
 def _now(loop: ControlLoop, record: CollectionRecord) -> CollectionRecord:
     """The record as it is by now; it may be gone."""
+    loop.check()
     records = loop.controller.world.collections.get(record.task_uid, {})
     now = records.get(record.collection_id)
     if now is None:

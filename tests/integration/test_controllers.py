@@ -34,6 +34,8 @@ from tests.servers.services import LEADER_LEASE_SECONDS, ControllerProcess
 FAIL_OVER_SECONDS = LEADER_LEASE_SECONDS + 3
 COLLECTIONS = 3
 LEADER = fleet_service_pb2.CONTROLLER_ROLE_LEADER
+BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL)
+"""The second is what gRPC makes of a heartbeat that is being written while the stream ends."""
 
 
 class At:
@@ -298,7 +300,7 @@ async def test_another_one_leads_and_what_replicators_hold_stays(trio: Trio, how
             assert leader.process.returncode == 0
         await until(lambda: through.ended is not None)
         assert through.ended is not None
-        assert through.ended.code() is grpc.StatusCode.UNAVAILABLE
+        assert through.ended.code() in BROKEN
         other = next(at for at in trio.followers(following) if at is not leader)
         async with await reconnect(through, other) as a, await reconnect(direct, following) as b:
             await until_task(other, "tasks/copy", task_pb2.TASK_STATE_RUNNING)
@@ -332,23 +334,23 @@ async def test_a_leader_that_wakes_up_after_its_lease_changes_nothing(trio: Trio
         )
         following = await trio.leader(but=zombie)
         pause = task_service_pb2.PauseTaskRequest(name="tasks/copy")
-        await following.tasks.PauseTask(pause, timeout=10)
+        paused = await following.tasks.PauseTask(pause, timeout=10)
         before = await trio.stored()
 
         zombie.process.resume()
         await until(lambda: replicator.ended is not None)
         assert replicator.ended is not None
-        assert replicator.ended.code() is grpc.StatusCode.UNAVAILABLE
+        assert replicator.ended.code() in BROKEN
         assert replicator.beats_acked <= acked + 1, "no lease is renewed by a zombie"
         assert await trio.leader() is following
         assert await trio.stored() == before
         # It has become a follower that answers as the leader does.
-        assert (await zombie.task()).state == task_pb2.TASK_STATE_PAUSED
+        assert (await zombie.task()).generation == paused.task.generation
         assert not zombie.leads_by_metric()
         assert zombie.process.running
     await asyncio.to_thread(following.process.kill)
     again = await trio.leader(but=following)
-    assert (await again.task()).state == task_pb2.TASK_STATE_PAUSED
+    assert (await again.task()).generation == paused.task.generation
 
 
 async def test_without_etcd_nobody_leads_and_that_is_said(
