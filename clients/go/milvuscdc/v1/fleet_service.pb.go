@@ -81,6 +81,57 @@ func (ReplicatorState) EnumDescriptor() ([]byte, []int) {
 	return file_milvuscdc_v1_fleet_service_proto_rawDescGZIP(), []int{0}
 }
 
+type ControllerRole int32
+
+const (
+	ControllerRole_CONTROLLER_ROLE_UNSPECIFIED ControllerRole = 0
+	// Owns tasks, assignments and checkpoints.
+	ControllerRole_CONTROLLER_ROLE_LEADER ControllerRole = 1
+	// Passes calls on, and leads when the leader is gone.
+	ControllerRole_CONTROLLER_ROLE_FOLLOWER ControllerRole = 2
+)
+
+// Enum value maps for ControllerRole.
+var (
+	ControllerRole_name = map[int32]string{
+		0: "CONTROLLER_ROLE_UNSPECIFIED",
+		1: "CONTROLLER_ROLE_LEADER",
+		2: "CONTROLLER_ROLE_FOLLOWER",
+	}
+	ControllerRole_value = map[string]int32{
+		"CONTROLLER_ROLE_UNSPECIFIED": 0,
+		"CONTROLLER_ROLE_LEADER":      1,
+		"CONTROLLER_ROLE_FOLLOWER":    2,
+	}
+)
+
+func (x ControllerRole) Enum() *ControllerRole {
+	p := new(ControllerRole)
+	*p = x
+	return p
+}
+
+func (x ControllerRole) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ControllerRole) Descriptor() protoreflect.EnumDescriptor {
+	return file_milvuscdc_v1_fleet_service_proto_enumTypes[1].Descriptor()
+}
+
+func (ControllerRole) Type() protoreflect.EnumType {
+	return &file_milvuscdc_v1_fleet_service_proto_enumTypes[1]
+}
+
+func (x ControllerRole) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ControllerRole.Descriptor instead.
+func (ControllerRole) EnumDescriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_fleet_service_proto_rawDescGZIP(), []int{1}
+}
+
 type Replicator struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// `replicators/{replicator}`; the last part is the configured name or the host name.
@@ -619,6 +670,174 @@ func (x *ListAssignmentsResponse) GetNextPageToken() string {
 	return ""
 }
 
+// A controller process. All on one etcd answer; one of them leads, the others pass calls on to it.
+type Controller struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `controllers/{id}`; new at every start of the process.
+	Name string         `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Role ControllerRole `protobuf:"varint,2,opt,name=role,proto3,enum=milvuscdc.v1.ControllerRole" json:"role,omitempty"`
+	// Where the other controllers reach it.
+	Address       string                 `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"`
+	Host          string                 `protobuf:"bytes,4,opt,name=host,proto3" json:"host,omitempty"`
+	Version       string                 `protobuf:"bytes,5,opt,name=version,proto3" json:"version,omitempty"`
+	StartTime     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Controller) Reset() {
+	*x = Controller{}
+	mi := &file_milvuscdc_v1_fleet_service_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Controller) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Controller) ProtoMessage() {}
+
+func (x *Controller) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_fleet_service_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Controller.ProtoReflect.Descriptor instead.
+func (*Controller) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_fleet_service_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Controller) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Controller) GetRole() ControllerRole {
+	if x != nil {
+		return x.Role
+	}
+	return ControllerRole_CONTROLLER_ROLE_UNSPECIFIED
+}
+
+func (x *Controller) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Controller) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *Controller) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *Controller) GetStartTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartTime
+	}
+	return nil
+}
+
+type ListControllersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListControllersRequest) Reset() {
+	*x = ListControllersRequest{}
+	mi := &file_milvuscdc_v1_fleet_service_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListControllersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListControllersRequest) ProtoMessage() {}
+
+func (x *ListControllersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_fleet_service_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListControllersRequest.ProtoReflect.Descriptor instead.
+func (*ListControllersRequest) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_fleet_service_proto_rawDescGZIP(), []int{9}
+}
+
+type ListControllersResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// All that run, by address; none of them is the leader while one is being elected.
+	Controllers   []*Controller `protobuf:"bytes,1,rep,name=controllers,proto3" json:"controllers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListControllersResponse) Reset() {
+	*x = ListControllersResponse{}
+	mi := &file_milvuscdc_v1_fleet_service_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListControllersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListControllersResponse) ProtoMessage() {}
+
+func (x *ListControllersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_fleet_service_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListControllersResponse.ProtoReflect.Descriptor instead.
+func (*ListControllersResponse) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_fleet_service_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ListControllersResponse) GetControllers() []*Controller {
+	if x != nil {
+		return x.Controllers
+	}
+	return nil
+}
+
 var File_milvuscdc_v1_fleet_service_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_fleet_service_proto_rawDesc = "" +
@@ -679,16 +898,35 @@ const file_milvuscdc_v1_fleet_service_proto_rawDesc = "" +
 	"replicator\"\x81\x01\n" +
 	"\x17ListAssignmentsResponse\x12>\n" +
 	"\vassignments\x18\x01 \x03(\v2\x1c.milvuscdc.v1.AssignmentInfoR\vassignments\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken*\x8c\x01\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xa6\x02\n" +
+	"\n" +
+	"Controller\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
+	"\x04role\x18\x02 \x01(\x0e2\x1c.milvuscdc.v1.ControllerRoleR\x04role\x12\x18\n" +
+	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\x12\n" +
+	"\x04host\x18\x04 \x01(\tR\x04host\x12\x18\n" +
+	"\aversion\x18\x05 \x01(\tR\aversion\x129\n" +
+	"\n" +
+	"start_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime:O\xeaAL\n" +
+	"\x17milvuscdc.io/Controller\x12\x18controllers/{controller}*\vcontrollers2\n" +
+	"controller\"\x18\n" +
+	"\x16ListControllersRequest\"U\n" +
+	"\x17ListControllersResponse\x12:\n" +
+	"\vcontrollers\x18\x01 \x03(\v2\x18.milvuscdc.v1.ControllerR\vcontrollers*\x8c\x01\n" +
 	"\x0fReplicatorState\x12 \n" +
 	"\x1cREPLICATOR_STATE_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16REPLICATOR_STATE_ALIVE\x10\x01\x12\x1c\n" +
 	"\x18REPLICATOR_STATE_SUSPECT\x10\x02\x12\x1d\n" +
-	"\x19REPLICATOR_STATE_DRAINING\x10\x032\xa8\x02\n" +
+	"\x19REPLICATOR_STATE_DRAINING\x10\x03*k\n" +
+	"\x0eControllerRole\x12\x1f\n" +
+	"\x1bCONTROLLER_ROLE_UNSPECIFIED\x10\x00\x12\x1a\n" +
+	"\x16CONTROLLER_ROLE_LEADER\x10\x01\x12\x1c\n" +
+	"\x18CONTROLLER_ROLE_FOLLOWER\x10\x022\x88\x03\n" +
 	"\fFleetService\x12^\n" +
 	"\x0fListReplicators\x12$.milvuscdc.v1.ListReplicatorsRequest\x1a%.milvuscdc.v1.ListReplicatorsResponse\x12X\n" +
 	"\rGetReplicator\x12\".milvuscdc.v1.GetReplicatorRequest\x1a#.milvuscdc.v1.GetReplicatorResponse\x12^\n" +
-	"\x0fListAssignments\x12$.milvuscdc.v1.ListAssignmentsRequest\x1a%.milvuscdc.v1.ListAssignmentsResponseBY\n" +
+	"\x0fListAssignments\x12$.milvuscdc.v1.ListAssignmentsRequest\x1a%.milvuscdc.v1.ListAssignmentsResponse\x12^\n" +
+	"\x0fListControllers\x12$.milvuscdc.v1.ListControllersRequest\x1a%.milvuscdc.v1.ListControllersResponseBY\n" +
 	"\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3"
 
 var (
@@ -703,40 +941,49 @@ func file_milvuscdc_v1_fleet_service_proto_rawDescGZIP() []byte {
 	return file_milvuscdc_v1_fleet_service_proto_rawDescData
 }
 
-var file_milvuscdc_v1_fleet_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_milvuscdc_v1_fleet_service_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_milvuscdc_v1_fleet_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_milvuscdc_v1_fleet_service_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_milvuscdc_v1_fleet_service_proto_goTypes = []any{
 	(ReplicatorState)(0),            // 0: milvuscdc.v1.ReplicatorState
-	(*Replicator)(nil),              // 1: milvuscdc.v1.Replicator
-	(*ListReplicatorsRequest)(nil),  // 2: milvuscdc.v1.ListReplicatorsRequest
-	(*ListReplicatorsResponse)(nil), // 3: milvuscdc.v1.ListReplicatorsResponse
-	(*GetReplicatorRequest)(nil),    // 4: milvuscdc.v1.GetReplicatorRequest
-	(*GetReplicatorResponse)(nil),   // 5: milvuscdc.v1.GetReplicatorResponse
-	(*AssignmentInfo)(nil),          // 6: milvuscdc.v1.AssignmentInfo
-	(*ListAssignmentsRequest)(nil),  // 7: milvuscdc.v1.ListAssignmentsRequest
-	(*ListAssignmentsResponse)(nil), // 8: milvuscdc.v1.ListAssignmentsResponse
-	(*timestamppb.Timestamp)(nil),   // 9: google.protobuf.Timestamp
+	(ControllerRole)(0),             // 1: milvuscdc.v1.ControllerRole
+	(*Replicator)(nil),              // 2: milvuscdc.v1.Replicator
+	(*ListReplicatorsRequest)(nil),  // 3: milvuscdc.v1.ListReplicatorsRequest
+	(*ListReplicatorsResponse)(nil), // 4: milvuscdc.v1.ListReplicatorsResponse
+	(*GetReplicatorRequest)(nil),    // 5: milvuscdc.v1.GetReplicatorRequest
+	(*GetReplicatorResponse)(nil),   // 6: milvuscdc.v1.GetReplicatorResponse
+	(*AssignmentInfo)(nil),          // 7: milvuscdc.v1.AssignmentInfo
+	(*ListAssignmentsRequest)(nil),  // 8: milvuscdc.v1.ListAssignmentsRequest
+	(*ListAssignmentsResponse)(nil), // 9: milvuscdc.v1.ListAssignmentsResponse
+	(*Controller)(nil),              // 10: milvuscdc.v1.Controller
+	(*ListControllersRequest)(nil),  // 11: milvuscdc.v1.ListControllersRequest
+	(*ListControllersResponse)(nil), // 12: milvuscdc.v1.ListControllersResponse
+	(*timestamppb.Timestamp)(nil),   // 13: google.protobuf.Timestamp
 }
 var file_milvuscdc_v1_fleet_service_proto_depIdxs = []int32{
 	0,  // 0: milvuscdc.v1.Replicator.state:type_name -> milvuscdc.v1.ReplicatorState
-	9,  // 1: milvuscdc.v1.Replicator.connect_time:type_name -> google.protobuf.Timestamp
-	9,  // 2: milvuscdc.v1.Replicator.heartbeat_time:type_name -> google.protobuf.Timestamp
-	9,  // 3: milvuscdc.v1.Replicator.lease_expire_time:type_name -> google.protobuf.Timestamp
-	1,  // 4: milvuscdc.v1.ListReplicatorsResponse.replicators:type_name -> milvuscdc.v1.Replicator
-	1,  // 5: milvuscdc.v1.GetReplicatorResponse.replicator:type_name -> milvuscdc.v1.Replicator
-	9,  // 6: milvuscdc.v1.AssignmentInfo.assign_time:type_name -> google.protobuf.Timestamp
-	6,  // 7: milvuscdc.v1.ListAssignmentsResponse.assignments:type_name -> milvuscdc.v1.AssignmentInfo
-	2,  // 8: milvuscdc.v1.FleetService.ListReplicators:input_type -> milvuscdc.v1.ListReplicatorsRequest
-	4,  // 9: milvuscdc.v1.FleetService.GetReplicator:input_type -> milvuscdc.v1.GetReplicatorRequest
-	7,  // 10: milvuscdc.v1.FleetService.ListAssignments:input_type -> milvuscdc.v1.ListAssignmentsRequest
-	3,  // 11: milvuscdc.v1.FleetService.ListReplicators:output_type -> milvuscdc.v1.ListReplicatorsResponse
-	5,  // 12: milvuscdc.v1.FleetService.GetReplicator:output_type -> milvuscdc.v1.GetReplicatorResponse
-	8,  // 13: milvuscdc.v1.FleetService.ListAssignments:output_type -> milvuscdc.v1.ListAssignmentsResponse
-	11, // [11:14] is the sub-list for method output_type
-	8,  // [8:11] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	13, // 1: milvuscdc.v1.Replicator.connect_time:type_name -> google.protobuf.Timestamp
+	13, // 2: milvuscdc.v1.Replicator.heartbeat_time:type_name -> google.protobuf.Timestamp
+	13, // 3: milvuscdc.v1.Replicator.lease_expire_time:type_name -> google.protobuf.Timestamp
+	2,  // 4: milvuscdc.v1.ListReplicatorsResponse.replicators:type_name -> milvuscdc.v1.Replicator
+	2,  // 5: milvuscdc.v1.GetReplicatorResponse.replicator:type_name -> milvuscdc.v1.Replicator
+	13, // 6: milvuscdc.v1.AssignmentInfo.assign_time:type_name -> google.protobuf.Timestamp
+	7,  // 7: milvuscdc.v1.ListAssignmentsResponse.assignments:type_name -> milvuscdc.v1.AssignmentInfo
+	1,  // 8: milvuscdc.v1.Controller.role:type_name -> milvuscdc.v1.ControllerRole
+	13, // 9: milvuscdc.v1.Controller.start_time:type_name -> google.protobuf.Timestamp
+	10, // 10: milvuscdc.v1.ListControllersResponse.controllers:type_name -> milvuscdc.v1.Controller
+	3,  // 11: milvuscdc.v1.FleetService.ListReplicators:input_type -> milvuscdc.v1.ListReplicatorsRequest
+	5,  // 12: milvuscdc.v1.FleetService.GetReplicator:input_type -> milvuscdc.v1.GetReplicatorRequest
+	8,  // 13: milvuscdc.v1.FleetService.ListAssignments:input_type -> milvuscdc.v1.ListAssignmentsRequest
+	11, // 14: milvuscdc.v1.FleetService.ListControllers:input_type -> milvuscdc.v1.ListControllersRequest
+	4,  // 15: milvuscdc.v1.FleetService.ListReplicators:output_type -> milvuscdc.v1.ListReplicatorsResponse
+	6,  // 16: milvuscdc.v1.FleetService.GetReplicator:output_type -> milvuscdc.v1.GetReplicatorResponse
+	9,  // 17: milvuscdc.v1.FleetService.ListAssignments:output_type -> milvuscdc.v1.ListAssignmentsResponse
+	12, // 18: milvuscdc.v1.FleetService.ListControllers:output_type -> milvuscdc.v1.ListControllersResponse
+	15, // [15:19] is the sub-list for method output_type
+	11, // [11:15] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_fleet_service_proto_init() }
@@ -749,8 +996,8 @@ func file_milvuscdc_v1_fleet_service_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_fleet_service_proto_rawDesc), len(file_milvuscdc_v1_fleet_service_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   8,
+			NumEnums:      2,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

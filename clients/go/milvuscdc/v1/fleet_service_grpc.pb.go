@@ -24,6 +24,7 @@ const (
 	FleetService_ListReplicators_FullMethodName = "/milvuscdc.v1.FleetService/ListReplicators"
 	FleetService_GetReplicator_FullMethodName   = "/milvuscdc.v1.FleetService/GetReplicator"
 	FleetService_ListAssignments_FullMethodName = "/milvuscdc.v1.FleetService/ListAssignments"
+	FleetService_ListControllers_FullMethodName = "/milvuscdc.v1.FleetService/ListControllers"
 )
 
 // FleetServiceClient is the client API for FleetService service.
@@ -35,6 +36,8 @@ type FleetServiceClient interface {
 	ListReplicators(ctx context.Context, in *ListReplicatorsRequest, opts ...grpc.CallOption) (*ListReplicatorsResponse, error)
 	GetReplicator(ctx context.Context, in *GetReplicatorRequest, opts ...grpc.CallOption) (*GetReplicatorResponse, error)
 	ListAssignments(ctx context.Context, in *ListAssignmentsRequest, opts ...grpc.CallOption) (*ListAssignmentsResponse, error)
+	// Answered by every controller itself, also while none leads.
+	ListControllers(ctx context.Context, in *ListControllersRequest, opts ...grpc.CallOption) (*ListControllersResponse, error)
 }
 
 type fleetServiceClient struct {
@@ -75,6 +78,16 @@ func (c *fleetServiceClient) ListAssignments(ctx context.Context, in *ListAssign
 	return out, nil
 }
 
+func (c *fleetServiceClient) ListControllers(ctx context.Context, in *ListControllersRequest, opts ...grpc.CallOption) (*ListControllersResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListControllersResponse)
+	err := c.cc.Invoke(ctx, FleetService_ListControllers_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // FleetServiceServer is the server API for FleetService service.
 // All implementations must embed UnimplementedFleetServiceServer
 // for forward compatibility.
@@ -84,6 +97,8 @@ type FleetServiceServer interface {
 	ListReplicators(context.Context, *ListReplicatorsRequest) (*ListReplicatorsResponse, error)
 	GetReplicator(context.Context, *GetReplicatorRequest) (*GetReplicatorResponse, error)
 	ListAssignments(context.Context, *ListAssignmentsRequest) (*ListAssignmentsResponse, error)
+	// Answered by every controller itself, also while none leads.
+	ListControllers(context.Context, *ListControllersRequest) (*ListControllersResponse, error)
 	mustEmbedUnimplementedFleetServiceServer()
 }
 
@@ -102,6 +117,9 @@ func (UnimplementedFleetServiceServer) GetReplicator(context.Context, *GetReplic
 }
 func (UnimplementedFleetServiceServer) ListAssignments(context.Context, *ListAssignmentsRequest) (*ListAssignmentsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListAssignments not implemented")
+}
+func (UnimplementedFleetServiceServer) ListControllers(context.Context, *ListControllersRequest) (*ListControllersResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListControllers not implemented")
 }
 func (UnimplementedFleetServiceServer) mustEmbedUnimplementedFleetServiceServer() {}
 func (UnimplementedFleetServiceServer) testEmbeddedByValue()                      {}
@@ -178,6 +196,24 @@ func _FleetService_ListAssignments_Handler(srv interface{}, ctx context.Context,
 	return interceptor(ctx, in, info, handler)
 }
 
+func _FleetService_ListControllers_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListControllersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(FleetServiceServer).ListControllers(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: FleetService_ListControllers_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(FleetServiceServer).ListControllers(ctx, req.(*ListControllersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // FleetService_ServiceDesc is the grpc.ServiceDesc for FleetService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -196,6 +232,10 @@ var FleetService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListAssignments",
 			Handler:    _FleetService_ListAssignments_Handler,
+		},
+		{
+			MethodName: "ListControllers",
+			Handler:    _FleetService_ListControllers_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -776,8 +776,10 @@ type Welcome struct {
 	HeartbeatInterval *durationpb.Duration `protobuf:"bytes,4,opt,name=heartbeat_interval,json=heartbeatInterval,proto3" json:"heartbeat_interval,omitempty"`
 	// Send progress at most this often per assignment.
 	ProgressInterval *durationpb.Duration `protobuf:"bytes,5,opt,name=progress_interval,json=progressInterval,proto3" json:"progress_interval,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// So long there may be no controller that leads; ask for horizons that outlast it. 0 where there is one controller.
+	Silence       *durationpb.Duration `protobuf:"bytes,6,opt,name=silence,proto3" json:"silence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Welcome) Reset() {
@@ -841,6 +843,13 @@ func (x *Welcome) GetHeartbeatInterval() *durationpb.Duration {
 func (x *Welcome) GetProgressInterval() *durationpb.Duration {
 	if x != nil {
 		return x.ProgressInterval
+	}
+	return nil
+}
+
+func (x *Welcome) GetSilence() *durationpb.Duration {
+	if x != nil {
+		return x.Silence
 	}
 	return nil
 }
@@ -5045,13 +5054,14 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x0eHeldAssignment\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x18\n" +
-	"\aversion\x18\x03 \x01(\x03R\aversion\"\x94\x02\n" +
+	"\aversion\x18\x03 \x01(\x03R\aversion\"\xc9\x02\n" +
 	"\aWelcome\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\x05R\bprotocol\x12#\n" +
 	"\rcontroller_id\x18\x02 \x01(\tR\fcontrollerId\x126\n" +
 	"\tlease_ttl\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\bleaseTtl\x12H\n" +
 	"\x12heartbeat_interval\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x11heartbeatInterval\x12F\n" +
-	"\x11progress_interval\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x10progressInterval\"\b\n" +
+	"\x11progress_interval\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x10progressInterval\x123\n" +
+	"\asilence\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\asilence\"\b\n" +
 	"\x06Synced\"U\n" +
 	"\n" +
 	"TaskLimits\x12\x19\n" +
@@ -5549,92 +5559,93 @@ var file_milvuscdc_v1_replication_service_proto_depIdxs = []int32{
 	64,  // 18: milvuscdc.v1.Welcome.lease_ttl:type_name -> google.protobuf.Duration
 	64,  // 19: milvuscdc.v1.Welcome.heartbeat_interval:type_name -> google.protobuf.Duration
 	64,  // 20: milvuscdc.v1.Welcome.progress_interval:type_name -> google.protobuf.Duration
-	65,  // 21: milvuscdc.v1.TaskLimits.limits:type_name -> milvuscdc.v1.Limits
-	66,  // 22: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
-	67,  // 23: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
-	12,  // 24: milvuscdc.v1.Assign.collection:type_name -> milvuscdc.v1.CollectionSpec
-	19,  // 25: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	68,  // 26: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
-	69,  // 27: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
-	70,  // 28: milvuscdc.v1.Assign.batching:type_name -> milvuscdc.v1.Batching
-	71,  // 29: milvuscdc.v1.Assign.dead_letters:type_name -> milvuscdc.v1.DeadLetters
-	61,  // 30: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
-	0,   // 31: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
-	15,  // 32: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
-	16,  // 33: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
-	17,  // 34: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
-	18,  // 35: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
-	14,  // 36: milvuscdc.v1.CollectionSpec.renamed_from:type_name -> milvuscdc.v1.SinkName
-	13,  // 37: milvuscdc.v1.CollectionSpec.applied:type_name -> milvuscdc.v1.AppliedObjects
-	16,  // 38: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
-	17,  // 39: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
-	1,   // 40: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
-	62,  // 41: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
-	2,   // 42: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
-	20,  // 43: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
-	21,  // 44: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
-	14,  // 45: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
-	22,  // 46: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
-	26,  // 47: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
-	63,  // 48: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
-	23,  // 49: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
-	24,  // 50: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
-	25,  // 51: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
-	23,  // 52: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
-	24,  // 53: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
-	3,   // 54: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
-	36,  // 55: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
-	72,  // 56: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
-	35,  // 57: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
-	14,  // 58: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
-	34,  // 59: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
-	37,  // 60: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
-	64,  // 61: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
-	64,  // 62: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
-	39,  // 63: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
-	42,  // 64: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
-	43,  // 65: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
-	44,  // 66: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
-	46,  // 67: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
-	47,  // 68: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
-	66,  // 69: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
-	67,  // 70: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
-	12,  // 71: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	71,  // 72: milvuscdc.v1.ProbeJob.dead_letters:type_name -> milvuscdc.v1.DeadLetters
-	66,  // 73: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
-	66,  // 74: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
-	67,  // 75: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
-	45,  // 76: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
-	66,  // 77: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
-	67,  // 78: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
-	12,  // 79: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	19,  // 80: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	68,  // 81: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
-	66,  // 82: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
-	48,  // 83: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
-	51,  // 84: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
-	52,  // 85: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
-	53,  // 86: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
-	55,  // 87: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
-	57,  // 88: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
-	59,  // 89: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
-	54,  // 90: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
-	73,  // 91: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
-	74,  // 92: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
-	75,  // 93: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
-	56,  // 94: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
-	76,  // 95: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
-	77,  // 96: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
-	58,  // 97: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
-	60,  // 98: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
-	37,  // 99: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
-	4,   // 100: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
-	5,   // 101: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
-	101, // [101:102] is the sub-list for method output_type
-	100, // [100:101] is the sub-list for method input_type
-	100, // [100:100] is the sub-list for extension type_name
-	100, // [100:100] is the sub-list for extension extendee
-	0,   // [0:100] is the sub-list for field type_name
+	64,  // 21: milvuscdc.v1.Welcome.silence:type_name -> google.protobuf.Duration
+	65,  // 22: milvuscdc.v1.TaskLimits.limits:type_name -> milvuscdc.v1.Limits
+	66,  // 23: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
+	67,  // 24: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
+	12,  // 25: milvuscdc.v1.Assign.collection:type_name -> milvuscdc.v1.CollectionSpec
+	19,  // 26: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	68,  // 27: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
+	69,  // 28: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
+	70,  // 29: milvuscdc.v1.Assign.batching:type_name -> milvuscdc.v1.Batching
+	71,  // 30: milvuscdc.v1.Assign.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	61,  // 31: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
+	0,   // 32: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
+	15,  // 33: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
+	16,  // 34: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
+	17,  // 35: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
+	18,  // 36: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
+	14,  // 37: milvuscdc.v1.CollectionSpec.renamed_from:type_name -> milvuscdc.v1.SinkName
+	13,  // 38: milvuscdc.v1.CollectionSpec.applied:type_name -> milvuscdc.v1.AppliedObjects
+	16,  // 39: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
+	17,  // 40: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
+	1,   // 41: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
+	62,  // 42: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
+	2,   // 43: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
+	20,  // 44: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
+	21,  // 45: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
+	14,  // 46: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
+	22,  // 47: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
+	26,  // 48: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
+	63,  // 49: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
+	23,  // 50: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
+	24,  // 51: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
+	25,  // 52: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
+	23,  // 53: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
+	24,  // 54: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
+	3,   // 55: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
+	36,  // 56: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
+	72,  // 57: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
+	35,  // 58: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
+	14,  // 59: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
+	34,  // 60: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
+	37,  // 61: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
+	64,  // 62: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
+	64,  // 63: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
+	39,  // 64: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
+	42,  // 65: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
+	43,  // 66: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
+	44,  // 67: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
+	46,  // 68: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
+	47,  // 69: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
+	66,  // 70: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
+	67,  // 71: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
+	12,  // 72: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	71,  // 73: milvuscdc.v1.ProbeJob.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	66,  // 74: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
+	66,  // 75: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
+	67,  // 76: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
+	45,  // 77: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
+	66,  // 78: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
+	67,  // 79: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
+	12,  // 80: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	19,  // 81: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	68,  // 82: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
+	66,  // 83: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
+	48,  // 84: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
+	51,  // 85: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
+	52,  // 86: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
+	53,  // 87: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
+	55,  // 88: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
+	57,  // 89: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
+	59,  // 90: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
+	54,  // 91: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
+	73,  // 92: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
+	74,  // 93: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
+	75,  // 94: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
+	56,  // 95: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
+	76,  // 96: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
+	77,  // 97: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
+	58,  // 98: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
+	60,  // 99: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
+	37,  // 100: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
+	4,   // 101: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
+	5,   // 102: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
+	102, // [102:103] is the sub-list for method output_type
+	101, // [101:102] is the sub-list for method input_type
+	101, // [101:101] is the sub-list for extension type_name
+	101, // [101:101] is the sub-list for extension extendee
+	0,   // [0:101] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_replication_service_proto_init() }
