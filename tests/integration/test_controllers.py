@@ -170,7 +170,7 @@ def reason_of(error: grpc.aio.AioRpcError) -> str:
                 info = error_details_pb2.ErrorInfo()
                 if detail.Unpack(info):
                     assert info.domain == "milvuscdc.io"
-                    return info.reason
+                    return str(info.reason)
     raise AssertionError(f"no ErrorInfo in {error!r}")
 
 
@@ -230,13 +230,13 @@ async def test_every_controller_answers_whatever_it_is_asked(trio: Trio) -> None
             ):
                 pass
         assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        unknown = first.channel.unary_unary("/milvuscdc.v1.TaskService/NoSuchMethod")
+        unknown: Any = first.channel.unary_unary("/milvuscdc.v1.TaskService/NoSuchMethod")
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await unknown(b"")
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
         # A half-closed stream ends as at the leader.
-        connect = first.channel.stream_stream(
+        connect: Any = first.channel.stream_stream(
             "/milvuscdc.v1.ReplicationService/Connect",
             request_serializer=pb.ConnectRequest.SerializeToString,
             response_deserializer=pb.ConnectResponse.FromString,

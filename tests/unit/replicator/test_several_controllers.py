@@ -93,7 +93,7 @@ async def test_one_that_falls_silent_is_given_up() -> None:
         await asyncio.sleep(1.5)
         assert len(first.hellos) == 1, "it answers"
         first.silent = True
-        await until(lambda: second.hellos)
+        await until(lambda: bool(second.hellos))
         assert second.hellos[0].instance_id == first.hellos[0].instance_id
 
 
