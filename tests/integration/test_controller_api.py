@@ -284,8 +284,8 @@ async def test_limits_are_shared_by_those_that_hold_collections(tmp_path: Path) 
             uid = created.uid
             half = limits(50, 1 << 19)
             await until(lambda: one.limits.get(uid) == two.limits.get(uid) == half)
-            assert one.collections()
-            assert two.collections()
+            await until(one.collections)
+            await until(two.collections)
             two.draining = True
             await until(lambda: one.limits[uid] == task.limits)
             await until(lambda: two.limits[uid] == limits(0))
