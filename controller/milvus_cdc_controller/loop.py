@@ -33,6 +33,8 @@ QUEUE_MAX = 10_000
 TICK_SECONDS = 0.5
 PROGRESS_WINDOW_SECONDS = 0.05
 """Checkpoints alone wait this long for others, so that one disk flush serves them all."""
+ENCODED_AT_ONCE = 200
+"""Records, before others get their turn: heartbeats, and the renewal of the leader's lease."""
 RETRY_SECONDS_MAX = 5.0
 OUTCOMES_MAX = 1_000
 """Events of one job that its caller has not yet taken."""
@@ -223,16 +225,17 @@ class ControlLoop:
             self._wake.clear()
             batch, self._pending = self._pending, _Pending()
             if batch.writes:
-                writes = {
-                    key: encode(effect.record) if isinstance(effect, fx.Save) else None
-                    for key, effect in batch.writes.items()
-                }
+                writes: dict[str, bytes | None] = {}
+                for key, effect in batch.writes.items():
+                    writes[key] = encode(effect.record) if isinstance(effect, fx.Save) else None
+                    if len(writes) % ENCODED_AT_ONCE == 0:
+                        await asyncio.sleep(0)
                 await self._commit(writes)
             elif not self._store.certain:
                 # A commit would have been refused: what was decided here may not hold any more.
                 raise await self._store.lost()
-            for effect in batch.sends:
-                self._let_out(effect)
+            for following in batch.sends:
+                self._let_out(following)
 
     async def _commit(self, writes: dict[str, bytes | None]) -> None:
         delay = 0.1

@@ -28,6 +28,7 @@ from milvus_cdc_controller.catalogues import Catalogues, Connect
 from milvus_cdc_controller.config import Config
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core.controller import Controller
+from milvus_cdc_controller.core.effects import Record
 from milvus_cdc_controller.fleet_service import FleetService
 from milvus_cdc_controller.loop import ControlLoop
 from milvus_cdc_controller.metrics import Metrics
@@ -40,6 +41,7 @@ from milvus_cdc_controller.watch import WatchHub
 
 OBSERVE_SECONDS = 2.0
 DRAIN_SECONDS = 5.0
+DECODED_AT_ONCE = 200
 
 
 class Handlers:
@@ -144,7 +146,11 @@ class Reign:
 
         Raises what decoding it raises, and RetryableError.
         """
-        records = [decode(key, value) for key, value in (await store.load()).items()]
+        records: list[Record] = []
+        for number, (key, value) in enumerate((await store.load()).items()):
+            records.append(decode(key, value))
+            if number % DECODED_AT_ONCE == 0:
+                await asyncio.sleep(0)  # the lease must be renewed meanwhile
         controller = Controller(config.lease.leases, records)
         controller.world.warn_fraction = config.retention.warn_fraction
         controller.world.inherited_ttl_ms = inherited_ms

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import types
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import lru_cache
@@ -59,7 +60,7 @@ def decode(key: str, value: bytes) -> Record:
                 f"{key} has format {version}, this controller knows up to {FORMAT_VERSION}; "
                 "use the newer controller.",
             )
-        record: Record = _typed(kind, body)
+        record: Record = _reader(kind)(body)  # type: ignore[arg-type]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BugError("STORE_UNREADABLE", f"{key} cannot be read: {error}") from error
     return record
@@ -83,23 +84,33 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
-def _typed(kind: Any, value: Any) -> Any:
+@lru_cache(maxsize=512)
+def _reader(kind: Any) -> Callable[[Any], Any]:
+    """Makes a value of that type of what JSON holds; made once, because who is elected has
+    thousands of records to read.
+    """
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        inner = [arg for arg in get_args(kind) if arg is not type(None)]
-        return _typed(inner[0], value)
+        (inner,) = (_reader(arg) for arg in get_args(kind) if arg is not type(None))
+        return lambda value: None if value is None else inner(value)
     if origin is tuple:
         args = get_args(kind)
         if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(_typed(args[0], item) for item in value)
-        return tuple(_typed(arg, item) for arg, item in zip(args, value, strict=True))
+            each = _reader(args[0])
+            return lambda value: tuple([each(item) for item in value])
+        parts = [_reader(arg) for arg in args]
+        return lambda value: tuple([part(item) for part, item in zip(parts, value, strict=True)])
     if kind is bytes:
-        return base64.b64decode(value)
+        return base64.b64decode
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return kind(value)
+        return kind
     if is_dataclass(kind):
-        hints = _hints(kind)  # type: ignore[arg-type]
-        return kind(**{name: _typed(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+        readers = {name: _reader(hint) for name, hint in _hints(kind).items()}  # type: ignore[arg-type]
+        return lambda value: kind(  # type: ignore[operator]
+            **{name: readers[name](item) for name, item in value.items()}
+        )
+    return _as_it_is
+
+
+def _as_it_is(value: Any) -> Any:
     return value
