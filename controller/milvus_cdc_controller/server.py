@@ -111,6 +111,7 @@ async def serve(
     records = [decode(key, value) for key, value in (await store.load()).items()]
     controller = Controller(config.lease.leases, records)
     controller.world.warn_fraction = config.retention.warn_fraction
+    controller.world.policy = config.placement.policy
     controller.world.check_every_ms = round(config.retention.check_seconds * 1000)
     metrics = Metrics()
     streams = Streams()
@@ -132,7 +133,8 @@ async def serve(
     task_service_pb2_grpc.add_TaskServiceServicer_to_server(
         TaskService(loop, catalogues, hub), server
     )
-    fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(FleetService(loop), server)
+    fleet = FleetService(loop)
+    fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
     replication_service_pb2_grpc.add_ReplicationServiceServicer_to_server(
         ReplicationService(
             loop,
@@ -140,6 +142,7 @@ async def serve(
             str(uuid.uuid4()),
             config.lease.leases,
             round(config.lease.progress * 1000),
+            config.cluster,
         ),
         server,
     )
@@ -164,6 +167,7 @@ async def serve(
     finally:
         await health.enter_graceful_shutdown()
         hub.close()
+        fleet.close()
         streams.close_all("CONTROLLER_STOPS", "The controller stops; connect anew.")
         await server.stop(STOP_SECONDS)
         await catalogues.close()

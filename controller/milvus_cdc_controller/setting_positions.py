@@ -51,7 +51,8 @@ async def set_positions(
         targets = _by_time(loop, task, request)
     if not targets:
         return task, ()
-    result = await single(loop, jobs.LocateJob(task.spec.source, targets))
+    locate = jobs.LocateJob(task.spec.source, targets)
+    result = await single(loop, locate, task.spec.replicator_labels)
     if not isinstance(result, jobs.LocateDone) or len(result.located) != len(targets):
         raise ApiError("INTERNAL", "BAD_JOB_RESULT", "A locate job answered with something else.")
     bad = [place for place in result.located if place.reason]

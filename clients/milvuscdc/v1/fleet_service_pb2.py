@@ -25,10 +25,11 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
 from google.api import resource_pb2 as google_dot_api_dot_resource__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n milvuscdc/v1/fleet_service.proto\x12\x0cmilvuscdc.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x91\x03\n\nReplicator\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0c\n\x04peer\x18\x04 \x01(\t\x12,\n\x05state\x18\x05 \x01(\x0e\x32\x1d.milvuscdc.v1.ReplicatorState\x12\x13\n\x0b\x61ssignments\x18\x06 \x01(\x05\x12\x10\n\x08\x63\x61pacity\x18\x07 \x01(\x05\x12\x30\n\x0c\x63onnect_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0eheartbeat_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x11lease_expire_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp:O\xea\x41L\n\x17milvuscdc.io/Replicator\x12\x18replicators/{replicator}*\x0breplicators2\nreplicator\"K\n\x16ListReplicatorsRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x12\n\npage_token\x18\x02 \x01(\t\"a\n\x17ListReplicatorsResponse\x12-\n\x0breplicators\x18\x01 \x03(\x0b\x32\x18.milvuscdc.v1.Replicator\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"D\n\x14GetReplicatorRequest\x12,\n\x04name\x18\x01 \x01(\tB\x1e\xe2\x41\x01\x02\xbaH\x17r\x15\x32\x13^replicators/[^/]+$\"E\n\x15GetReplicatorResponse\x12,\n\nreplicator\x18\x01 \x01(\x0b\x32\x18.milvuscdc.v1.Replicator\"\xb4\x01\n\x0e\x41ssignmentInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x12\n\ncollection\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\x12\x0f\n\x07version\x18\x05 \x01(\x03\x12\x12\n\nreplicator\x18\x06 \x01(\t\x12\r\n\x05state\x18\x07 \x01(\t\x12/\n\x0b\x61ssign_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"m\n\x16ListAssignmentsRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\x12\n\nreplicator\x18\x04 \x01(\t\"e\n\x17ListAssignmentsResponse\x12\x31\n\x0b\x61ssignments\x18\x01 \x03(\x0b\x32\x1c.milvuscdc.v1.AssignmentInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x8c\x01\n\x0fReplicatorState\x12 \n\x1cREPLICATOR_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICATOR_STATE_ALIVE\x10\x01\x12\x1c\n\x18REPLICATOR_STATE_SUSPECT\x10\x02\x12\x1d\n\x19REPLICATOR_STATE_DRAINING\x10\x03\x32\xa8\x02\n\x0c\x46leetService\x12^\n\x0fListReplicators\x12$.milvuscdc.v1.ListReplicatorsRequest\x1a%.milvuscdc.v1.ListReplicatorsResponse\x12X\n\rGetReplicator\x12\".milvuscdc.v1.GetReplicatorRequest\x1a#.milvuscdc.v1.GetReplicatorResponse\x12^\n\x0fListAssignments\x12$.milvuscdc.v1.ListAssignmentsRequest\x1a%.milvuscdc.v1.ListAssignmentsResponseBY\n\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n milvuscdc/v1/fleet_service.proto\x12\x0cmilvuscdc.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8e\x05\n\nReplicator\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0c\n\x04peer\x18\x04 \x01(\t\x12,\n\x05state\x18\x05 \x01(\x0e\x32\x1d.milvuscdc.v1.ReplicatorState\x12\x13\n\x0b\x61ssignments\x18\x06 \x01(\x05\x12\x10\n\x08\x63\x61pacity\x18\x07 \x01(\x05\x12\x30\n\x0c\x63onnect_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0eheartbeat_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x11lease_expire_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x63ordoned\x18\x0b \x01(\x08\x12\x0e\n\x06reason\x18\x0c \x01(\t\x12\x0f\n\x07message\x18\r \x01(\t\x12\"\n\x05\x64rain\x18\x0e \x01(\x0b\x32\x13.milvuscdc.v1.Drain\x12\x34\n\x06labels\x18\x0f \x03(\x0b\x32$.milvuscdc.v1.Replicator.LabelsEntry\x12\x17\n\x0frows_per_second\x18\x10 \x01(\x01\x12\x0c\n\x04load\x18\x11 \x01(\x01\x12\x18\n\x10\x62ytes_per_second\x18\x12 \x01(\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01:O\xea\x41L\n\x17milvuscdc.io/Replicator\x12\x18replicators/{replicator}*\x0breplicators2\nreplicator\"\xab\x02\n\x05\x44rain\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.milvuscdc.v1.Drain.State\x12.\n\nbegin_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rdeadline_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05total\x18\x04 \x01(\x05\x12\x0c\n\x04left\x18\x05 \x01(\x05\x12\r\n\x05\x66orce\x18\x06 \x01(\x08\"i\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_RUNNING\x10\x01\x12\x0e\n\nSTATE_DONE\x10\x02\x12\x13\n\x0fSTATE_CANCELLED\x10\x03\x12\x11\n\rSTATE_EXPIRED\x10\x04\"K\n\x16ListReplicatorsRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x12\n\npage_token\x18\x02 \x01(\t\"a\n\x17ListReplicatorsResponse\x12-\n\x0breplicators\x18\x01 \x03(\x0b\x32\x18.milvuscdc.v1.Replicator\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"D\n\x14GetReplicatorRequest\x12,\n\x04name\x18\x01 \x01(\tB\x1e\xe2\x41\x01\x02\xbaH\x17r\x15\x32\x13^replicators/[^/]+$\"E\n\x15GetReplicatorResponse\x12,\n\nreplicator\x18\x01 \x01(\x0b\x32\x18.milvuscdc.v1.Replicator\"F\n\x17WatchReplicatorsRequest\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^(replicators/[^/]+)?$\"\xe9\x01\n\x18WatchReplicatorsResponse\x12\x39\n\x04type\x18\x01 \x01(\x0e\x32+.milvuscdc.v1.WatchReplicatorsResponse.Type\x12,\n\nreplicator\x18\x02 \x01(\x0b\x32\x18.milvuscdc.v1.Replicator\"d\n\x04Type\x12\x14\n\x10TYPE_UNSPECIFIED\x10\x00\x12\x0e\n\nTYPE_ADDED\x10\x01\x12\x11\n\rTYPE_MODIFIED\x10\x02\x12\x10\n\x0cTYPE_DELETED\x10\x03\x12\x11\n\rTYPE_BOOKMARK\x10\x04\"^\n\x17\x43ordonReplicatorRequest\x12,\n\x04name\x18\x01 \x01(\tB\x1e\xe2\x41\x01\x02\xbaH\x17r\x15\x32\x13^replicators/[^/]+$\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"H\n\x18\x43ordonReplicatorResponse\x12,\n\nreplicator\x18\x01 \x01(\x0b\x32\x18.milvuscdc.v1.Replicator\"`\n\x19UncordonReplicatorRequest\x12,\n\x04name\x18\x01 \x01(\tB\x1e\xe2\x41\x01\x02\xbaH\x17r\x15\x32\x13^replicators/[^/]+$\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"J\n\x1aUncordonReplicatorResponse\x12,\n\nreplicator\x18\x01 \x01(\x0b\x32\x18.milvuscdc.v1.Replicator\"\xa8\x01\n\x16\x44rainReplicatorRequest\x12,\n\x04name\x18\x01 \x01(\tB\x1e\xe2\x41\x01\x02\xbaH\x17r\x15\x32\x13^replicators/[^/]+$\x12:\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0e\xbaH\x0b\xaa\x01\x08\"\x04\x08\x80\xf5$*\x00\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"G\n\x17\x44rainReplicatorResponse\x12,\n\nreplicator\x18\x01 \x01(\x0b\x32\x18.milvuscdc.v1.Replicator\"B\n\x12\x43\x61ncelDrainRequest\x12,\n\x04name\x18\x01 \x01(\tB\x1e\xe2\x41\x01\x02\xbaH\x17r\x15\x32\x13^replicators/[^/]+$\"C\n\x13\x43\x61ncelDrainResponse\x12,\n\nreplicator\x18\x01 \x01(\x0b\x32\x18.milvuscdc.v1.Replicator\"\xf7\x01\n\x0e\x41ssignmentInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x12\n\ncollection\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\x12\x0f\n\x07version\x18\x05 \x01(\x03\x12\x12\n\nreplicator\x18\x06 \x01(\t\x12\r\n\x05state\x18\x07 \x01(\t\x12/\n\x0b\x61ssign_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tmoving_to\x18\t \x01(\t\x12\x15\n\rmoving_reason\x18\n \x01(\t\x12\x17\n\x0frows_per_second\x18\x0b \x01(\x01\"m\n\x16ListAssignmentsRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\x12\n\nreplicator\x18\x04 \x01(\t\"e\n\x17ListAssignmentsResponse\x12\x31\n\x0b\x61ssignments\x18\x01 \x03(\x0b\x32\x1c.milvuscdc.v1.AssignmentInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x90\x01\n\x15MoveAssignmentRequest\x12,\n\x04name\x18\x01 \x01(\tB\x1e\xe2\x41\x01\x02\xbaH\x17r\x15\x32\x13^assignments/[^/]+$\x12\x32\n\nreplicator\x18\x02 \x01(\tB\x1e\xe2\x41\x01\x02\xbaH\x17r\x15\x32\x13^replicators/[^/]+$\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"J\n\x16MoveAssignmentResponse\x12\x30\n\nassignment\x18\x01 \x01(\x0b\x32\x1c.milvuscdc.v1.AssignmentInfo\"S\n\x1bRebalanceAssignmentsRequest\x12\x1d\n\tmax_moves\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\x90N(\x00\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"I\n\x1cRebalanceAssignmentsResponse\x12)\n\x04plan\x18\x01 \x01(\x0b\x32\x1b.milvuscdc.v1.RebalancePlan\"\x92\x02\n\rRebalancePlan\x12/\n\x05moves\x18\x01 \x03(\x0b\x32 .milvuscdc.v1.RebalancePlan.Move\x12/\n\x05loads\x18\x02 \x03(\x0b\x32 .milvuscdc.v1.RebalancePlan.Load\x1a\x64\n\x04Move\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x12\n\ncollection\x18\x03 \x01(\t\x12\x0c\n\x04\x66rom\x18\x04 \x01(\t\x12\n\n\x02to\x18\x05 \x01(\t\x12\x0c\n\x04load\x18\x06 \x01(\x01\x1a\x39\n\x04Load\x12\x12\n\nreplicator\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\x01\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x01*\xc5\x01\n\x0fReplicatorState\x12 \n\x1cREPLICATOR_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICATOR_STATE_ALIVE\x10\x01\x12\x1c\n\x18REPLICATOR_STATE_SUSPECT\x10\x02\x12\x1d\n\x19REPLICATOR_STATE_DRAINING\x10\x03\x12\x19\n\x15REPLICATOR_STATE_LOST\x10\x04\x12\x1c\n\x18REPLICATOR_STATE_STOPPED\x10\x05\x32\xd9\x07\n\x0c\x46leetService\x12^\n\x0fListReplicators\x12$.milvuscdc.v1.ListReplicatorsRequest\x1a%.milvuscdc.v1.ListReplicatorsResponse\x12X\n\rGetReplicator\x12\".milvuscdc.v1.GetReplicatorRequest\x1a#.milvuscdc.v1.GetReplicatorResponse\x12\x63\n\x10WatchReplicators\x12%.milvuscdc.v1.WatchReplicatorsRequest\x1a&.milvuscdc.v1.WatchReplicatorsResponse0\x01\x12\x61\n\x10\x43ordonReplicator\x12%.milvuscdc.v1.CordonReplicatorRequest\x1a&.milvuscdc.v1.CordonReplicatorResponse\x12g\n\x12UncordonReplicator\x12\'.milvuscdc.v1.UncordonReplicatorRequest\x1a(.milvuscdc.v1.UncordonReplicatorResponse\x12^\n\x0f\x44rainReplicator\x12$.milvuscdc.v1.DrainReplicatorRequest\x1a%.milvuscdc.v1.DrainReplicatorResponse\x12R\n\x0b\x43\x61ncelDrain\x12 .milvuscdc.v1.CancelDrainRequest\x1a!.milvuscdc.v1.CancelDrainResponse\x12^\n\x0fListAssignments\x12$.milvuscdc.v1.ListAssignmentsRequest\x1a%.milvuscdc.v1.ListAssignmentsResponse\x12[\n\x0eMoveAssignment\x12#.milvuscdc.v1.MoveAssignmentRequest\x1a$.milvuscdc.v1.MoveAssignmentResponse\x12m\n\x14RebalanceAssignments\x12).milvuscdc.v1.RebalanceAssignmentsRequest\x1a*.milvuscdc.v1.RebalanceAssignmentsResponseBY\n\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,32 +37,94 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'milvuscdc.v1.fleet_service_
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017io.milvuscdc.v1P\001ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1'
+  _globals['_REPLICATOR_LABELSENTRY']._loaded_options = None
+  _globals['_REPLICATOR_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_REPLICATOR']._loaded_options = None
   _globals['_REPLICATOR']._serialized_options = b'\352AL\n\027milvuscdc.io/Replicator\022\030replicators/{replicator}*\013replicators2\nreplicator'
   _globals['_LISTREPLICATORSREQUEST'].fields_by_name['page_size']._loaded_options = None
   _globals['_LISTREPLICATORSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\007\032\005\030\350\007(\000'
   _globals['_GETREPLICATORREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_GETREPLICATORREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\272H\027r\0252\023^replicators/[^/]+$'
+  _globals['_WATCHREPLICATORSREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_WATCHREPLICATORSREQUEST'].fields_by_name['name']._serialized_options = b'\272H\032r\0302\026^(replicators/[^/]+)?$'
+  _globals['_CORDONREPLICATORREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_CORDONREPLICATORREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\272H\027r\0252\023^replicators/[^/]+$'
+  _globals['_UNCORDONREPLICATORREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_UNCORDONREPLICATORREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\272H\027r\0252\023^replicators/[^/]+$'
+  _globals['_DRAINREPLICATORREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_DRAINREPLICATORREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\272H\027r\0252\023^replicators/[^/]+$'
+  _globals['_DRAINREPLICATORREQUEST'].fields_by_name['timeout']._loaded_options = None
+  _globals['_DRAINREPLICATORREQUEST'].fields_by_name['timeout']._serialized_options = b'\272H\013\252\001\010\"\004\010\200\365$*\000'
+  _globals['_CANCELDRAINREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_CANCELDRAINREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\272H\027r\0252\023^replicators/[^/]+$'
   _globals['_LISTASSIGNMENTSREQUEST'].fields_by_name['page_size']._loaded_options = None
   _globals['_LISTASSIGNMENTSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\007\032\005\030\350\007(\000'
-  _globals['_REPLICATORSTATE']._serialized_start=1291
-  _globals['_REPLICATORSTATE']._serialized_end=1431
-  _globals['_REPLICATOR']._serialized_start=173
-  _globals['_REPLICATOR']._serialized_end=574
-  _globals['_LISTREPLICATORSREQUEST']._serialized_start=576
-  _globals['_LISTREPLICATORSREQUEST']._serialized_end=651
-  _globals['_LISTREPLICATORSRESPONSE']._serialized_start=653
-  _globals['_LISTREPLICATORSRESPONSE']._serialized_end=750
-  _globals['_GETREPLICATORREQUEST']._serialized_start=752
-  _globals['_GETREPLICATORREQUEST']._serialized_end=820
-  _globals['_GETREPLICATORRESPONSE']._serialized_start=822
-  _globals['_GETREPLICATORRESPONSE']._serialized_end=891
-  _globals['_ASSIGNMENTINFO']._serialized_start=894
-  _globals['_ASSIGNMENTINFO']._serialized_end=1074
-  _globals['_LISTASSIGNMENTSREQUEST']._serialized_start=1076
-  _globals['_LISTASSIGNMENTSREQUEST']._serialized_end=1185
-  _globals['_LISTASSIGNMENTSRESPONSE']._serialized_start=1187
-  _globals['_LISTASSIGNMENTSRESPONSE']._serialized_end=1288
-  _globals['_FLEETSERVICE']._serialized_start=1434
-  _globals['_FLEETSERVICE']._serialized_end=1730
+  _globals['_MOVEASSIGNMENTREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_MOVEASSIGNMENTREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\272H\027r\0252\023^assignments/[^/]+$'
+  _globals['_MOVEASSIGNMENTREQUEST'].fields_by_name['replicator']._loaded_options = None
+  _globals['_MOVEASSIGNMENTREQUEST'].fields_by_name['replicator']._serialized_options = b'\342A\001\002\272H\027r\0252\023^replicators/[^/]+$'
+  _globals['_REBALANCEASSIGNMENTSREQUEST'].fields_by_name['max_moves']._loaded_options = None
+  _globals['_REBALANCEASSIGNMENTSREQUEST'].fields_by_name['max_moves']._serialized_options = b'\272H\007\032\005\030\220N(\000'
+  _globals['_REPLICATORSTATE']._serialized_start=3638
+  _globals['_REPLICATORSTATE']._serialized_end=3835
+  _globals['_REPLICATOR']._serialized_start=205
+  _globals['_REPLICATOR']._serialized_end=859
+  _globals['_REPLICATOR_LABELSENTRY']._serialized_start=733
+  _globals['_REPLICATOR_LABELSENTRY']._serialized_end=778
+  _globals['_DRAIN']._serialized_start=862
+  _globals['_DRAIN']._serialized_end=1161
+  _globals['_DRAIN_STATE']._serialized_start=1056
+  _globals['_DRAIN_STATE']._serialized_end=1161
+  _globals['_LISTREPLICATORSREQUEST']._serialized_start=1163
+  _globals['_LISTREPLICATORSREQUEST']._serialized_end=1238
+  _globals['_LISTREPLICATORSRESPONSE']._serialized_start=1240
+  _globals['_LISTREPLICATORSRESPONSE']._serialized_end=1337
+  _globals['_GETREPLICATORREQUEST']._serialized_start=1339
+  _globals['_GETREPLICATORREQUEST']._serialized_end=1407
+  _globals['_GETREPLICATORRESPONSE']._serialized_start=1409
+  _globals['_GETREPLICATORRESPONSE']._serialized_end=1478
+  _globals['_WATCHREPLICATORSREQUEST']._serialized_start=1480
+  _globals['_WATCHREPLICATORSREQUEST']._serialized_end=1550
+  _globals['_WATCHREPLICATORSRESPONSE']._serialized_start=1553
+  _globals['_WATCHREPLICATORSRESPONSE']._serialized_end=1786
+  _globals['_WATCHREPLICATORSRESPONSE_TYPE']._serialized_start=1686
+  _globals['_WATCHREPLICATORSRESPONSE_TYPE']._serialized_end=1786
+  _globals['_CORDONREPLICATORREQUEST']._serialized_start=1788
+  _globals['_CORDONREPLICATORREQUEST']._serialized_end=1882
+  _globals['_CORDONREPLICATORRESPONSE']._serialized_start=1884
+  _globals['_CORDONREPLICATORRESPONSE']._serialized_end=1956
+  _globals['_UNCORDONREPLICATORREQUEST']._serialized_start=1958
+  _globals['_UNCORDONREPLICATORREQUEST']._serialized_end=2054
+  _globals['_UNCORDONREPLICATORRESPONSE']._serialized_start=2056
+  _globals['_UNCORDONREPLICATORRESPONSE']._serialized_end=2130
+  _globals['_DRAINREPLICATORREQUEST']._serialized_start=2133
+  _globals['_DRAINREPLICATORREQUEST']._serialized_end=2301
+  _globals['_DRAINREPLICATORRESPONSE']._serialized_start=2303
+  _globals['_DRAINREPLICATORRESPONSE']._serialized_end=2374
+  _globals['_CANCELDRAINREQUEST']._serialized_start=2376
+  _globals['_CANCELDRAINREQUEST']._serialized_end=2442
+  _globals['_CANCELDRAINRESPONSE']._serialized_start=2444
+  _globals['_CANCELDRAINRESPONSE']._serialized_end=2511
+  _globals['_ASSIGNMENTINFO']._serialized_start=2514
+  _globals['_ASSIGNMENTINFO']._serialized_end=2761
+  _globals['_LISTASSIGNMENTSREQUEST']._serialized_start=2763
+  _globals['_LISTASSIGNMENTSREQUEST']._serialized_end=2872
+  _globals['_LISTASSIGNMENTSRESPONSE']._serialized_start=2874
+  _globals['_LISTASSIGNMENTSRESPONSE']._serialized_end=2975
+  _globals['_MOVEASSIGNMENTREQUEST']._serialized_start=2978
+  _globals['_MOVEASSIGNMENTREQUEST']._serialized_end=3122
+  _globals['_MOVEASSIGNMENTRESPONSE']._serialized_start=3124
+  _globals['_MOVEASSIGNMENTRESPONSE']._serialized_end=3198
+  _globals['_REBALANCEASSIGNMENTSREQUEST']._serialized_start=3200
+  _globals['_REBALANCEASSIGNMENTSREQUEST']._serialized_end=3283
+  _globals['_REBALANCEASSIGNMENTSRESPONSE']._serialized_start=3285
+  _globals['_REBALANCEASSIGNMENTSRESPONSE']._serialized_end=3358
+  _globals['_REBALANCEPLAN']._serialized_start=3361
+  _globals['_REBALANCEPLAN']._serialized_end=3635
+  _globals['_REBALANCEPLAN_MOVE']._serialized_start=3476
+  _globals['_REBALANCEPLAN_MOVE']._serialized_end=3576
+  _globals['_REBALANCEPLAN_LOAD']._serialized_start=3578
+  _globals['_REBALANCEPLAN_LOAD']._serialized_end=3635
+  _globals['_FLEETSERVICE']._serialized_start=3838
+  _globals['_FLEETSERVICE']._serialized_end=4823
 # @@protoc_insertion_point(module_scope)
