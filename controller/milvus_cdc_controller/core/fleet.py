@@ -108,9 +108,11 @@ def move(world: World, command: MoveAssignment) -> None:
     if refusal is None and target is not None and not command.validate_only:
         grant = world.grants[command.assignment_id]
         # A person's wish replaces one that waits for its turn.
-        world.moves[command.assignment_id] = Move(
-            command.assignment_id, grant.instance, grant.epoch, Cause.MOVE, target.instance
-        )
+        world.moves.pop(command.assignment_id, None)
+        if target.instance != grant.instance:
+            world.moves[command.assignment_id] = Move(
+                command.assignment_id, grant.instance, grant.epoch, Cause.MOVE, target.instance
+            )
         moves.advance(world)
     world.effects.append(Reply(command.call, refusal=refusal))
 
@@ -165,7 +167,7 @@ def _check_drain(world: World, command: DrainReplicator) -> Refusal | None:
 
 
 def _check_move(world: World, command: MoveAssignment) -> tuple[Refusal | None, Session | None]:
-    """The refusal, else the process that gets it; neither when it is there already."""
+    """The refusal, else the process that gets it; neither when it is on its way there."""
     key = command.assignment_id
     grant = world.grants.get(key)
     if grant is None:
@@ -179,15 +181,19 @@ def _check_move(world: World, command: MoveAssignment) -> tuple[Refusal | None, 
     if refusal is not None:
         return refusal, None
     found = world.named(command.replicator)
-    if any(s.instance == grant.instance for s in found):
-        return None, None
+    under_way = world.moves.get(key)
+    if under_way is not None and under_way.begun:
+        if any(s.instance == under_way.target for s in found):
+            return None, None
+    elif any(s.instance == grant.instance for s in found):
+        return None, world.owner(grant)
     refusal = _check_owner(world, grant)
     if refusal is not None:
         return refusal, None
     refusals = [_check_target(world, key, s) for s in reversed(found)]
     for session, fault in zip(reversed(found), refusals, strict=True):
         if fault is None:
-            return _check_under_way(world, key, session), session
+            return _check_under_way(world, key), session
     gone = _no(
         "REPLICATOR_NOT_ALIVE",
         f"replicators/{command.replicator} is not connected.",
@@ -258,13 +264,9 @@ def _is_there(world: World, move: Move) -> bool:
     return grant is None or grant.instance == move.target
 
 
-def _check_under_way(world: World, key: str, target: Session) -> Refusal | None:
+def _check_under_way(world: World, key: str) -> Refusal | None:
     """One that waits for its turn may be sent elsewhere."""
-    under_way = world.moves.get(key)
-    if under_way is None or not under_way.begun:
-        if not world.seen(key).revoking:
-            return None
-    elif under_way.target == target.instance:
+    if not world.seen(key).revoking:
         return None
     return _no("ASSIGNMENT_MOVING", f"assignments/{key} is being taken back just now.", "name")
 

@@ -87,8 +87,10 @@ def _plan_leaving(world: World, leaving: list[Session]) -> None:
     """Moves for what leaving replicators hold and that is not on its way yet; as many as can begin
     soon, because the fleet may look different later.
     """
-    soon = 2 * world.policy.moves_at_once
-    soon -= sum(not move.begun for move in world.moves.values())
+    waiting = sum(not move.begun for move in world.moves.values())
+    if waiting >= world.policy.moves_at_once:
+        return
+    soon = 2 * world.policy.moves_at_once - waiting
     by_instance = {s.instance: s for s in leaving}
     needs: list[tuple[Grant, Need]] = []
     for grant in world.grants.values():

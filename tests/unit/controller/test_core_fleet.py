@@ -288,6 +288,20 @@ def test_a_move_goes_where_it_was_sent_though_placement_would_say_otherwise() ->
     assert not script.sent(fx.Revoke)
 
 
+def test_the_last_wish_about_a_move_counts_until_it_has_begun() -> None:
+    script = fleet(6, names="abc", policy=Policy(moves_at_once=1, rebalance=False))
+    first, second = "uid-copy.12", "uid-copy.13"
+    script.ask(ev.MoveAssignment, assignment_id=first, replicator="b")
+    for target in ("b", "c", "a"):
+        assert not script.ask(ev.MoveAssignment, assignment_id=second, replicator=target).refusal
+    assert list(script.core.world.moves) == [first], "back where it is"
+    reply = script.ask(ev.MoveAssignment, assignment_id=first, replicator="c")
+    assert refused(reply) == ("FAILED_PRECONDITION", "ASSIGNMENT_MOVING", "name")
+    reply = script.ask(ev.MoveAssignment, assignment_id=first, replicator="a")
+    assert refused(reply) == ("FAILED_PRECONDITION", "ASSIGNMENT_MOVING", "name")
+    assert not script.ask(ev.MoveAssignment, assignment_id=first, replicator="b").refusal
+
+
 def test_a_move_whose_target_has_gone_goes_to_somebody_else() -> None:
     script = fleet(1, names="abc")
     script.ask(ev.MoveAssignment, assignment_id=BOOKS, replicator="c")
