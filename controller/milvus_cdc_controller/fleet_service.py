@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 0.25
 """Between two looks for a watcher: states change by time, too, not only by events."""
-_VOLATILE = ("heartbeat_time", "lease_expire_time", "rows_per_second", "bytes_per_second", "load")
-"""What alone is no news."""
 
 
 class FleetService(rpc.FleetServiceServicer):
@@ -209,8 +207,12 @@ def _last(name: str) -> str:
 
 
 def _face(replicator: pb.Replicator) -> bytes:
+    """Without what changes by itself and is no news."""
     face = pb.Replicator()
     face.CopyFrom(replicator)
-    for field in _VOLATILE:
-        face.ClearField(field)
+    face.ClearField("heartbeat_time")
+    face.ClearField("lease_expire_time")
+    face.ClearField("rows_per_second")
+    face.ClearField("bytes_per_second")
+    face.ClearField("load")
     return face.SerializeToString(deterministic=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from milvus_cdc.control import ControlClient
 from milvuscdc.v1 import fleet_service_pb2 as pb
+from milvuscdc.v1 import fleet_service_pb2_grpc as rpc
 from milvuscdc.v1 import replication_service_pb2 as stream_pb
 from milvuscdc.v1 import replication_service_pb2_grpc as stream_rpc
 from milvuscdc.v1 import task_pb2, task_service_pb2
@@ -266,9 +268,12 @@ async def test_labels_keep_a_task_where_it_wants_to_be(api: Api) -> None:
 
 
 async def test_a_watch_ends_with_its_controller(tmp_path: Path) -> None:
-    async with controller(tmp_path / "store.db", HandFedSource()) as api:
-        call = api.fleet.WatchReplicators(pb.WatchReplicatorsRequest())
-        assert (await call.read()).type == pb.WatchReplicatorsResponse.TYPE_BOOKMARK
-        reading = asyncio.create_task(refused(call.read()))
-        await asyncio.sleep(0.1)
-    assert (await reading)[:2] == ("UNAVAILABLE", "WATCH_ENDED")
+    async with AsyncExitStack() as stays:
+        async with controller(tmp_path / "store.db", HandFedSource()) as api:
+            channel = grpc.aio.insecure_channel(f"127.0.0.1:{api.running.port}")
+            await stays.enter_async_context(channel)
+            fleet: Any = rpc.FleetServiceStub(channel)
+            call = fleet.WatchReplicators(pb.WatchReplicatorsRequest())
+            assert (await call.read()).type == pb.WatchReplicatorsResponse.TYPE_BOOKMARK
+            reading = asyncio.create_task(refused(call.read()))
+        assert (await reading)[:2] == ("UNAVAILABLE", "WATCH_ENDED")

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 SLACK = 1.0
 """What one idle collection weighs."""
 
+WORTH = 0.9
+"""Of a difference: what weighs more than this part of it gains too little to be moved."""
 Log = tuple[str, str]
 """(source id, pchannel)"""
 Labels = frozenset[tuple[str, str]]
@@ -143,10 +145,11 @@ def _best_move(sides: dict[str, _Side], gap_min: float) -> PlannedMove | None:
             if target.full():
                 continue
             # Not what would only turn the difference round.
+            most = WORTH * gap
             fitting = [
                 need
                 for need in source.needs.values()
-                if need.logs and need.weight < gap and target.candidate.suits(need)
+                if need.logs and need.weight <= most and target.candidate.suits(need)
             ]
             if not fitting:
                 continue

@@ -315,6 +315,7 @@ async def test_an_assignment_for_a_stopping_replicator_is_refused_after_its_last
 async def test_a_stop_goes_on_writing_until_what_it_holds_is_taken_back() -> None:
     async with running() as bench:
         bench.assign(1)
+        await until(lambda: bench.controller.of("ack") != [])
         draining = asyncio.create_task(bench.replicator.drain(60.0))
         await until(lambda: any(m.heartbeat.draining for m in bench.controller.of("heartbeat")))
         bench.assign(1, version=2)
