@@ -91,7 +91,8 @@ async def _sink_holds_them(loop: ControlLoop, task: TaskRecord) -> bool:
     if sink.WhichOneof("kind") != "plugin":
         return holds_checkpoints(sink)
     # Only who has it installed knows.
-    result = await single(loop, jobs.ProbeJob(task.spec.source, task.spec.sink))
+    probe = jobs.ProbeJob(task.spec.source, task.spec.sink)
+    result = await single(loop, probe, task.spec.replicator_labels)
     return isinstance(result, jobs.ProbeDone) and result.sink_holds_checkpoints
 
 
