@@ -86,7 +86,7 @@ class RetentionConfig(_Part):
 class PlacementConfig(_Part):
     """How eagerly work is moved between replicators."""
 
-    moves_at_once: Annotated[int, Field(ge=1, le=1000)] = 8
+    moves_at_once: Annotated[int, Field(ge=1, le=1000)] = 4
     """Hand-offs under way at a time: drains, moves and evening out together."""
     rebalance: bool = True
     """Even out by itself after replicators came or went."""

@@ -41,7 +41,7 @@ class Move:
 class Policy:
     """How eagerly work is moved."""
 
-    moves_at_once: int = 8
+    moves_at_once: int = 4
     """Hand-offs under way, those of drains and of people's wishes included."""
     rebalance: bool = True
     """Even out by itself."""
