@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import field_mask_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -47,7 +48,7 @@ async def create(api: Api, **other: Any) -> task_pb2.Task:
 async def refused(call: Awaitable[Any]) -> tuple[str, str, str]:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await call
-    status = rpc_status.from_call(raised.value)  # type: ignore[arg-type]
+    status = rpc_status.from_call(raised.value)
     assert status is not None
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)
@@ -259,7 +260,7 @@ async def test_labels_keep_a_task_where_it_wants_to_be(api: Api) -> None:
             assert not far.held
             update = task_service_pb2.UpdateTaskRequest(
                 task=task_pb2.Task(name="tasks/copy", replicator_labels={"zone": "b"}),
-                update_mask={"paths": ["replicator_labels"]},
+                update_mask=field_mask_pb2.FieldMask(paths=["replicator_labels"]),
             )
             task = (await api.tasks.UpdateTask(update)).task
             assert dict(task.replicator_labels) == {"zone": "b"}
