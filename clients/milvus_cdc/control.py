@@ -101,6 +101,16 @@ def _was_cut(err: grpc.aio.AioRpcError) -> bool:
     return err.code() is grpc.StatusCode.UNAVAILABLE or (err.code() in _CUT and not refused)
 
 
+def replicator_name(name: str) -> str:
+    """The resource name of a replicator given by it or by its last part."""
+    return name if name.startswith("replicators/") else f"replicators/{name}"
+
+
+def assignment_name(name: str) -> str:
+    """The same of an assignment."""
+    return name if name.startswith("assignments/") else f"assignments/{name}"
+
+
 def task_name(name: str) -> str:
     """The resource name of a task given by it or by its last part."""
     return name if name.startswith("tasks/") else f"tasks/{name}"
@@ -259,6 +269,96 @@ class ControlClient:
             page_size=PAGE_SIZE, task=task_name(task) if task else "", replicator=replicator
         )
         return [a async for a in self._pages(self._fleet.ListAssignments, request, "assignments")]
+
+    async def get_replicator(self, name: str) -> fleet_service_pb2.Replicator:
+        request = fleet_service_pb2.GetReplicatorRequest(name=replicator_name(name))
+        return await self._replicator(self._fleet.GetReplicator, request)
+
+    async def cordon_replicator(
+        self, name: str, *, validate_only: bool = False
+    ) -> fleet_service_pb2.Replicator:
+        """It gets nothing new until it is uncordoned; the mark belongs to the name."""
+        request = fleet_service_pb2.CordonReplicatorRequest(
+            name=replicator_name(name), validate_only=validate_only
+        )
+        return await self._replicator(self._fleet.CordonReplicator, request)
+
+    async def uncordon_replicator(
+        self, name: str, *, validate_only: bool = False
+    ) -> fleet_service_pb2.Replicator:
+        request = fleet_service_pb2.UncordonReplicatorRequest(
+            name=replicator_name(name), validate_only=validate_only
+        )
+        return await self._replicator(self._fleet.UncordonReplicator, request)
+
+    async def drain_replicator(
+        self,
+        name: str,
+        *,
+        within_seconds: float = 0.0,
+        force: bool = False,
+        validate_only: bool = False,
+    ) -> fleet_service_pb2.Replicator:
+        """Begins it; `drain` of the replicator (see `watch_replicators`) says how far it is."""
+        request = fleet_service_pb2.DrainReplicatorRequest(
+            name=replicator_name(name), force=force, validate_only=validate_only
+        )
+        if within_seconds:
+            request.timeout.FromMilliseconds(round(within_seconds * 1000))
+        return await self._replicator(self._fleet.DrainReplicator, request)
+
+    async def cancel_drain(self, name: str) -> fleet_service_pb2.Replicator:
+        request = fleet_service_pb2.CancelDrainRequest(name=replicator_name(name))
+        return await self._replicator(self._fleet.CancelDrain, request)
+
+    async def _replicator(self, method: Any, request: Any) -> fleet_service_pb2.Replicator:
+        replicator: fleet_service_pb2.Replicator = (await self._call(method, request)).replicator
+        return replicator
+
+    async def move_assignment(
+        self, name: str, replicator: str, *, validate_only: bool = False
+    ) -> fleet_service_pb2.AssignmentInfo:
+        """Begins it; the assignment's `epoch` grows when it has a new owner."""
+        request = fleet_service_pb2.MoveAssignmentRequest(
+            name=assignment_name(name),
+            replicator=replicator_name(replicator),
+            validate_only=validate_only,
+        )
+        answer = await self._call(self._fleet.MoveAssignment, request)
+        assignment: fleet_service_pb2.AssignmentInfo = answer.assignment
+        return assignment
+
+    async def rebalance(
+        self, *, max_moves: int = 0, validate_only: bool = False
+    ) -> fleet_service_pb2.RebalancePlan:
+        """The moves that even out the load; they begin unless `validate_only`."""
+        request = fleet_service_pb2.RebalanceAssignmentsRequest(
+            max_moves=max_moves, validate_only=validate_only
+        )
+        answer = await self._call(self._fleet.RebalanceAssignments, request)
+        plan: fleet_service_pb2.RebalancePlan = answer.plan
+        return plan
+
+    async def watch_replicators(
+        self, name: str = ""
+    ) -> AsyncIterator[fleet_service_pb2.WatchReplicatorsResponse]:
+        """All (or the one) as they are, then every change, for ever; begins anew by itself when
+        the connection breaks, with all as they are then.
+        """
+        backoff, began = 0.2, False
+        request = fleet_service_pb2.WatchReplicatorsRequest(
+            name=replicator_name(name) if name else ""
+        )
+        while True:
+            try:
+                async for event in self._fleet.WatchReplicators(request):
+                    backoff, began = 0.2, True
+                    yield event
+            except grpc.aio.AioRpcError as err:
+                if not (began and _was_cut(err)):
+                    raise api_error(err) from err
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
 
     async def _pages(self, method: Any, request: Any, items: str) -> AsyncIterator[Any]:
         while True:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.alias_generators import to_camel
 
 from milvus_cdc_controller.core.liveness import Leases
+from milvus_cdc_controller.core.moving import Policy
 
 FAILOVER_SECONDS = 3.0
 """For etcd to notice the end of a leader's lease, an election, and loading what is stored."""
@@ -90,6 +91,31 @@ class RetentionConfig(_Part):
     """How often the places of collections that nobody reads (paused, failed) are looked at."""
 
 
+class PlacementConfig(_Part):
+    """How eagerly work is moved between replicators."""
+
+    moves_at_once: Annotated[int, Field(ge=1, le=1000)] = 4
+    """Hand-offs under way at a time: drains, moves and evening out together."""
+    rebalance: bool = True
+    """Even out by itself after replicators came or went."""
+    moves_per_minute: Annotated[int, Field(ge=1, le=10_000)] = 10
+    """Most moves of evening out by itself."""
+    hysteresis: Annotated[float, Field(ge=0, le=10)] = 0.25
+    """Loads that differ by less than this part of the average count as even."""
+    settle_seconds: Annotated[float, Field(ge=0, le=86_400)] = 60.0
+    """No replicator may have come or gone for so long before it evens out by itself."""
+
+    @property
+    def policy(self) -> Policy:
+        return Policy(
+            moves_at_once=self.moves_at_once,
+            rebalance=self.rebalance,
+            moves_per_minute=self.moves_per_minute,
+            hysteresis=self.hysteresis,
+            settle_ms=round(self.settle_seconds * 1000),
+        )
+
+
 class LogConfig(_Part):
     format: Literal["console", "json"] = "console"
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -103,6 +129,9 @@ class Config(_Part):
     store: StoreConfig = StoreConfig(sqlite=SqliteConfig(path=Path("milvus-cdc.db")))
     lease: LeaseConfig = LeaseConfig()
     retention: RetentionConfig = RetentionConfig()
+    placement: PlacementConfig = PlacementConfig()
+    cluster: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,63}$")] = ""
+    """Replicators that name another one are refused."""
     log: LogConfig = LogConfig()
 
     @property

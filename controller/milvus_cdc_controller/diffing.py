@@ -31,7 +31,7 @@ async def diff(
     job = _job(loop, task, list(request.collections))
     verdict = diff_pb2.DiffVerdict(collections=len(job.collections))
     payload = jobs.DiffJob(task.spec.source, job.SerializeToString())
-    job_id = await loop.begin_job(payload)
+    job_id = await loop.begin_job(payload, task.spec.replicator_labels)
     try:
         while True:
             result, last = await loop.next_of_job(job_id)

@@ -12,6 +12,7 @@ from milvus_cdc.model import split_assignment_id
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core.collection import CollectionRecord
 from milvus_cdc_controller.core.grant import Grant
+from milvus_cdc_controller.core.replicator import ReplicatorRecord
 from milvus_cdc_controller.core.task import Failure, LeftCollection, TaskRecord, TaskState
 from milvus_cdc_controller.core.world import World
 from milvus_cdc_controller.metrics import Metrics
@@ -36,6 +37,16 @@ class Journal:
                     self._task(task)
                 case fx.Save(record=Grant() as grant):
                     self._grant(grant, world)
+                case fx.Save(record=ReplicatorRecord() as mark):
+                    drain = mark.drain.state.value if mark.drain is not None else ""
+                    log.info(
+                        "replicator marked",
+                        replicator=mark.name,
+                        cordoned=mark.cordoned,
+                        drain=drain,
+                    )
+                case fx.Forget(key=key) if key.startswith("replicators/"):
+                    log.info("replicator unmarked", replicator=key.partition("/")[2])
                 case fx.Save(record=CollectionRecord() as record):
                     self._collection(record, world)
                 case fx.Forget(key=key) if key.startswith("collections/"):

@@ -155,13 +155,13 @@ class ControlLoop:
         finally:
             self._calls.pop(number, None)
 
-    async def begin_job(self, payload: JobPayload) -> str:
-        """Gives a job to a replicator; `next_of_job` brings what it says."""
+    async def begin_job(self, payload: JobPayload, labels: tuple[tuple[str, str], ...] = ()) -> str:
+        """Gives a job to a replicator with all `labels`; `next_of_job` brings what it says."""
         self.check()
         self._jobs_begun += 1
         job_id = f"call/{self._store.incarnation}/{self._jobs_begun}"
         self._jobs[job_id] = asyncio.Queue(OUTCOMES_MAX)
-        await self.post(lambda at: ev.JobAsked(at, job_id, payload))
+        await self.post(lambda at: ev.JobAsked(at, job_id, payload, labels))
         return job_id
 
     async def next_of_job(self, job_id: str) -> tuple[JobResult, bool]:

@@ -62,7 +62,10 @@ class Metrics:
             registry=self.registry,
         )
         self.replicators = Gauge(
-            "milvus_cdc_replicators", "Replicators by state.", ["state"], registry=self.registry
+            "milvus_cdc_replicators",
+            "Replicators by state; LOST and STOPPED count those of the last hour.",
+            ["state"],
+            registry=self.registry,
         )
         self.assignments = Gauge(
             "milvus_cdc_assignments",
@@ -118,7 +121,8 @@ class Metrics:
             self.collections.labels(state=collection_state.value).set(
                 states.count(collection_state)
             )
-        sessions = [s.state(world.leases, now.mono_ms) for s in world.sessions.values()]
+        known = (*world.sessions.values(), *world.departed.values())
+        sessions = [session.state(world.leases, now.mono_ms) for session in known]
         for session_state in SessionState:
             self.replicators.labels(state=session_state.value).set(sessions.count(session_state))
         self.assignments.clear()

@@ -13,21 +13,17 @@ from milvus_cdc.model import (
     Drift,
     Import,
     RateLimits,
-    split_assignment_id,
     tso_to_ms,
 )
 from milvus_cdc.selection import Selection
 from milvus_cdc.source.registry import position_text
-from milvuscdc.v1 import fleet_service_pb2, task_pb2
+from milvuscdc.v1 import task_pb2
 
 from milvus_cdc_controller.core.collection import Checkpoint, CollectionRecord, CollectionState
-from milvus_cdc_controller.core.grant import Grant
-from milvus_cdc_controller.core.liveness import Session, SessionState
 from milvus_cdc_controller.core.mapping import NameRule, split
 from milvus_cdc_controller.core.positions import retention_of
 from milvus_cdc_controller.core.status import (
     collection_view,
-    grant_state,
     rename_pending,
     task_totals,
 )
@@ -58,11 +54,6 @@ _COLLECTION_STATES = {
     CollectionState.PAUSED: task_pb2.COLLECTION_STATE_PAUSED,
     CollectionState.FAILED: task_pb2.COLLECTION_STATE_FAILED,
     CollectionState.DROPPING: task_pb2.COLLECTION_STATE_DROPPING,
-}
-_SESSION_STATES = {
-    SessionState.ALIVE: fleet_service_pb2.REPLICATOR_STATE_ALIVE,
-    SessionState.SUSPECT: fleet_service_pb2.REPLICATOR_STATE_SUSPECT,
-    SessionState.DRAINING: fleet_service_pb2.REPLICATOR_STATE_DRAINING,
 }
 
 
@@ -142,6 +133,7 @@ def task_spec(task: task_pb2.Task) -> TaskSpec:
         batching=batching(task.batching),
         limits=limits(task.limits),
         dead_letters=dead_letters(task),
+        replicator_labels=tuple(sorted(task.replicator_labels.items())),
     )
 
 
@@ -210,6 +202,7 @@ def task_message(world: World, task: TaskRecord, store_error: str = "") -> task_
         batching=batching_message(spec.batching),
         limits=limits_message(spec.limits),
         dead_letters=dead_letters_message(spec.dead_letters),
+        replicator_labels=dict(spec.replicator_labels),
         state=TASK_STATES[state],
         reason=reason,
         message=message,
@@ -340,36 +333,3 @@ def _vchannel_message(
             result.retention_left.CopyFrom(duration(left.left_ms))
         result.retention_left_bytes = left.left_bytes
     return result
-
-
-def replicator_message(
-    world: World, session: Session, mono_ms: int, wall_ms: int
-) -> fleet_service_pb2.Replicator:
-    held = sum(grant.instance == session.instance for grant in world.grants.values())
-    return fleet_service_pb2.Replicator(
-        name=f"replicators/{session.name}",
-        instance_id=session.instance,
-        version=session.version,
-        peer=session.peer,
-        state=_SESSION_STATES[session.state(world.leases, mono_ms)],
-        assignments=held,
-        capacity=session.capacity,
-        connect_time=timestamp(session.connect_time_ms),
-        heartbeat_time=timestamp(session.heartbeat_time_ms),
-        lease_expire_time=timestamp(wall_ms + session.lease_end_ms - mono_ms),
-    )
-
-
-def assignment_message(world: World, grant: Grant) -> fleet_service_pb2.AssignmentInfo:
-    uid, _ = split_assignment_id(grant.assignment_id)
-    record = world.record_of(grant.assignment_id)
-    return fleet_service_pb2.AssignmentInfo(
-        name=f"assignments/{grant.assignment_id}",
-        task=world.tasks[uid].spec.name,
-        collection=record.source_name if record is not None else "",
-        epoch=grant.epoch,
-        version=record.version if record is not None else world.metadata[uid].version,
-        replicator=f"replicators/{grant.owner}" if grant.instance else "",
-        state=grant_state(world, grant).value,
-        assign_time=timestamp(grant.assign_time_ms),
-    )

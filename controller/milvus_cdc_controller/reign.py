@@ -113,11 +113,9 @@ class Reign:
         self.handlers = Handlers()
         tasks = TaskService(self.loop, self._catalogues, self._hub)
         task_service_pb2_grpc.add_TaskServiceServicer_to_server(tasks, self.handlers)  # type: ignore[arg-type]
-        fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(
-            # ListControllers is answered before a call comes here, see `Front`.
-            FleetService(self.loop),  # type: ignore[abstract]
-            self.handlers,  # type: ignore[arg-type]
-        )
+        # ListControllers is answered before a call comes here, see `Front`.
+        self._fleet = FleetService(self.loop)  # type: ignore[abstract]
+        fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet, self.handlers)  # type: ignore[arg-type]
         replication_service_pb2_grpc.add_ReplicationServiceServicer_to_server(
             ReplicationService(
                 self.loop,
@@ -126,6 +124,7 @@ class Reign:
                 config.lease.leases,
                 round(config.lease.progress * 1000),
                 round(config.silence_seconds * 1000),
+                config.cluster,
             ),
             self.handlers,  # type: ignore[arg-type]
         )
@@ -153,6 +152,7 @@ class Reign:
                 await asyncio.sleep(0)  # the lease must be renewed meanwhile
         controller = Controller(config.lease.leases, records)
         controller.world.warn_fraction = config.retention.warn_fraction
+        controller.world.policy = config.placement.policy
         controller.world.inherited_ttl_ms = inherited_ms
         controller.world.check_every_ms = round(config.retention.check_seconds * 1000)
         return cls(config, store, metrics, connect, controller)
@@ -174,6 +174,7 @@ class Reign:
     def close_streams(self, reason: str, message: str) -> None:
         """Nobody is to wait for what comes later."""
         self._hub.close()
+        self._fleet.close()
         self._streams.close_all(reason, message)
 
     async def end(self, error: CdcError, *, drain: bool) -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 HELLO_SECONDS = 10.0
+REFUSED = frozenset({"INSTANCE_IN_USE"})
+"""Ends of a stream that the replicator must not answer by connecting anew."""
 
 Context = grpc.aio.ServicerContext[pb.ConnectRequest, pb.ConnectResponse]
 
@@ -75,6 +77,7 @@ class ReplicationService(rpc.ReplicationServiceServicer):
         leases: Leases,
         progress_ms: int,
         silence_ms: int,
+        cluster: str = "",
     ) -> None:
         self._loop = loop
         self._streams = streams
@@ -82,6 +85,7 @@ class ReplicationService(rpc.ReplicationServiceServicer):
         self._leases = leases
         self._progress_ms = progress_ms
         self._silence_ms = silence_ms
+        self._cluster = cluster
 
     async def Connect(
         self, request_iterator: AsyncIterator[pb.ConnectRequest], context: Context
@@ -106,7 +110,8 @@ class ReplicationService(rpc.ReplicationServiceServicer):
                     )
             reason, text = outbox.closed or ("CLOSED", "")
             if reason != "HALF_CLOSED":
-                raise ApiError("UNAVAILABLE", reason, text)
+                kind = "FAILED_PRECONDITION" if reason in REFUSED else "UNAVAILABLE"
+                raise ApiError(kind, reason, text)
         except ApiError as error:
             await abort(context, error)
         finally:
@@ -141,6 +146,16 @@ class ReplicationService(rpc.ReplicationServiceServicer):
                 "PROTOCOL_VERSION",
                 f"The controller speaks protocol {wire.PROTOCOL_MIN} to {wire.PROTOCOL_MAX}, the "
                 f"replicator {hello.protocol_min} to {hello.protocol_max}; upgrade the older one.",
+            )
+        if hello.cluster != self._cluster:
+            raise ApiError(
+                "FAILED_PRECONDITION",
+                "CLUSTER_MISMATCH",
+                f"This controller is of cluster {self._cluster!r}, the replicator {hello.name} of "
+                f"{hello.cluster!r}; set `cluster` to the same in both, or give it another "
+                "controller.",
+                field="cluster",
+                metadata={"controller": self._cluster, "replicator": hello.cluster},
             )
         log.info(
             "replicator connects", replicator=hello.name, instance=hello.instance_id, stream=stream

@@ -51,7 +51,8 @@ async def set_positions(
         targets = _by_time(loop, task, request)
     if not targets:
         return task, ()
-    result = await single(loop, jobs.LocateJob(task.spec.source, targets))
+    locate = jobs.LocateJob(task.spec.source, targets)
+    result = await single(loop, locate, task.spec.replicator_labels)
     if not isinstance(result, jobs.LocateDone) or len(result.located) != len(targets):
         raise ApiError("INTERNAL", "BAD_JOB_RESULT", "A locate job answered with something else.")
     bad = [place for place in result.located if place.reason]
@@ -90,7 +91,8 @@ async def _sink_holds_them(loop: ControlLoop, task: TaskRecord) -> bool:
     if sink.WhichOneof("kind") != "plugin":
         return holds_checkpoints(sink)
     # Only who has it installed knows.
-    result = await single(loop, jobs.ProbeJob(task.spec.source, task.spec.sink))
+    probe = jobs.ProbeJob(task.spec.source, task.spec.sink)
+    result = await single(loop, probe, task.spec.replicator_labels)
     return isinstance(result, jobs.ProbeDone) and result.sink_holds_checkpoints
 
 

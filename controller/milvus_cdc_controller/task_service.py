@@ -106,14 +106,17 @@ class TaskService(rpc.TaskServiceServicer):
                 present.carry(request.task.carry).index,
                 present.dead_letters(request.task),
             )
-            if not await self._probe(probe, required=request.validate_only):
+            labels = present.task_spec(request.task).replicator_labels
+            if not await self._probe(probe, labels, required=request.validate_only):
                 return False
         self._reached[source, sink] = time.monotonic() + REACHED_SECONDS
         return True
 
-    async def _probe(self, probe: jobs.ProbeJob, *, required: bool) -> bool:
+    async def _probe(
+        self, probe: jobs.ProbeJob, labels: tuple[tuple[str, str], ...], *, required: bool
+    ) -> bool:
         """False when no replicator is there and none is `required`."""
-        job_id = await self._loop.begin_job(probe)
+        job_id = await self._loop.begin_job(probe, labels)
         result: jobs.JobResult
         try:
             async with asyncio.timeout(PROBE_SECONDS):
@@ -196,7 +199,13 @@ class TaskService(rpc.TaskServiceServicer):
                 whole.dead_letters.CopyFrom(request.task.dead_letters)
                 check_task_part(whole, "dead_letters")
                 probe = jobs.ProbeJob(b"", b"", dead_letters=present.dead_letters(whole))
-                await self._probe(probe, required=request.validate_only)
+                places = tuple(whole.replicator_labels.items())
+                await self._probe(probe, places, required=request.validate_only)
+        with_places = "replicator_labels" in paths
+        if with_places:
+            whole.replicator_labels.clear()
+            whole.replicator_labels.update(request.task.replicator_labels)
+            check_task_part(whole, "replicator_labels")
         task = await self._loop.call(
             lambda at, call: ev.UpdateTask(
                 at,
@@ -212,6 +221,7 @@ class TaskService(rpc.TaskServiceServicer):
                 present.batching(whole.batching) if with_batching else None,
                 present.limits(whole.limits) if with_limits else None,
                 present.dead_letters(whole) if with_letters else None,
+                tuple(sorted(whole.replicator_labels.items())) if with_places else None,
             )
         )
         return pb.UpdateTaskResponse(task=self._message(task))

@@ -26,11 +26,13 @@ _UPDATABLE = (
         "batching",
         "limits",
         "dead_letters",
+        "replicator_labels",
     }
     | _CARRIES
     | _BATCHING
     | _LIMITS
 )
+_PARTS = frozenset(path.partition(".")[0] for path in _UPDATABLE)
 _ROTATION = {"max_bytes": "rotate_bytes", "linger": "rotate_interval"}
 _OUTPUT_ONLY = {
     "uid", "etag", "generation", "observed_generation", "state", "reason", "message",
@@ -104,7 +106,7 @@ def check_update(request: pb.UpdateTaskRequest) -> tuple[bool, bool]:
                 f"{path!r} is set by the server; {_can()}.",
                 field="update_mask",
             )
-        if head in ("labels", "selection", "carry", "drift", "batching", "limits", "dead_letters"):
+        if head in _PARTS:
             raise ApiError(
                 "INVALID_ARGUMENT",
                 "UNKNOWN_FIELD_PATH",
@@ -141,7 +143,10 @@ def invalid(violations: tuple[tuple[str, str], ...]) -> ApiError:
 
 
 def _can() -> str:
-    return "only labels, selection, carry, drift, batching, limits and dead_letters can be updated"
+    return (
+        "only labels, selection, carry, drift, batching, limits, dead_letters and "
+        "replicator_labels can be updated"
+    )
 
 
 def _path(path: object) -> str:

@@ -76,7 +76,7 @@ async def verify(
     job = jobs.VerifyJob(
         task.spec.source, task.spec.sink, targets, request.max_differences or MAX_DIFFERENCES
     )
-    async for event in _compare(loop, job):
+    async for event in _compare(loop, job, task.spec.replicator_labels):
         yield event
 
 
@@ -106,7 +106,8 @@ def chosen(loop: ControlLoop, task: TaskRecord, names: list[str]) -> list[Collec
 async def _source_ts(loop: ControlLoop, task: TaskRecord, records: list[CollectionRecord]) -> int:
     """The source's time now: rows acknowledged before are at or below it."""
     logs = tuple(sorted({v.pchannel for record in records for v in record.want.vchannels}))
-    result = await single(loop, jobs.ResolveJob(task.spec.source, logs))
+    resolve = jobs.ResolveJob(task.spec.source, logs)
+    result = await single(loop, resolve, task.spec.replicator_labels)
     if not isinstance(result, jobs.ResolveDone):
         raise ApiError("INTERNAL", "BAD_JOB_RESULT", "A resolve job answered with something else.")
     if not result.source_ts:
@@ -116,8 +117,10 @@ async def _source_ts(loop: ControlLoop, task: TaskRecord, records: list[Collecti
     return result.source_ts
 
 
-async def single(loop: ControlLoop, payload: jobs.JobPayload) -> jobs.JobResult:
-    job_id = await loop.begin_job(payload)
+async def single(
+    loop: ControlLoop, payload: jobs.JobPayload, labels: tuple[tuple[str, str], ...]
+) -> jobs.JobResult:
+    job_id = await loop.begin_job(payload, labels)
     try:
         result, _ = await loop.next_of_job(job_id)
     finally:
@@ -191,10 +194,12 @@ def _waiting() -> pb.VerifyTaskResponse:
     return pb.VerifyTaskResponse(progress=verify_pb2.VerifyProgress(phase="WAITING_FOR_SINK"))
 
 
-async def _compare(loop: ControlLoop, job: jobs.VerifyJob) -> AsyncIterator[pb.VerifyTaskResponse]:
+async def _compare(
+    loop: ControlLoop, job: jobs.VerifyJob, labels: tuple[tuple[str, str], ...]
+) -> AsyncIterator[pb.VerifyTaskResponse]:
     verdict = verify_pb2.VerifyVerdict(equal=True, collections=len(job.targets))
     compared = 0
-    job_id = await loop.begin_job(job)
+    job_id = await loop.begin_job(job, labels)
     try:
         while True:
             result, last = await loop.next_of_job(job_id)

@@ -53,6 +53,8 @@ def hello(stream: int, peer: str, message: pb.Hello) -> MakeEvent | None:
         protocol,
         message.capacity,
         held,
+        message.connects,
+        tuple(sorted(message.labels.items())),
     )
 
 
@@ -115,6 +117,7 @@ def _progress(stream: int, progress: pb.Progress) -> MakeEvent:
         progress.rows_deleted,
         progress.rows_skipped,
         progress.rows_refused,
+        progress.bytes_written,
     )
     opened = None
     if progress.HasField("opened"):

@@ -95,6 +95,7 @@ def to_progress(report: Report, seq: int) -> pb.Progress:
         rows_deleted=report.counters.rows_deleted,
         rows_skipped=report.counters.rows_skipped,
         rows_refused=report.counters.rows_refused,
+        bytes_written=report.counters.bytes_written,
         lag_ms=report.lag_ms,
         conditions=[task_pb2.Condition(type=t, message=m) for t, m in report.conditions],
         dropped=report.dropped,

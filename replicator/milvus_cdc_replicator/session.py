@@ -19,6 +19,8 @@ from functools import partial
 
 import grpc
 import structlog
+from milvus_cdc.control import api_error
+from milvus_cdc.errors import UserError
 from milvus_cdc.model import RateLimits, split_assignment_id
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import replication_service_pb2_grpc as pb_grpc
@@ -47,6 +49,8 @@ log = structlog.get_logger()
 
 PROTOCOL = 1
 HOUSEKEEPING_SECONDS = 0.2
+PATIENCE = 0.7
+"""Part of the grace period for it: the rest is for letting go without the controller's help."""
 AFTER_BREAK_SECONDS = 10.0
 """Sinks are compared again within it: who was away may have missed something."""
 RECONNECT_SECONDS = (0.1, 0.3, 1.0)
@@ -84,6 +88,7 @@ class Replicator:
         self._holdings = Holdings()
         self._runners: dict[str, Runner] = {}
         self._instance_id = str(uuid.uuid4())
+        self._connects = 0
         self._wanted: dict[str, Assignment] = {}
         self._jobs = JobRunner(connections, self._send)
         self._retention = RetentionWatch(connections)
@@ -103,7 +108,13 @@ class Replicator:
         self._closing = False
         self._turns: dict[str, asyncio.Task[None]] = {}
         """The last start or release of each assignment that is still under way."""
+        self._fewer = asyncio.Event()
+        """Something was taken back, or the stream was lost."""
         self.connected = asyncio.Event()
+
+    @property
+    def holds_anything(self) -> bool:
+        return bool(self._holdings.all())
 
     async def run(self) -> None:
         """Connects, serves, reconnects; returns after `drain()`."""
@@ -119,17 +130,11 @@ class Replicator:
                         break
                     if self.connected.is_set():
                         attempt = 0
-                    log.warning(
-                        "stream to the controller lost"
-                        if self.connected.is_set()
-                        else "controller not reachable",
-                        controller=self._address,
-                        code=error.code().name,
-                        detail=error.details(),
-                    )
+                    self._say_lost(error)
                     self._dialled += 1
                 finally:
                     self.connected.clear()
+                    self._fewer.set()
                     metrics.CONNECTED.set(0)
                 if not self._closing:
                     delay = RECONNECT_SECONDS[min(attempt, len(RECONNECT_SECONDS) - 1)]
@@ -142,10 +147,39 @@ class Replicator:
             for runner in list(self._runners.values()):
                 await runner.stop()
 
-    async def drain(self) -> None:
-        """Lets go of everything in order: final checkpoints, releases, then the stream."""
+    def _say_lost(self, error: grpc.aio.AioRpcError) -> None:
+        """Raises UserError where connecting anew would do harm."""
+        refusal = api_error(error)
+        if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+            log.error(
+                "the controller refuses this replicator",
+                controller=self._address,
+                reason=refusal.reason,
+                message=refusal.message,
+            )
+            if refusal.reason == "INSTANCE_IN_USE":
+                raise UserError(refusal.reason, refusal.message)
+            return
+        log.warning(
+            "stream to the controller lost"
+            if self.connected.is_set()
+            else "controller not reachable",
+            controller=self._address,
+            code=error.code().name,
+            detail=error.details(),
+        )
+
+    async def drain(self, patience_seconds: float = 0.0) -> None:
+        """Hands over: the controller takes back a few at a time while the rest runs on. What is
+        left after `patience_seconds` is let go at once; then the stream ends.
+        """
         self._draining = True
         self._heartbeat()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_seconds):
+                while self.holds_anything and self.connected.is_set():
+                    self._fewer.clear()
+                    await self._fewer.wait()
         for assignment_id, held in self._holdings.all().items():
             self._let_go(assignment_id, held.epoch)
         while self._turns:
@@ -196,6 +230,7 @@ class Replicator:
             )
 
     async def _requests(self) -> AsyncIterator[pb.ConnectRequest]:
+        self._connects += 1
         hello = pb.Hello(
             name=self._settings.name,
             instance_id=self._instance_id,
@@ -203,6 +238,9 @@ class Replicator:
             protocol_max=PROTOCOL,
             protocol_min=PROTOCOL,
             capacity=self._settings.capacity,
+            cluster=self._settings.cluster,
+            connects=self._connects,
+            labels=self._settings.labels,
             held=[
                 pb.HeldAssignment(assignment_id=a, epoch=h.epoch, version=h.version)
                 for a, h in self._holdings.all().items()
@@ -347,7 +385,7 @@ class Replicator:
             self._send(_nack(ids, "UNSUPPORTED_ASSIGNMENT", str(error)))
             return
         assignment_id, epoch, version = ids
-        if self._draining:
+        if self._draining and not self._holdings.holds(assignment_id, epoch):
             nack = _nack(ids, "DRAINING", "this replicator is stopping")
             self._in_turn(assignment_id, partial(self._say, nack))
             return
@@ -448,6 +486,7 @@ class Replicator:
 
     def _let_go(self, assignment_id: str, epoch: int) -> None:
         self._holdings.revoke(assignment_id, epoch)
+        self._fewer.set()
         self._in_turn(assignment_id, partial(self._release, assignment_id, epoch))
 
     async def _release(self, assignment_id: str, epoch: int) -> None:
@@ -498,7 +537,8 @@ async def run_until(replicator: Replicator, stop: asyncio.Event, shutdown_second
     if stop.is_set():
         log.info("draining")
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(replicator.drain(), shutdown_seconds)
+            patience = PATIENCE * shutdown_seconds
+            await asyncio.wait_for(replicator.drain(patience), shutdown_seconds)
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running

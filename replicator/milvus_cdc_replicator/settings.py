@@ -76,9 +76,17 @@ class Settings(_Strict):
     """gRPC health and reflection."""
     metrics: str = "127.0.0.1:7081"
     capacity: Annotated[int, Field(ge=0)] = 0
+    cluster: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,63}$")] = ""
+    """The controller's `cluster`: another one refuses."""
+    labels: dict[
+        Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")],
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,63}$")],
+    ] = Field(default_factory=dict, max_length=64)
+    """What tasks may ask for with `replicator_labels`."""
     memory_mib: Annotated[int, Field(ge=8, le=65_536, alias="memoryMiB")] = 64
     """Rows in transit; the process itself needs about 100 MiB more."""
     shutdown_seconds: Annotated[float, Field(gt=0, le=600)] = 20
+    """From SIGTERM to the end at the latest; seven tenths of it for handing over in turn."""
     reconcile_seconds: Annotated[float, Field(ge=1, le=86_400)] = 300
     """Between two comparisons of a collection with its sink, rows aside; varied by a fifth."""
     writes: WriteSettings = WriteSettings()

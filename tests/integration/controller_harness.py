@@ -183,6 +183,8 @@ class FakeReplicator:
         self.beats = True
         self.draining = False
         self.holds_checkpoints = False
+        self.hello: dict[str, Any] = {}
+        """More of its Hello."""
         self.held: dict[str, pb.Assign] = {}
         self.acks: dict[str, pb.ProgressAck] = {}
         self.limits: dict[str, task_pb2.Limits] = {}
@@ -221,6 +223,7 @@ class FakeReplicator:
                 protocol_max=1,
                 protocol_min=1,
                 held=held,
+                **self.hello,
             )
         )
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._beat())]

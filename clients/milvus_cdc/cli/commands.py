@@ -208,19 +208,3 @@ async def controllers(client: ControlClient, args: argparse.Namespace) -> int:
         "controllers", found, args.output, output.CONTROLLER_HEAD, output.controller_line
     )
     return 0
-
-
-async def replicators(client: ControlClient, args: argparse.Namespace) -> int:
-    found = await client.list_replicators()
-    output.show_list(
-        "replicators", found, args.output, output.REPLICATOR_HEAD, output.replicator_line
-    )
-    return 0
-
-
-async def assignments(client: ControlClient, args: argparse.Namespace) -> int:
-    found = await client.list_assignments(task=args.task, replicator=args.replicator)
-    output.show_list(
-        "assignments", found, args.output, output.ASSIGNMENT_HEAD, output.assignment_line
-    )
-    return 0

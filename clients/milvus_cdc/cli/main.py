@@ -13,7 +13,7 @@ from typing import NoReturn
 import grpc
 from milvuscdc.v1 import task_pb2
 
-from milvus_cdc.cli import commands
+from milvus_cdc.cli import commands, fleet
 from milvus_cdc.cli.diff import diff
 from milvus_cdc.cli.positions import positions, set_positions
 from milvus_cdc.cli.restore import restore
@@ -28,12 +28,13 @@ OK, USAGE, REFUSED, UNREACHABLE, INTERRUPTED = 0, 2, 3, 4, 130
 _EPILOG = """\
 exit codes:
   0  done (verify: everything was compared and is equal; task diff: no difference)
-  1  verify: something differs or could not be compared; task diff: differences
+  1  verify: something differs or could not be compared; task diff: differences;
+     replicator drain, assignment move: it ended before it was done
   2  wrong arguments or input; nothing was sent or stored
   3  the controller refused
   4  the controller could not be reached in time
 
-NAME is a task's name, with or without `tasks/` before it.
+NAME is a task's name, with or without `tasks/` before it; REPLICATOR and ASSIGNMENT likewise.
 The controller's address comes from --controller, else MILVUS_CDC_CONTROLLER, else %s.
 """
 _ADVICE = {
@@ -50,6 +51,10 @@ _ADVICE = {
 _ADVICE_BY_REASON = {
     "NO_LEADER": "`milvus-cdc controller list` shows which run; try again in a few seconds",
     "TASK_NOT_PAUSED": "milvus-cdc task pause NAME; set the positions; milvus-cdc task resume NAME",
+    "REPLICATOR_NOT_FOUND": "`milvus-cdc replicator list` shows what there is",
+    "ASSIGNMENT_NOT_FOUND": "`milvus-cdc assignment list` shows what there is",
+    "NO_OTHER_REPLICATOR": "start another replicator, or stop what it holds with --force",
+    "NO_CAPACITY": "start another replicator, or stop what it holds with --force",
     "NO_REPLICATOR": "start a replicator: milvus-cdc-replicator --config replicator.yaml",
 }
 
@@ -99,19 +104,7 @@ def build_parser() -> _Parser:
     )
     listing.set_defaults(run=commands.controllers)
 
-    replicator = groups.add_parser("replicator", help="the replicators")
-    listing = replicator.add_subparsers(metavar="COMMAND", required=True).add_parser(
-        "list", parents=[shared], help="who is connected"
-    )
-    listing.set_defaults(run=commands.replicators)
-
-    assignment = groups.add_parser("assignment", help="what replicators hold")
-    listing = assignment.add_subparsers(metavar="COMMAND", required=True).add_parser(
-        "list", parents=[shared], help="who holds what"
-    )
-    listing.add_argument("--task", default="", metavar="NAME")
-    listing.add_argument("--replicator", default="", metavar="replicators/NAME")
-    listing.set_defaults(run=commands.assignments)
+    fleet.add_commands(groups, shared)
 
     sink = groups.add_parser("sink", help="what a person has to do at a sink")
     user = sink.add_subparsers(metavar="COMMAND", required=True).add_parser(

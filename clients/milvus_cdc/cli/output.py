@@ -31,8 +31,18 @@ COLLECTION_HEAD = (
     "REASON",
 )
 CONTROLLER_HEAD = ("ADDRESS", "ROLE", "HOST", "VERSION", "STARTED", "NAME")
-REPLICATOR_HEAD = ("NAME", "STATE", "ASSIGNMENTS", "CAPACITY", "VERSION", "PEER", "HEARTBEAT")
-ASSIGNMENT_HEAD = ("NAME", "TASK", "COLLECTION", "STATE", "EPOCH", "REPLICATOR")
+REPLICATOR_HEAD = (
+    "NAME",
+    "STATE",
+    "ASSIGNMENTS",
+    "CAPACITY",
+    "ROWS/S",
+    "VERSION",
+    "PEER",
+    "HEARTBEAT",
+    "REASON",
+)
+ASSIGNMENT_HEAD = ("NAME", "TASK", "COLLECTION", "STATE", "EPOCH", "ROWS/S", "REPLICATOR")
 
 
 def to_dict(message: Message) -> dict[str, Any]:
@@ -149,25 +159,33 @@ def controller_line(item: fleet_service_pb2.Controller) -> Line:
 
 
 def replicator_line(item: fleet_service_pb2.Replicator) -> Line:
+    state = _enum(fleet_service_pb2.ReplicatorState.Name(item.state), "REPLICATOR_STATE_")
+    held = str(item.assignments)
+    if item.drain.state == fleet_service_pb2.Drain.STATE_RUNNING:
+        held += f" of {item.drain.total}"
     return (
         _short(item.name),
-        _enum(fleet_service_pb2.ReplicatorState.Name(item.state), "REPLICATOR_STATE_"),
-        str(item.assignments),
+        f"{state},CORDONED" if item.cordoned else state,
+        held,
         str(item.capacity) if item.capacity else "no limit",
-        item.version,
-        item.peer,
+        f"{item.rows_per_second:.0f}",
+        item.version or "-",
+        item.peer or "-",
         _age(item, "heartbeat_time"),
+        " ".join(filter(None, (item.reason, item.message))),
     )
 
 
 def assignment_line(item: fleet_service_pb2.AssignmentInfo) -> Line:
+    target = f" -> {_short(item.moving_to)}" if item.moving_to else ""
     return (
         _short(item.name),
         _short(item.task),
         item.collection or "(metadata)",
         item.state,
         str(item.epoch),
-        _short(item.replicator) or "-",
+        f"{item.rows_per_second:.0f}",
+        (_short(item.replicator) or "-") + target,
     )
 
 

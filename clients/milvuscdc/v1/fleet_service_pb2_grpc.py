@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class FleetServiceStub:
-    """Read-only view of the fleet.
+    """Shows the fleet and moves work between replicators. What a call changes is stored before it is answered.
     """
 
     def __init__(self, channel):
@@ -45,6 +45,31 @@ class FleetServiceStub:
                 request_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.GetReplicatorRequest.SerializeToString,
                 response_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.GetReplicatorResponse.FromString,
                 _registered_method=True)
+        self.WatchReplicators = channel.unary_stream(
+                '/milvuscdc.v1.FleetService/WatchReplicators',
+                request_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.WatchReplicatorsRequest.SerializeToString,
+                response_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.WatchReplicatorsResponse.FromString,
+                _registered_method=True)
+        self.CordonReplicator = channel.unary_unary(
+                '/milvuscdc.v1.FleetService/CordonReplicator',
+                request_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.CordonReplicatorRequest.SerializeToString,
+                response_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.CordonReplicatorResponse.FromString,
+                _registered_method=True)
+        self.UncordonReplicator = channel.unary_unary(
+                '/milvuscdc.v1.FleetService/UncordonReplicator',
+                request_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.UncordonReplicatorRequest.SerializeToString,
+                response_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.UncordonReplicatorResponse.FromString,
+                _registered_method=True)
+        self.DrainReplicator = channel.unary_unary(
+                '/milvuscdc.v1.FleetService/DrainReplicator',
+                request_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.DrainReplicatorRequest.SerializeToString,
+                response_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.DrainReplicatorResponse.FromString,
+                _registered_method=True)
+        self.CancelDrain = channel.unary_unary(
+                '/milvuscdc.v1.FleetService/CancelDrain',
+                request_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.CancelDrainRequest.SerializeToString,
+                response_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.CancelDrainResponse.FromString,
+                _registered_method=True)
         self.ListAssignments = channel.unary_unary(
                 '/milvuscdc.v1.FleetService/ListAssignments',
                 request_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.ListAssignmentsRequest.SerializeToString,
@@ -55,10 +80,20 @@ class FleetServiceStub:
                 request_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.ListControllersRequest.SerializeToString,
                 response_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.ListControllersResponse.FromString,
                 _registered_method=True)
+        self.MoveAssignment = channel.unary_unary(
+                '/milvuscdc.v1.FleetService/MoveAssignment',
+                request_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.MoveAssignmentRequest.SerializeToString,
+                response_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.MoveAssignmentResponse.FromString,
+                _registered_method=True)
+        self.RebalanceAssignments = channel.unary_unary(
+                '/milvuscdc.v1.FleetService/RebalanceAssignments',
+                request_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.RebalanceAssignmentsRequest.SerializeToString,
+                response_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.RebalanceAssignmentsResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer:
-    """Read-only view of the fleet.
+    """Shows the fleet and moves work between replicators. What a call changes is stored before it is answered.
     """
 
     def ListReplicators(self, request, context):
@@ -73,6 +108,42 @@ class FleetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchReplicators(self, request, context):
+        """Every replicator as it is, then each one whenever it changes, without an end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CordonReplicator(self, request, context):
+        """Nothing new is given to it; what it holds stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UncordonReplicator(self, request, context):
+        """Takes the mark away, and ends a drain.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainReplicator(self, request, context):
+        """Cordons it and moves all that it holds to others, a few at a time. Answers at once; `Replicator.drain` shows how
+        far it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelDrain(self, request, context):
+        """What has been moved stays where it is, the rest stays too; the mark is as it was before the drain.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListAssignments(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -81,6 +152,20 @@ class FleetServiceServicer:
 
     def ListControllers(self, request, context):
         """Answered by every controller itself, also while none leads.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MoveAssignment(self, request, context):
+        """To a replicator of the caller's choice. Answers when the owner is asked to let go.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RebalanceAssignments(self, request, context):
+        """Evens out the load with as few moves as that needs; with `validate_only` shows the moves and does none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,6 +184,31 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     request_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.GetReplicatorRequest.FromString,
                     response_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.GetReplicatorResponse.SerializeToString,
             ),
+            'WatchReplicators': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchReplicators,
+                    request_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.WatchReplicatorsRequest.FromString,
+                    response_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.WatchReplicatorsResponse.SerializeToString,
+            ),
+            'CordonReplicator': grpc.unary_unary_rpc_method_handler(
+                    servicer.CordonReplicator,
+                    request_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.CordonReplicatorRequest.FromString,
+                    response_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.CordonReplicatorResponse.SerializeToString,
+            ),
+            'UncordonReplicator': grpc.unary_unary_rpc_method_handler(
+                    servicer.UncordonReplicator,
+                    request_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.UncordonReplicatorRequest.FromString,
+                    response_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.UncordonReplicatorResponse.SerializeToString,
+            ),
+            'DrainReplicator': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainReplicator,
+                    request_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.DrainReplicatorRequest.FromString,
+                    response_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.DrainReplicatorResponse.SerializeToString,
+            ),
+            'CancelDrain': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelDrain,
+                    request_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.CancelDrainRequest.FromString,
+                    response_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.CancelDrainResponse.SerializeToString,
+            ),
             'ListAssignments': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAssignments,
                     request_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.ListAssignmentsRequest.FromString,
@@ -109,6 +219,16 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     request_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.ListControllersRequest.FromString,
                     response_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.ListControllersResponse.SerializeToString,
             ),
+            'MoveAssignment': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveAssignment,
+                    request_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.MoveAssignmentRequest.FromString,
+                    response_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.MoveAssignmentResponse.SerializeToString,
+            ),
+            'RebalanceAssignments': grpc.unary_unary_rpc_method_handler(
+                    servicer.RebalanceAssignments,
+                    request_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.RebalanceAssignmentsRequest.FromString,
+                    response_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.RebalanceAssignmentsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'milvuscdc.v1.FleetService', rpc_method_handlers)
@@ -118,7 +238,7 @@ def add_FleetServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FleetService:
-    """Read-only view of the fleet.
+    """Shows the fleet and moves work between replicators. What a call changes is stored before it is answered.
     """
 
     @staticmethod
@@ -176,6 +296,141 @@ class FleetService:
             _registered_method=True)
 
     @staticmethod
+    def WatchReplicators(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/milvuscdc.v1.FleetService/WatchReplicators',
+            milvuscdc_dot_v1_dot_fleet__service__pb2.WatchReplicatorsRequest.SerializeToString,
+            milvuscdc_dot_v1_dot_fleet__service__pb2.WatchReplicatorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CordonReplicator(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/milvuscdc.v1.FleetService/CordonReplicator',
+            milvuscdc_dot_v1_dot_fleet__service__pb2.CordonReplicatorRequest.SerializeToString,
+            milvuscdc_dot_v1_dot_fleet__service__pb2.CordonReplicatorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UncordonReplicator(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/milvuscdc.v1.FleetService/UncordonReplicator',
+            milvuscdc_dot_v1_dot_fleet__service__pb2.UncordonReplicatorRequest.SerializeToString,
+            milvuscdc_dot_v1_dot_fleet__service__pb2.UncordonReplicatorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainReplicator(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/milvuscdc.v1.FleetService/DrainReplicator',
+            milvuscdc_dot_v1_dot_fleet__service__pb2.DrainReplicatorRequest.SerializeToString,
+            milvuscdc_dot_v1_dot_fleet__service__pb2.DrainReplicatorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelDrain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/milvuscdc.v1.FleetService/CancelDrain',
+            milvuscdc_dot_v1_dot_fleet__service__pb2.CancelDrainRequest.SerializeToString,
+            milvuscdc_dot_v1_dot_fleet__service__pb2.CancelDrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListAssignments(request,
             target,
             options=(),
@@ -219,6 +474,60 @@ class FleetService:
             '/milvuscdc.v1.FleetService/ListControllers',
             milvuscdc_dot_v1_dot_fleet__service__pb2.ListControllersRequest.SerializeToString,
             milvuscdc_dot_v1_dot_fleet__service__pb2.ListControllersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveAssignment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/milvuscdc.v1.FleetService/MoveAssignment',
+            milvuscdc_dot_v1_dot_fleet__service__pb2.MoveAssignmentRequest.SerializeToString,
+            milvuscdc_dot_v1_dot_fleet__service__pb2.MoveAssignmentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RebalanceAssignments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/milvuscdc.v1.FleetService/RebalanceAssignments',
+            milvuscdc_dot_v1_dot_fleet__service__pb2.RebalanceAssignmentsRequest.SerializeToString,
+            milvuscdc_dot_v1_dot_fleet__service__pb2.RebalanceAssignmentsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -144,6 +144,26 @@ class Hello(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
@@ -151,6 +171,9 @@ class Hello(_message.Message):
     PROTOCOL_MIN_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    CLUSTER_FIELD_NUMBER: _builtins.int
+    CONNECTS_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Configured name or host name; the resource is `replicators/{name}`."""
     instance_id: _builtins.str
@@ -164,8 +187,18 @@ class Hello(_message.Message):
     protocol_min: _builtins.int
     capacity: _builtins.int
     """Most assignments it takes; 0 = no limit."""
+    cluster: _builtins.str
+    """Must be what the controller is configured with, else the stream ends with FAILED_PRECONDITION (CLUSTER_MISMATCH)."""
+    connects: _builtins.int
+    """Counts the streams that this process has begun. One that does not grow comes from another process with the same
+    instance_id, which is refused (INSTANCE_IN_USE). 0 = not counted.
+    """
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldAssignment]: ...
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """For tasks that ask for them."""
+
     def __init__(
         self,
         *,
@@ -176,10 +209,13 @@ class Hello(_message.Message):
         protocol_min: _builtins.int = ...,
         capacity: _builtins.int = ...,
         held: _abc.Iterable[Global___HeldAssignment] | None = ...,
+        cluster: _builtins.str = ...,
+        connects: _builtins.int = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "held", b"held", "instance_id", b"instance_id", "name", b"name", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "cluster", b"cluster", "connects", b"connects", "held", b"held", "instance_id", b"instance_id", "labels", b"labels", "name", b"name", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1277,6 +1313,7 @@ class Progress(_message.Message):
     OPERATIONS_READ_FROM_FIELD_NUMBER: _builtins.int
     ALIASES_VERSION_FIELD_NUMBER: _builtins.int
     ROWS_REFUSED_FIELD_NUMBER: _builtins.int
+    BYTES_WRITTEN_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     epoch: _builtins.int
     seq: _builtins.int
@@ -1304,6 +1341,8 @@ class Progress(_message.Message):
     """Metadata assignments: the version whose wishes for aliases the sink fulfils, whatever else is in the way."""
     rows_refused: _builtins.int
     """As the counters above: rows that are in the dead letters instead."""
+    bytes_written: _builtins.int
+    """As the counters above: bytes of the rows, as the log holds them."""
     @_builtins.property
     def vchannels(self) -> _containers.RepeatedCompositeFieldContainer[Global___VchannelReport]: ...
     @_builtins.property
@@ -1345,10 +1384,11 @@ class Progress(_message.Message):
         operations_read_from: _builtins.bytes = ...,
         aliases_version: _builtins.int = ...,
         rows_refused: _builtins.int = ...,
+        bytes_written: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["opened", b"opened", "renamed_to", b"renamed_to"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases_version", b"aliases_version", "applied_version", b"applied_version", "assignment_id", b"assignment_id", "conditions", b"conditions", "dropped", b"dropped", "epoch", b"epoch", "flushed_ts", b"flushed_ts", "flushes", b"flushes", "lag_ms", b"lag_ms", "message", b"message", "opened", b"opened", "operations_read_from", b"operations_read_from", "reason", b"reason", "renamed_to", b"renamed_to", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_refused", b"rows_refused", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "seq", b"seq", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases_version", b"aliases_version", "applied_version", b"applied_version", "assignment_id", b"assignment_id", "bytes_written", b"bytes_written", "conditions", b"conditions", "dropped", b"dropped", "epoch", b"epoch", "flushed_ts", b"flushed_ts", "flushes", b"flushes", "lag_ms", b"lag_ms", "message", b"message", "opened", b"opened", "operations_read_from", b"operations_read_from", "reason", b"reason", "renamed_to", b"renamed_to", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_refused", b"rows_refused", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "seq", b"seq", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -142,6 +142,26 @@ class Task(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class ReplicatorLabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     UID_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
@@ -159,6 +179,7 @@ class Task(_message.Message):
     BATCHING_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     DEAD_LETTERS_FIELD_NUMBER: _builtins.int
+    REPLICATOR_LABELS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
@@ -229,6 +250,12 @@ class Task(_message.Message):
         """
 
     @_builtins.property
+    def replicator_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Only replicators with all of these labels run it (a zone, a way to the sink). While none has them it waits
+        (NO_MATCHING_REPLICATOR). May be changed while the task runs.
+        """
+
+    @_builtins.property
     def state_time(self) -> _timestamp_pb2.Timestamp:
         """When the state last changed."""
 
@@ -262,6 +289,7 @@ class Task(_message.Message):
         batching: Global___Batching | None = ...,
         limits: Global___Limits | None = ...,
         dead_letters: _dead_letters_pb2.DeadLetters | None = ...,
+        replicator_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         state: Global___TaskState.ValueType = ...,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
@@ -273,7 +301,7 @@ class Task(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "carry", b"carry", "create_time", b"create_time", "dead_letters", b"dead_letters", "limits", b"limits", "progress", b"progress", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state_time", b"state_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "batching", b"batching", "carry", b"carry", "conditions", b"conditions", "create_time", b"create_time", "dead_letters", b"dead_letters", "drift", b"drift", "etag", b"etag", "generation", b"generation", "labels", b"labels", "limits", b"limits", "message", b"message", "name", b"name", "observed_generation", b"observed_generation", "progress", b"progress", "reason", b"reason", "rename", b"rename", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state", b"state", "state_time", b"state_time", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "batching", b"batching", "carry", b"carry", "conditions", b"conditions", "create_time", b"create_time", "dead_letters", b"dead_letters", "drift", b"drift", "etag", b"etag", "generation", b"generation", "labels", b"labels", "limits", b"limits", "message", b"message", "name", b"name", "observed_generation", b"observed_generation", "progress", b"progress", "reason", b"reason", "rename", b"rename", "replicator_labels", b"replicator_labels", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state", b"state", "state_time", b"state_time", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,15 +1,13 @@
-"""Giving out, changing and taking back assignments.
+"""Assignments brought towards what is wanted: names taken, versions sent, owners found.
 
-Laws: an assignment changes hands only when its owner has released it or the owner's lease has
-certainly ended; every new owner gets a new epoch, saved before it hears of it; what is held and
-healthy stays where it is.
+Law: what is held and healthy stays where it is unless somebody wants it moved (`moves`).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from milvus_cdc.model import metadata_assignment_id, split_assignment_id
+from milvus_cdc.model import metadata_assignment_id
 
 from milvus_cdc_controller.core.collection import (
     CollectionProgress,
@@ -19,102 +17,18 @@ from milvus_cdc_controller.core.collection import (
     start_checkpoints,
     target_name,
 )
-from milvus_cdc_controller.core.effects import Assign, Revoke
 from milvus_cdc_controller.core.grant import Grant
-from milvus_cdc_controller.core.liveness import Session
+from milvus_cdc_controller.core.granting import metadata_wanted, revoke, send_assign, wanted
 from milvus_cdc_controller.core.mapping import split
 from milvus_cdc_controller.core.metadata_work import drop_waits_for_alias, settle_metadata
 from milvus_cdc_controller.core.names import Kind, Owner
-from milvus_cdc_controller.core.placement import Candidate, Need, place
+from milvus_cdc_controller.core.placing import place_waiting
 from milvus_cdc_controller.core.reconcile import name_fault
 from milvus_cdc_controller.core.task import StartAt, TaskRecord
 from milvus_cdc_controller.core.world import World
 
 MOVING = "milvus_cdc_moving_"
 """Begins the name of a collection that makes way for others; its source id follows."""
-
-
-def wanted(task: TaskRecord, record: CollectionRecord) -> str:
-    """Empty when the collection should be running; else why not."""
-    if task.deleting:
-        return "DELETING"
-    if task.failure is not None:
-        return "TASK_FAILED"
-    if task.paused:
-        return "PAUSED"
-    if not task.probed:
-        return "NOT_PROBED"
-    if record.deselected:
-        return "DESELECTED"
-    if record.failure is not None:
-        return "FAILED"
-    if record.resync:
-        return "RESYNC"
-    if not record.started:
-        return "WAITING_FOR_START"
-    if not record.holds_name:
-        return "WAITING_FOR_NAME"
-    return ""
-
-
-def metadata_wanted(world: World, task: TaskRecord) -> str:
-    if not task.active:
-        return "DELETING" if task.deleting else "PAUSED" if task.paused else "TASK_FAILED"
-    metadata = world.metadata[task.uid]
-    if not task.probed:
-        return "NOT_PROBED"
-    if metadata.failure is not None:
-        return "FAILED"
-    if not metadata.version:
-        return "EMPTY"
-    return ""
-
-
-def send_assign(world: World, grant: Grant) -> None:
-    """The whole resource to its owner, if it is connected."""
-    session = world.owner(grant)
-    if session is None or not session.stream:
-        return
-    uid, _ = split_assignment_id(grant.assignment_id)
-    task = world.tasks[uid]
-    record = world.record_of(grant.assignment_id)
-    observed = world.seen(grant.assignment_id)
-    if record is None:
-        metadata = world.metadata[uid]
-        observed.sent_version = metadata.version
-        message = Assign(
-            grant.assignment_id, grant.epoch, metadata.version, task, metadata=metadata
-        )
-    else:
-        observed.sent_version = record.version
-        message = Assign(
-            grant.assignment_id,
-            grant.epoch,
-            record.version,
-            task,
-            collection=record,
-            progress=world.progress[grant.assignment_id],
-        )
-    world.send(session.stream, message)
-
-
-def revoke(world: World, grant: Grant, reason: str) -> None:
-    """Asks the owner to let go; once per epoch and stream. The grant stays until it does or its
-    lease ends.
-    """
-    observed = world.seen(grant.assignment_id)
-    if observed.revoking:
-        return
-    observed.revoking = reason
-    world.touch(split_assignment_id(grant.assignment_id)[0])
-    session = world.owner(grant)
-    if session is not None:
-        world.send(session.stream, Revoke(grant.assignment_id, grant.epoch, reason))
-
-
-def let_go(world: World, grant: Grant) -> None:
-    """Nobody holds it any more; the epoch stays spent."""
-    world.put_grant(replace(grant, owner="", instance=""))
 
 
 def settle(world: World) -> set[str]:
@@ -212,11 +126,8 @@ def _reset(world: World, record: CollectionRecord, progress: CollectionProgress)
 
 
 def _settle_grant(world: World, grant: Grant, unwanted: str, version: int) -> None:
-    session = world.owner(grant)
     if unwanted:
         revoke(world, grant, unwanted)
-    elif session is not None and session.draining:
-        revoke(world, grant, "DRAINING")
     else:
         observed = world.seen(grant.assignment_id)
         if not observed.revoking and observed.sent_version != version:
@@ -280,76 +191,3 @@ def _aim(world: World, task: TaskRecord, record: CollectionRecord) -> Collection
         record = replace(record, failure=failure)
         world.put_collection(record)
     return record
-
-
-def place_waiting(world: World, looked_at: set[str]) -> None:
-    """Finds owners for everything that is wanted and held by nobody: it is of a task just looked
-    at, or found none before.
-    """
-    sessions = world.alive()
-    uids = (looked_at | world.unplaced) & world.tasks.keys()
-    if not sessions:
-        world.unplaced = uids
-        return
-    # A process that still has it from an earlier epoch must let go (or its lease must end) first.
-    stale = {key for known in world.sessions.values() for key, _ in known.stale}
-    needs: list[Need] = []
-    waiting: set[str] = set()
-    for task in sorted((world.tasks[uid] for uid in uids), key=lambda t: (t.create_time_ms, t.uid)):
-        if not task.active:
-            continue
-        before = len(needs)
-        key = metadata_assignment_id(task.uid)
-        if key not in stale and not _held(world, key) and not metadata_wanted(world, task):
-            needs.append(Need(key))
-        for record in world.collections[task.uid].values():
-            key = record.assignment_id
-            if key not in stale and not _held(world, key) and not wanted(task, record):
-                logs = frozenset((task.spec.source_id, v.pchannel) for v in record.want.vchannels)
-                needs.append(Need(key, logs))
-        if len(needs) > before:
-            waiting.add(task.uid)
-    world.unplaced = waiting
-    if not needs:
-        return
-    for assignment_id, instance in place(needs, _candidates(world, sessions)).items():
-        give(world, assignment_id, world.sessions[instance])
-
-
-def give(world: World, assignment_id: str, session: Session) -> None:
-    """A new owner: next epoch, saved, then sent."""
-    old = world.grants.get(assignment_id) or Grant(assignment_id)
-    assert not old.instance, "an assignment has one owner"
-    grant = Grant(assignment_id, old.epoch + 1, session.name, session.instance, world.now.wall_ms)
-    world.put_grant(grant)
-    send_assign(world, grant)
-
-
-def _held(world: World, assignment_id: str) -> bool:
-    grant = world.grants.get(assignment_id)
-    return grant is not None and bool(grant.instance)
-
-
-def _candidates(world: World, sessions: list[Session]) -> list[Candidate]:
-    held: dict[str, list[CollectionRecord]] = {s.instance: [] for s in sessions}
-    count: dict[str, int] = {s.instance: 0 for s in sessions}
-    logs: dict[str, set[tuple[str, str]]] = {s.instance: set() for s in sessions}
-    for grant in world.grants.values():
-        if grant.instance not in held:
-            continue
-        count[grant.instance] += 1
-        record = world.record_of(grant.assignment_id)
-        if record is not None:
-            held[grant.instance].append(record)
-            source = world.tasks[record.task_uid].spec.source_id
-            logs[grant.instance].update((source, v.pchannel) for v in record.want.vchannels)
-    return [
-        Candidate(
-            s.instance,
-            s.capacity,
-            count[s.instance],
-            len(held[s.instance]),
-            frozenset(logs[s.instance]),
-        )
-        for s in sessions
-    ]

@@ -51,6 +51,8 @@ class Counters:
     rows_deleted: int = 0
     rows_skipped: int = 0
     rows_refused: int = 0
+    bytes_written: int = 0
+    """As the log holds them."""
 
     def plus(self, other: Counters) -> Counters:
         return Counters(
@@ -59,7 +61,12 @@ class Counters:
             self.rows_deleted + other.rows_deleted,
             self.rows_skipped + other.rows_skipped,
             self.rows_refused + other.rows_refused,
+            self.bytes_written + other.bytes_written,
         )
+
+    @property
+    def rows_written(self) -> int:
+        return self.rows_inserted + self.rows_upserted + self.rows_deleted
 
 
 NO_ROWS = Counters()

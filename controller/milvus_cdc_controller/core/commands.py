@@ -245,6 +245,8 @@ def update_task(world: World, command: UpdateTask) -> None:
         spec = replace(spec, limits=command.limits)
     if command.dead_letters is not None:
         spec = replace(spec, dead_letters=command.dead_letters)
+    if command.replicator_labels is not None:
+        spec = replace(spec, replicator_labels=command.replicator_labels)
     if command.validate_only:
         _answer(world, command, replace(task, spec=spec))
         return

@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from milvus_cdc_controller.core import commands, events, positions, sessions, sources
+from milvus_cdc_controller.core import (
+    commands,
+    events,
+    fleet,
+    moves,
+    positions,
+    presence,
+    sessions,
+    sources,
+)
 from milvus_cdc_controller.core.assigning import settle
 from milvus_cdc_controller.core.effects import Effect, Forget, Publish, Record, Save
 from milvus_cdc_controller.core.liveness import Leases, SessionState
@@ -28,6 +37,12 @@ _HANDLERS: dict[type[events.Event], Callable[[World, Any], None]] = {
     events.RetryTask: commands.retry_task,
     events.ResyncCollection: commands.resync_collection,
     events.SetPositions: commands.set_positions,
+    events.CordonReplicator: fleet.cordon,
+    events.UncordonReplicator: fleet.uncordon,
+    events.DrainReplicator: fleet.drain,
+    events.CancelDrain: fleet.cancel_drain,
+    events.MoveAssignment: fleet.move,
+    events.Rebalance: fleet.rebalance,
     events.CatalogueSeen: sources.catalogue_seen,
     events.SourceUnavailable: sources.source_unavailable,
     events.PartitionRead: sources.partition_read,
@@ -79,6 +94,10 @@ class Controller:
     def _tick(self) -> None:
         world = self.world
         sessions.expire(world)
+        presence.look(world)
+        moves.misplaced(world)
+        moves.advance(world)
+        moves.balance(world)
         now_ms = world.now.mono_ms
         faces = {
             instance: (

@@ -13,9 +13,18 @@ from milvus_cdc.model import RateLimits
 from milvus_cdc_controller.core.collection import CollectionProgress, CollectionRecord
 from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_controller.core.jobs import JobPayload, JobResult
+from milvus_cdc_controller.core.replicator import ReplicatorRecord
 from milvus_cdc_controller.core.task import MetadataRecord, SourceRecord, TaskRecord
 
-Record = TaskRecord | CollectionRecord | CollectionProgress | MetadataRecord | Grant | SourceRecord
+Record = (
+    TaskRecord
+    | CollectionRecord
+    | CollectionProgress
+    | MetadataRecord
+    | Grant
+    | SourceRecord
+    | ReplicatorRecord
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ class UpdateTask(Command):
     batching: Batching | None = None
     limits: RateLimits | None = None
     dead_letters: bytes | None = None
+    replicator_labels: tuple[tuple[str, str], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,48 @@ class SetPositions(Command):
     name: str
     etag: str
     positions: tuple[Located, ...]
+
+
+# Of the fleet. `name` and `replicator` are names of replicators, without what stands before.
+
+
+@dataclass(frozen=True, slots=True)
+class CordonReplicator(Command):
+    name: str
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UncordonReplicator(Command):
+    name: str
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReplicator(Command):
+    name: str
+    timeout_ms: int = 0
+    """0 = no end."""
+    force: bool = False
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CancelDrain(Command):
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class MoveAssignment(Command):
+    assignment_id: str
+    replicator: str
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rebalance(Command):
+    max_moves: int = 0
+    """0 = as many as it needs."""
 
 
 # The source's metadata.
@@ -163,6 +206,8 @@ class Hello(StreamEvent):
     protocol: int
     capacity: int
     held: tuple[Held, ...]
+    connects: int = 0
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +308,8 @@ class PartitionAsked(StreamEvent):
 class JobAsked(Event):
     job_id: str
     payload: JobPayload
+    labels: tuple[tuple[str, str], ...] = ()
+    """Only a replicator with all of them does it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from milvus_cdc_controller.core.placement import Labels
 from milvus_cdc_controller.core.retention import Retention
 
 
@@ -146,3 +147,5 @@ class Job:
     task_uid: str = ""
     instance: str = ""
     deadline_ms: int = 0
+    labels: Labels = frozenset()
+    """Only a replicator with all of them does it."""

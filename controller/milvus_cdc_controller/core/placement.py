@@ -1,67 +1,162 @@
-"""Which replicator gets a waiting assignment.
+"""Which replicator gets a waiting assignment, and which ones move so that the load evens out.
 
-Laws: spread first (nobody gets more than `SLACK` above the least loaded), then prefer those that
-already read the same pchannels, because a pchannel is read once per replicator; capacity is never
-exceeded; what is placed is never moved.
+Laws: capacity and the labels that a task asks for are never broken; spread first (nobody gets
+something while he carries more than `SLACK` above the least loaded who could have it), then prefer
+those that already read the same pchannels, because a pchannel is read once per replicator. Evening
+out only ever moves from more to less, and never so much that it would be worth moving back: what is
+even stays where it is, whoever asks how often.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
-SLACK = 1
+SLACK = 1.0
+"""What one idle collection weighs."""
+
+WORTH = 0.9
+"""Of a difference: what weighs more than this part of it gains too little to be moved."""
+Log = tuple[str, str]
+"""(source id, pchannel)"""
+Labels = frozenset[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """An assignment without an owner. `logs` are (source id, pchannel); none for a metadata
-    assignment.
+    """An assignment without an owner. `logs` are none for a metadata assignment, which weighs
+    nothing.
     """
 
     assignment_id: str
-    logs: frozenset[tuple[str, str]] = frozenset()
+    logs: frozenset[Log] = frozenset()
+    weight: float = 1.0
+    labels: Labels = frozenset()
+    """Whoever gets it has all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A replicator that takes work. `load` counts its collection assignments, `held` all."""
+    """A replicator that takes work. `load` weighs its collection assignments, `held` counts all."""
 
     instance: str
     capacity: int
     held: int
-    load: int
-    logs: frozenset[tuple[str, str]]
+    load: float
+    logs: frozenset[Log]
+    labels: Labels = frozenset()
+
+    def room(self) -> bool:
+        return self.capacity == 0 or self.held < self.capacity
+
+    def suits(self, need: Need) -> bool:
+        return need.labels <= self.labels
+
+    def holding(self, need: Need) -> Candidate:
+        """As it is once it holds that, too."""
+        load = self.load + need.weight
+        return replace(self, held=self.held + 1, load=load, logs=self.logs | need.logs)
 
 
-def place(needs: list[Need], candidates: list[Candidate]) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class PlannedMove:
+    assignment_id: str
+    source: str
+    target: str
+    weight: float
+
+
+def place(needs: Iterable[Need], candidates: Iterable[Candidate]) -> dict[str, str]:
     """Assignment -> instance. Needs that nobody can take are left out."""
-    held = {c.instance: c.held for c in candidates}
-    load = {c.instance: c.load for c in candidates}
-    logs = {c.instance: set(c.logs) for c in candidates}
-    capacity = {c.instance: c.capacity for c in candidates}
+    all_ = {c.instance: c for c in sorted(candidates, key=lambda c: c.instance)}
     placed: dict[str, str] = {}
     for need in needs:
-        able = [
-            instance
-            for instance in sorted(held)
-            if capacity[instance] == 0 or held[instance] < capacity[instance]
-        ]
+        able = [c for c in all_.values() if c.room() and c.suits(need)]
         if not able:
             continue
-        least = min(load[instance] for instance in able)
-        near = [instance for instance in able if load[instance] <= least + SLACK]
-        best = min(
-            near,
-            key=lambda instance: (
-                -len(need.logs & logs[instance]),
-                load[instance],
-                held[instance],
-                instance,
-            ),
-        )
-        placed[need.assignment_id] = best
-        held[best] += 1
-        if need.logs:
-            load[best] += 1
-            logs[best] |= need.logs
+        least = min(c.load for c in able)
+        near = [c for c in able if c.load <= least + SLACK]
+        best = min(near, key=lambda c: (-len(need.logs & c.logs), c.load, c.held, c.instance))
+        placed[need.assignment_id] = best.instance
+        all_[best.instance] = best.holding(need)
     return placed
+
+
+@dataclass(slots=True)
+class _Side:
+    """A replicator while moves are being planned."""
+
+    candidate: Candidate
+    load: float
+    held: int
+    needs: dict[str, Need] = field(default_factory=dict)
+
+    def full(self) -> bool:
+        return self.candidate.capacity != 0 and self.held >= self.candidate.capacity
+
+
+def even_out(
+    held: dict[str, list[Need]],
+    candidates: Iterable[Candidate],
+    *,
+    moves_max: int = 0,
+    slack: float = SLACK,
+    hysteresis: float = 0.0,
+) -> list[PlannedMove]:
+    """Moves between the candidates, most useful first; at most `moves_max` when it is not 0.
+
+    `held` names by instance what may move. Nothing moves between two whose loads differ by no more
+    than `slack` and the part `hysteresis` of what a candidate carries on average.
+    """
+    sides = {
+        c.instance: _Side(
+            c, c.load, c.held, {need.assignment_id: need for need in held.get(c.instance, [])}
+        )
+        for c in candidates
+    }
+    if len(sides) < 2:
+        return []
+    mean = sum(side.load for side in sides.values()) / len(sides)
+    gap_min = slack + hysteresis * mean
+    moves: list[PlannedMove] = []
+    while not moves_max or len(moves) < moves_max:
+        move = _best_move(sides, gap_min)
+        if move is None:
+            break
+        moves.append(move)
+        source, target = sides[move.source], sides[move.target]
+        need = source.needs.pop(move.assignment_id)
+        # It stays where it comes to: one move at most for each.
+        source.load -= move.weight
+        source.held -= 1
+        target.load += move.weight
+        target.held += 1
+        target.candidate = replace(target.candidate, logs=target.candidate.logs | need.logs)
+    return moves
+
+
+def _best_move(sides: dict[str, _Side], gap_min: float) -> PlannedMove | None:
+    by_load = sorted(sides.items(), key=lambda item: (item[1].load, item[0]))
+    for source_name, source in reversed(by_load):
+        for target_name, target in by_load:
+            gap = source.load - target.load
+            if gap <= gap_min:
+                break
+            if target.full():
+                continue
+            # Not what would only turn the difference round.
+            most = WORTH * gap
+            fitting = [
+                need
+                for need in source.needs.values()
+                if need.logs and need.weight <= most and target.candidate.suits(need)
+            ]
+            if not fitting:
+                continue
+            logs = target.candidate.logs
+            best = min(
+                fitting,
+                key=lambda n: (abs(gap / 2 - n.weight), -len(n.logs & logs), n.assignment_id),
+            )
+            return PlannedMove(best.assignment_id, source_name, target_name, best.weight)
+    return None

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from milvus_cdc.model import split_assignment_id
 
-from milvus_cdc_controller.core.assigning import let_go, revoke, send_assign
 from milvus_cdc_controller.core.effects import (
     CloseStream,
     HeartbeatAck,
@@ -34,11 +33,17 @@ from milvus_cdc_controller.core.events import (
     StreamLost,
 )
 from milvus_cdc_controller.core.grant import Grant, ReportedState
+from milvus_cdc_controller.core.granting import let_go, revoke, send_assign
 from milvus_cdc_controller.core.jobs import DiffEvent, Job, JobFailed, VerifyEvent
 from milvus_cdc_controller.core.liveness import Session
 from milvus_cdc_controller.core.metadata_work import awaits, flushed, metadata_reported
+from milvus_cdc_controller.core.moves import advance
+from milvus_cdc_controller.core.placing import held_by
 from milvus_cdc_controller.core.positions import note
+from milvus_cdc_controller.core.presence import arrive, depart, look
 from milvus_cdc_controller.core.progress import apply_applied, apply_opened, apply_renamed, merge
+from milvus_cdc_controller.core.rates import Rate
+from milvus_cdc_controller.core.replicator import ReplicatorState
 from milvus_cdc_controller.core.sources import adopt_catalogue, job_done, send_job
 from milvus_cdc_controller.core.task import Failure
 from milvus_cdc_controller.core.world import World
@@ -46,6 +51,10 @@ from milvus_cdc_controller.core.world import World
 REFUSED_FOR_NOW = frozenset({"CAPACITY", "DRAINING"})
 """Reasons of a Nack that speak of the replicator and not of the assignment."""
 FULL_FOR_MS = 10_000
+_IN_USE = (
+    "Another process with this instance_id is connected: a machine was cloned while it ran. "
+    "Start this replicator anew."
+)
 
 
 def started(world: World) -> None:
@@ -56,13 +65,19 @@ def started(world: World) -> None:
     end_ms = world.leases.end_ms(world.now.mono_ms) + longer_ms
     for grant in world.grants.values():
         if grant.instance and grant.instance not in world.sessions:
-            world.sessions[grant.instance] = Session(grant.instance, grant.owner, end_ms)
+            session = Session(grant.instance, grant.owner, end_ms)
+            session.mark = world.mark_of(grant.owner)
+            world.sessions[grant.instance] = session
     world.watch_sources()
     world.touch_all()
 
 
 def hello(world: World, event: Hello) -> None:
     session = world.sessions.get(event.instance)
+    if session is not None and 0 < event.connects <= session.connects:
+        # The newest stream of a process says more than all before it.
+        world.effects.append(CloseStream(event.stream, "INSTANCE_IN_USE", _IN_USE))
+        return
     if session is None:
         session = Session(event.instance, event.name, 0)
         world.sessions[event.instance] = session
@@ -71,12 +86,15 @@ def hello(world: World, event: Hello) -> None:
         _detach(world, session)
         world.effects.append(CloseStream(old, "REPLACED", "The same process has connected anew."))
     session.name = event.name
+    arrive(world, session)
     session.stream = event.stream
     session.version, session.peer, session.capacity = event.version, event.peer, event.capacity
+    session.labels, session.connects = event.labels, event.connects
     session.draining = False
     session.connect_time_ms = world.now.wall_ms
     session.full_until_ms = 0
     session.heard(world.leases, world.now.mono_ms, world.now.wall_ms)
+    session.look(world.leases, world.now.mono_ms)
     world.streams[event.stream] = event.instance
     world.send(event.stream, Welcome(event.protocol))
     session.stale.clear()
@@ -116,9 +134,10 @@ def stream_lost(world: World, event: StreamLost) -> None:
     if session is None:
         return
     _detach(world, session)
-    holds = any(grant.instance == session.instance for grant in world.grants.values())
-    if not holds and not session.stale:
-        del world.sessions[session.instance]
+    if (session.leaving or session.drained) and not session.stale and not held_by(world, session):
+        depart(world, session, ReplicatorState.STOPPED)
+    else:
+        session.look(world.leases, world.now.mono_ms)
     world.touch_all()
 
 
@@ -130,8 +149,10 @@ def heartbeat(world: World, event: Heartbeat) -> None:
     session.heard(world.leases, world.now.mono_ms, world.now.wall_ms)
     session.draining = session.draining or event.draining
     world.send(event.stream, HeartbeatAck(event.seq))
-    if session.state(world.leases, world.now.mono_ms) is not was:
+    session.look(world.leases, world.now.mono_ms)
+    if session.shown is not was:
         world.touch_all()
+        advance(world)
 
 
 def expire(world: World) -> None:
@@ -145,7 +166,7 @@ def expire(world: World) -> None:
             world.effects.append(
                 CloseStream(stream, "LEASE_EXPIRED", "No heartbeat for a whole lease.")
             )
-        del world.sessions[session.instance]
+        depart(world, session, ReplicatorState.LOST)
         for grant in [g for g in world.grants.values() if g.instance == session.instance]:
             let_go(world, grant)
         world.touch_all()
@@ -160,6 +181,16 @@ def _own(world: World, stream: int, assignment_id: str, epoch: int) -> Grant | N
     if grant.instance != session.instance or grant.epoch != epoch:
         return None
     return grant
+
+
+def _why_not(world: World, stream: int, assignment_id: str) -> str:
+    """What is wrong with somebody who speaks for an assignment that he does not hold."""
+    grant, session = world.grants.get(assignment_id), world.session_of(stream)
+    if grant is None:
+        return "UNKNOWN_ASSIGNMENT"
+    if session is not None and grant.instance not in ("", session.instance):
+        return "HELD_BY_ANOTHER"
+    return "STALE_EPOCH"
 
 
 def acked(world: World, event: Acked) -> None:
@@ -203,13 +234,16 @@ def released(world: World, event: Released) -> None:
     grant = _own(world, event.stream, event.assignment_id, event.epoch)
     if grant is not None:
         let_go(world, grant)
+        look(world)
+        advance(world)
 
 
 def progress_reported(world: World, event: ProgressReported) -> None:
     grant = _own(world, event.stream, event.assignment_id, event.epoch)
     if grant is None:
         if world.session_of(event.stream) is not None:
-            world.send(event.stream, Revoke(event.assignment_id, event.epoch, "STALE_EPOCH"))
+            reason = _why_not(world, event.stream, event.assignment_id)
+            world.send(event.stream, Revoke(event.assignment_id, event.epoch, reason))
         return
     observed = world.seen(event.assignment_id)
     if event.seq <= observed.seq:
@@ -222,6 +256,8 @@ def progress_reported(world: World, event: ProgressReported) -> None:
     observed.state, observed.reason, observed.message = event.state, event.reason, event.message
     observed.lag_ms = event.lag_ms
     world.stirred.add(uid)
+    if event.assignment_id in world.moves:
+        advance(world)
     horizons: tuple[tuple[str, int], ...] = ()
     if collection_id is None:
         _metadata_progress(world, event, uid)
@@ -251,6 +287,9 @@ def _collection_progress(
     progress = merge(old_progress, event, opened=new.opened)
     if progress != old_progress:
         world.put_progress(progress)
+    totals = progress.totals
+    rate = world.rates.setdefault(event.assignment_id, Rate())
+    rate.count(world.now.mono_ms, totals.rows_written, totals.bytes_written)
     for shard in event.vchannels:
         if shard.retention is not None:
             note(world, event.assignment_id, shard.vchannel, shard.retention)
@@ -276,8 +315,12 @@ def _collection_progress(
 
 
 def job_asked(world: World, event: JobAsked) -> None:
-    if not send_job(world, Job(event.job_id, event.payload)):
-        none = JobFailed("NO_REPLICATOR", "No replicator is connected; start one.", transient=True)
+    job = Job(event.job_id, event.payload, labels=frozenset(event.labels))
+    if not send_job(world, job):
+        text = "No replicator is connected; start one."
+        if event.labels and world.alive():
+            text = "No connected replicator has the labels that the task asks for; start one."
+        none = JobFailed("NO_REPLICATOR", text, transient=True)
         world.effects.append(JobOutput(event.job_id, none, last=True))
 
 

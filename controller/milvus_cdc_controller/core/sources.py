@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from milvus_cdc.model import Catalogue, ObjectState, Partition
 
-from milvus_cdc_controller.core.assigning import send_assign
 from milvus_cdc_controller.core.collection import changed, start_checkpoints
 from milvus_cdc_controller.core.effects import JobCancel, JobRequest, ReadPartition
 from milvus_cdc_controller.core.events import (
@@ -20,6 +19,7 @@ from milvus_cdc_controller.core.events import (
     PartitionRead,
     SourceUnavailable,
 )
+from milvus_cdc_controller.core.granting import send_assign
 from milvus_cdc_controller.core.jobs import (
     Job,
     JobFailed,
@@ -228,14 +228,15 @@ def advance_work(world: World) -> None:
 def start_job(world: World, task: TaskRecord, payload: JobPayload) -> str:
     """One of the core's own jobs; empty when no replicator is there."""
     world.job_count += 1
-    job = Job(f"{task.uid}/{world.job_count}", payload, task.uid)
+    labels = frozenset(task.spec.replicator_labels)
+    job = Job(f"{task.uid}/{world.job_count}", payload, task.uid, labels=labels)
     job.deadline_ms = world.now.mono_ms + JOB_TIMEOUT_MS
     return job.job_id if send_job(world, job) else ""
 
 
 def send_job(world: World, job: Job) -> bool:
     """To the replicator with the fewest jobs; False when none is there."""
-    sessions = world.alive()
+    sessions = [s for s in world.alive() if job.labels <= frozenset(s.labels)]
     if not sessions:
         return False
     busy = [other.instance for other in world.jobs.values()]

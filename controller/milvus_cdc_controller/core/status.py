@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from milvus_cdc.model import metadata_assignment_id
 
-from milvus_cdc_controller.core.assigning import metadata_wanted, wanted
 from milvus_cdc_controller.core.collection import (
     NO_ROWS,
     CollectionProgress,
@@ -19,8 +18,10 @@ from milvus_cdc_controller.core.collection import (
 )
 from milvus_cdc_controller.core.effects import Publish, Save
 from milvus_cdc_controller.core.grant import Grant, GrantState, Observed, ReportedState
+from milvus_cdc_controller.core.granting import metadata_wanted, wanted
 from milvus_cdc_controller.core.liveness import SessionState
 from milvus_cdc_controller.core.names import Kind
+from milvus_cdc_controller.core.placing import labels_of
 from milvus_cdc_controller.core.reconcile import name_fault
 from milvus_cdc_controller.core.task import TaskRecord, TaskState, move
 from milvus_cdc_controller.core.world import World, task_key
@@ -51,11 +52,7 @@ def collection_status(world: World, record: CollectionRecord) -> Status:
     if not held:
         if not world.alive():
             return CollectionState.PENDING, "NO_REPLICATOR", "No replicator is connected."
-        return (
-            CollectionState.PENDING,
-            "NO_CAPACITY",
-            "Every connected replicator is full; start another or raise a capacity.",
-        )
+        return CollectionState.PENDING, *_no_taker(world, task)
     assert grant is not None
     session = world.owner(grant)
     if session is None or session.state(world.leases, world.now.mono_ms) is SessionState.SUSPECT:
@@ -66,6 +63,10 @@ def collection_status(world: World, record: CollectionRecord) -> Status:
         )
     seen = world.seen(record.assignment_id)
     if seen.revoking:
+        move = world.moves.get(record.assignment_id)
+        target = world.sessions.get(move.target) if move is not None else None
+        if target is not None:
+            return CollectionState.PENDING, "MOVING", f"From {grant.owner} to {target.name}."
         return CollectionState.PENDING, "REVOKING", f"{grant.owner} is letting go."
     if seen.state is ReportedState.RETRYING:
         return CollectionState.RETRYING, seen.reason, seen.message
@@ -74,6 +75,23 @@ def collection_status(world: World, record: CollectionRecord) -> Status:
     if seen.state is ReportedState.NONE:
         return CollectionState.PENDING, "ASSIGNING", f"{grant.owner} is beginning."
     return CollectionState.RUNNING, "", ""
+
+
+def _no_taker(world: World, task: TaskRecord) -> tuple[str, str]:
+    """Why nobody takes what waits, though somebody is connected."""
+    labels = frozenset(task.spec.replicator_labels)
+    if not any(labels <= labels_of(session) for session in world.alive()):
+        wanted_ = ", ".join(f"{key}={value}" for key, value in sorted(labels))
+        return (
+            "NO_MATCHING_REPLICATOR",
+            f"No connected replicator has the labels that the task asks for: {wanted_}. Start one "
+            "that has, or change replicator_labels.",
+        )
+    return (
+        "NO_CAPACITY",
+        "Every connected replicator that may have it is full, cordoned or draining; start another, "
+        "uncordon one or raise a capacity.",
+    )
 
 
 def waiting_for(world: World, record: CollectionRecord, name: str) -> str:

@@ -98,6 +98,8 @@ class TaskSpec:
     dead_letters: bytes = b""
     """Opaque here; empty when refused rows stop their collection."""
     rename: Rules = ()
+    replicator_labels: tuple[tuple[str, str], ...] = ()
+    """Only replicators with all of them get something of it."""
     source_endpoint: str = ""
     """The source's public API, written as a `sink_id`; empty when the task does not name it."""
 

@@ -38,8 +38,11 @@ from milvus_cdc_controller.core.grant import Grant, Observed
 from milvus_cdc_controller.core.jobs import Job
 from milvus_cdc_controller.core.liveness import Leases, Session
 from milvus_cdc_controller.core.metadata import alias_names
+from milvus_cdc_controller.core.moving import Balancing, Move, Policy
 from milvus_cdc_controller.core.names import Claim, Names, alias_owner
+from milvus_cdc_controller.core.rates import Rate
 from milvus_cdc_controller.core.reach import Reach
+from milvus_cdc_controller.core.replicator import ReplicatorRecord
 from milvus_cdc_controller.core.retention import Seen
 from milvus_cdc_controller.core.task import MetadataRecord, SourceRecord, TaskRecord
 
@@ -66,6 +69,10 @@ def grant_key(assignment_id: str) -> str:
 
 def source_key(source_id: str) -> str:
     return f"sources/{source_id}"
+
+
+def replicator_key(name: str) -> str:
+    return f"replicators/{name}"
 
 
 @dataclass(slots=True)
@@ -121,6 +128,16 @@ class World:
     """By instance."""
     streams: dict[int, str] = field(default_factory=dict)
     """Stream -> instance."""
+    replicators: dict[str, ReplicatorRecord] = field(default_factory=dict)
+    """Marks by name; none that says nothing."""
+    departed: dict[str, Session] = field(default_factory=dict)
+    """By instance: those that ended lately, for people to see."""
+    moves: dict[str, Move] = field(default_factory=dict)
+    """By assignment id, in the order in which they were asked for."""
+    policy: Policy = field(default_factory=Policy)
+    balancing: Balancing = field(default_factory=Balancing)
+    rates: dict[str, Rate] = field(default_factory=dict)
+    """By assignment id."""
     jobs: dict[str, Job] = field(default_factory=dict)
     job_count: int = 0
     sources: dict[str, SourceView] = field(default_factory=dict)
@@ -162,6 +179,8 @@ class World:
                     self.metadata[record.task_uid] = record
                 case SourceRecord():
                     self.source_records[record.source_id] = record
+                case ReplicatorRecord():
+                    self.replicators[record.name] = record
                 case _:
                     pass
         for record in held:
@@ -250,12 +269,28 @@ class World:
             self.source_records[record.source_id] = record
             self.effects.append(Save(source_key(record.source_id), record))
 
+    def put_replicator(self, record: ReplicatorRecord) -> None:
+        """The mark of a name, from now on also that of its processes."""
+        if record == self.mark_of(record.name):
+            return
+        if record.blank:
+            del self.replicators[record.name]
+            self.effects.append(Forget(replicator_key(record.name)))
+        else:
+            self.replicators[record.name] = record
+            self.effects.append(Save(replicator_key(record.name), record))
+        for session in self.sessions.values():
+            if session.name == record.name:
+                session.mark = record
+        self.touch_all()
+
     def drop_collection(self, record: CollectionRecord) -> None:
         key = record.assignment_id
         self.collections[record.task_uid].pop(record.collection_id)
         self.progress.pop(key, None)
         self.observed.pop(key, None)
         self.retention.pop(key, None)
+        self.rates.pop(key, None)
         self.effects.append(Forget(collection_key(record.task_uid, record.collection_id)))
         self.effects.append(Forget(progress_key(record.task_uid, record.collection_id)))
         if self.grants.pop(key, None) is not None:
@@ -341,9 +376,26 @@ class World:
     def seen(self, assignment_id: str) -> Observed:
         return self.observed.setdefault(assignment_id, Observed())
 
+    def mark_of(self, name: str) -> ReplicatorRecord:
+        return self.replicators.get(name) or ReplicatorRecord(name)
+
+    def named(self, name: str) -> list[Session]:
+        """The processes of a name, the newest last."""
+        found = [s for s in self.sessions.values() if s.name == name]
+        return sorted(found, key=lambda s: (s.connect_time_ms, s.instance))
+
     def alive(self) -> list[Session]:
-        """Replicators that take work, in a stable order."""
-        return sorted(
-            (s for s in self.sessions.values() if s.takes_work(self.leases, self.now.mono_ms)),
-            key=lambda s: (s.name, s.instance),
-        )
+        """Replicators that answer, in a stable order: they may be given jobs."""
+        return self._sorted(s for s in self.sessions.values() if self.present(s))
+
+    def takers(self) -> list[Session]:
+        """Replicators that take assignments, in a stable order."""
+        now_ms = self.now.mono_ms
+        return self._sorted(s for s in self.sessions.values() if s.takes_work(self.leases, now_ms))
+
+    def present(self, session: Session) -> bool:
+        return session.present(self.leases, self.now.mono_ms)
+
+    @staticmethod
+    def _sorted(sessions: Iterable[Session]) -> list[Session]:
+        return sorted(sessions, key=lambda s: (s.name, s.instance))

@@ -68,6 +68,7 @@ class Counters:
     rows_deleted: int = 0
     rows_skipped: int = 0
     rows_refused: int = 0
+    bytes_written: int = 0
 
 
 @dataclass(slots=True)
@@ -154,6 +155,7 @@ class AssignmentCore:
         else:
             self.counters.rows_deleted += write.rows
         self._count_refused(write)
+        self.counters.bytes_written += write.size
         return write
 
     def refused(self, rows: int) -> None:

@@ -58,5 +58,9 @@ class Holdings:
         del self._held[assignment_id]
         return True
 
+    def holds(self, assignment_id: str, epoch: int) -> bool:
+        held = self._held.get(assignment_id)
+        return held is not None and held.epoch == epoch
+
     def all(self) -> dict[str, Held]:
         return dict(self._held)

@@ -41,6 +41,7 @@ class FakeTasks(task_service_pb2_grpc.TaskServiceServicer):
     def __init__(self) -> None:
         self.tasks: dict[str, task_pb2.Task] = {}
         self.requests: list[Any] = []
+        self.fleet: FakeFleet
         self.fail_creates = 0
         self.equal = True
         self.watch_breaks = 0
@@ -203,11 +204,64 @@ class FakeTasks(task_service_pb2_grpc.TaskServiceServicer):
 
 
 class FakeFleet(fleet_service_pb2_grpc.FleetServiceServicer):
-    async def ListReplicators(self, request: Any, context: Any) -> Any:
-        one = fleet_service_pb2.Replicator(
-            name="replicators/r1", state=fleet_service_pb2.REPLICATOR_STATE_ALIVE, version="0.1.0"
+    def __init__(self, requests: list[Any]) -> None:
+        self.requests = requests
+        self.drain_ends_as = fleet_service_pb2.Drain.STATE_DONE
+
+    def _one(self, **fields: Any) -> fleet_service_pb2.Replicator:
+        alive = fleet_service_pb2.REPLICATOR_STATE_ALIVE
+        return fleet_service_pb2.Replicator(
+            **{"name": "replicators/r1", "state": alive, "version": "0.1.0", **fields}
         )
-        return fleet_service_pb2.ListReplicatorsResponse(replicators=[one])
+
+    async def CordonReplicator(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        one = self._one(cordoned=True)
+        return fleet_service_pb2.CordonReplicatorResponse(replicator=one)
+
+    async def UncordonReplicator(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        return fleet_service_pb2.UncordonReplicatorResponse(replicator=self._one())
+
+    async def DrainReplicator(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        if request.name == "replicators/last":
+            text = "would stop 2: a.b, a.c"
+            code = grpc.StatusCode.FAILED_PRECONDITION
+            await refuse(context, code, "NO_OTHER_REPLICATOR", text, "name")
+        return fleet_service_pb2.DrainReplicatorResponse(replicator=self._one())
+
+    async def CancelDrain(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        return fleet_service_pb2.CancelDrainResponse(replicator=self._one())
+
+    async def WatchReplicators(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        self.requests.append(request)
+        event, drain = fleet_service_pb2.WatchReplicatorsResponse, fleet_service_pb2.Drain
+        running = drain(state=drain.STATE_RUNNING, total=3, left=2)
+        yield event(type=event.TYPE_ADDED, replicator=self._one(drain=running))
+        yield event(type=event.TYPE_BOOKMARK)
+        left = 0 if self.drain_ends_as == drain.STATE_DONE else 1
+        ended = drain(state=self.drain_ends_as, total=3, left=left)
+        yield event(type=event.TYPE_MODIFIED, replicator=self._one(drain=ended))
+        await refuse(context, grpc.StatusCode.OUT_OF_RANGE, "WATCH_TOO_OLD", "no more")
+
+    async def MoveAssignment(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        one = fleet_service_pb2.AssignmentInfo(
+            name=request.name, task="tasks/t", epoch=2, replicator="replicators/r0"
+        )
+        return fleet_service_pb2.MoveAssignmentResponse(assignment=one)
+
+    async def RebalanceAssignments(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        plan = fleet_service_pb2.RebalancePlan()
+        plan.moves.add(assignment="assignments/u.1", collection="a.b", to="replicators/r2")
+        plan.loads.add(replicator="replicators/r2", before=0, after=1)
+        return fleet_service_pb2.RebalanceAssignmentsResponse(plan=plan)
+
+    async def ListReplicators(self, request: Any, context: Any) -> Any:
+        return fleet_service_pb2.ListReplicatorsResponse(replicators=[self._one()])
 
     async def ListControllers(self, request: Any, context: Any) -> Any:
         one = fleet_service_pb2.Controller(
@@ -223,7 +277,12 @@ class FakeFleet(fleet_service_pb2_grpc.FleetServiceServicer):
 
     async def ListAssignments(self, request: Any, context: Any) -> Any:
         one = fleet_service_pb2.AssignmentInfo(
-            name="assignments/u.1", task=request.task, collection="a.b", epoch=3, state="ACCEPTED"
+            name="assignments/u.1",
+            task=request.task,
+            collection="a.b",
+            epoch=3,
+            state="ACCEPTED",
+            replicator="replicators/r1",
         )
         return fleet_service_pb2.ListAssignmentsResponse(assignments=[one])
 
@@ -231,7 +290,8 @@ class FakeFleet(fleet_service_pb2_grpc.FleetServiceServicer):
 async def serve(tasks: FakeTasks) -> tuple[grpc.aio.Server, str]:
     server = grpc.aio.server()
     task_service_pb2_grpc.add_TaskServiceServicer_to_server(tasks, server)
-    fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(FakeFleet(), server)
+    tasks.fleet = FakeFleet(tasks.requests)
+    fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(tasks.fleet, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     return server, f"127.0.0.1:{port}"

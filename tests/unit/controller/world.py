@@ -115,10 +115,21 @@ class Script:
         catalogue = Catalogue(7, self.revision, 1000, collections=collections, **fields)
         return self.take(ev.CatalogueSeen(self.now, SOURCE, catalogue))
 
-    def hello(self, stream: int, name: str, held: tuple[ev.Held, ...] = ()) -> list[Effect]:
+    def hello(
+        self, stream: int, name: str, held: tuple[ev.Held, ...] = (), **other: Any
+    ) -> list[Effect]:
+        fields: dict[str, Any] = {"instance": f"instance-{name}", "capacity": 0, **other}
         return self.take(
-            ev.Hello(self.now, stream, name, f"instance-{name}", "1", "peer", 1, 0, held)
+            ev.Hello(
+                self.now, stream, name, version="1", peer="peer", protocol=1, held=held, **fields
+            )
         )
+
+    def ask(self, kind: Any, **fields: Any) -> fx.Reply:
+        """A command of the fleet."""
+        self.calls += 1
+        self.take(kind(self.now, self.calls, **fields))
+        return self.reply()
 
     def report(self, stream: int, assignment_id: str, epoch: int, **other: Any) -> list[Effect]:
         self.seq += 1

@@ -7,7 +7,11 @@ import contextlib
 from collections.abc import AsyncIterator
 
 import grpc
+import pytest
+from google.protobuf import any_pb2
 from google.protobuf.duration_pb2 import Duration
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from milvus_cdc.errors import UserError
 from milvus_cdc.model import ms_to_tso
 from milvus_cdc.sink import CollectionTarget, DeleteBatch, RowBatch
 from milvus_cdc.sink.memory import MemorySink
@@ -37,6 +41,7 @@ class FakeController(rpc.ReplicationServiceServicer):
 
     def __init__(self) -> None:
         self.heard: list[pb.ConnectRequest] = []
+        self.refusal = ""
         self.streams = 0
         self._out: asyncio.Queue[pb.ConnectResponse | None] = asyncio.Queue()
         self.port = 0
@@ -48,6 +53,14 @@ class FakeController(rpc.ReplicationServiceServicer):
     ) -> AsyncIterator[pb.ConnectResponse]:
         out = self._out = asyncio.Queue()
         self.streams += 1
+        if self.refusal:
+            info = error_details_pb2.ErrorInfo(reason=self.refusal, domain="milvuscdc.io")
+            detail = any_pb2.Any()
+            detail.Pack(info)
+            code = code_pb2.FAILED_PRECONDITION
+            status = status_pb2.Status(code=code, message="no", details=[detail])
+            trailing = (("grpc-status-details-bin", status.SerializeToString()),)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no", trailing)
         seconds = Duration(seconds=60)
         out.put_nowait(
             pb.ConnectResponse(
@@ -297,3 +310,60 @@ async def test_an_assignment_for_a_stopping_replicator_is_refused_after_its_last
         await until(lambda: bench.controller.of("nack") != [])
         assert bench.controller.of("nack")[0].nack.reason == "DRAINING"
         await draining
+
+
+async def test_a_stop_goes_on_writing_until_what_it_holds_is_taken_back() -> None:
+    async with running() as bench:
+        bench.assign(1)
+        await until(lambda: bench.controller.of("ack") != [])
+        draining = asyncio.create_task(bench.replicator.drain(60.0))
+        await until(lambda: any(m.heartbeat.draining for m in bench.controller.of("heartbeat")))
+        bench.assign(1, version=2)
+        await until(lambda: any(m.ack.version == 2 for m in bench.controller.of("ack")))
+        bench.source.append(PCHANNEL, insert(START + 5, [1, 2]))
+        bench.source.append(PCHANNEL, tick(START + 9))
+        await until(lambda: bench.sink.count("default", "c") == 2)
+        assert not draining.done()
+        bench.revoke(1)
+        await asyncio.wait_for(draining, 10)
+        assert bench.controller.released() == [1]
+        assert bench.controller.of("nack") == []
+
+
+async def test_a_stop_does_not_wait_for_a_controller_that_is_gone() -> None:
+    async with running() as bench:
+        await bench.write_in_flight()
+        bench.may_end.set()
+        draining = asyncio.create_task(bench.replicator.drain(60.0))
+        await bench.heartbeats_answered()
+        bench.controller.break_stream()
+        await asyncio.wait_for(draining, 10)
+        assert not bench.replicator.holds_anything
+
+
+async def test_streams_are_counted_and_a_twin_ends_by_itself() -> None:
+    async with running() as bench:
+        bench.controller.break_stream()
+        await until(lambda: bench.controller.streams == 2)
+        await until(lambda: len(bench.controller.of("hello")) == 2)
+        counted = [m.hello.connects for m in bench.controller.of("hello")]
+        assert counted == [1, 2]
+    controller = FakeController()
+    controller.refusal = "INSTANCE_IN_USE"
+    server = grpc.aio.server()
+    rpc.add_ReplicationServiceServicer_to_server(controller, server)
+    controller.port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    bench = Bench(controller)
+    try:
+        with pytest.raises(UserError) as raised:
+            await asyncio.wait_for(bench.replicator.run(), 20)
+        assert raised.value.reason == "INSTANCE_IN_USE"
+        controller.refusal = "CLUSTER_MISMATCH"
+        waiting = asyncio.create_task(Bench(controller).replicator.run())
+        await until(lambda: controller.streams >= 3)
+        assert not waiting.done(), "the controller may be the one to be mended"
+        waiting.cancel()
+    finally:
+        await bench.connections.close()
+        await server.stop(None)

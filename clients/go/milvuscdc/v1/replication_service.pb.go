@@ -620,8 +620,15 @@ type Hello struct {
 	ProtocolMax int32 `protobuf:"varint,4,opt,name=protocol_max,json=protocolMax,proto3" json:"protocol_max,omitempty"`
 	ProtocolMin int32 `protobuf:"varint,5,opt,name=protocol_min,json=protocolMin,proto3" json:"protocol_min,omitempty"`
 	// Most assignments it takes; 0 = no limit.
-	Capacity      int32             `protobuf:"varint,6,opt,name=capacity,proto3" json:"capacity,omitempty"`
-	Held          []*HeldAssignment `protobuf:"bytes,7,rep,name=held,proto3" json:"held,omitempty"`
+	Capacity int32             `protobuf:"varint,6,opt,name=capacity,proto3" json:"capacity,omitempty"`
+	Held     []*HeldAssignment `protobuf:"bytes,7,rep,name=held,proto3" json:"held,omitempty"`
+	// Must be what the controller is configured with, else the stream ends with FAILED_PRECONDITION (CLUSTER_MISMATCH).
+	Cluster string `protobuf:"bytes,8,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	// Counts the streams that this process has begun. One that does not grow comes from another process with the same
+	// instance_id, which is refused (INSTANCE_IN_USE). 0 = not counted.
+	Connects int64 `protobuf:"varint,9,opt,name=connects,proto3" json:"connects,omitempty"`
+	// For tasks that ask for them.
+	Labels        map[string]string `protobuf:"bytes,10,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -701,6 +708,27 @@ func (x *Hello) GetCapacity() int32 {
 func (x *Hello) GetHeld() []*HeldAssignment {
 	if x != nil {
 		return x.Held
+	}
+	return nil
+}
+
+func (x *Hello) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *Hello) GetConnects() int64 {
+	if x != nil {
+		return x.Connects
+	}
+	return 0
+}
+
+func (x *Hello) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
 	}
 	return nil
 }
@@ -2806,7 +2834,9 @@ type Progress struct {
 	// Metadata assignments: the version whose wishes for aliases the sink fulfils, whatever else is in the way.
 	AliasesVersion int64 `protobuf:"varint,21,opt,name=aliases_version,json=aliasesVersion,proto3" json:"aliases_version,omitempty"`
 	// As the counters above: rows that are in the dead letters instead.
-	RowsRefused   int64 `protobuf:"varint,22,opt,name=rows_refused,json=rowsRefused,proto3" json:"rows_refused,omitempty"`
+	RowsRefused int64 `protobuf:"varint,22,opt,name=rows_refused,json=rowsRefused,proto3" json:"rows_refused,omitempty"`
+	// As the counters above: bytes of the rows, as the log holds them.
+	BytesWritten  int64 `protobuf:"varint,23,opt,name=bytes_written,json=bytesWritten,proto3" json:"bytes_written,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2991,6 +3021,13 @@ func (x *Progress) GetAliasesVersion() int64 {
 func (x *Progress) GetRowsRefused() int64 {
 	if x != nil {
 		return x.RowsRefused
+	}
+	return 0
+}
+
+func (x *Progress) GetBytesWritten() int64 {
+	if x != nil {
+		return x.BytesWritten
 	}
 	return 0
 }
@@ -5041,7 +5078,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"job_cancel\x18\b \x01(\v2\x17.milvuscdc.v1.JobCancelH\x00R\tjobCancel\x12;\n" +
 	"\vtask_limits\x18\t \x01(\v2\x18.milvuscdc.v1.TaskLimitsH\x00R\n" +
 	"taskLimitsB\t\n" +
-	"\amessage\"\xea\x01\n" +
+	"\amessage\"\x94\x03\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n" +
 	"\vinstance_id\x18\x02 \x01(\tR\n" +
@@ -5050,7 +5087,14 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\fprotocol_max\x18\x04 \x01(\x05R\vprotocolMax\x12!\n" +
 	"\fprotocol_min\x18\x05 \x01(\x05R\vprotocolMin\x12\x1a\n" +
 	"\bcapacity\x18\x06 \x01(\x05R\bcapacity\x120\n" +
-	"\x04held\x18\a \x03(\v2\x1c.milvuscdc.v1.HeldAssignmentR\x04held\"e\n" +
+	"\x04held\x18\a \x03(\v2\x1c.milvuscdc.v1.HeldAssignmentR\x04held\x12\x18\n" +
+	"\acluster\x18\b \x01(\tR\acluster\x12\x1a\n" +
+	"\bconnects\x18\t \x01(\x03R\bconnects\x127\n" +
+	"\x06labels\x18\n" +
+	" \x03(\v2\x1f.milvuscdc.v1.Hello.LabelsEntryR\x06labels\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"e\n" +
 	"\x0eHeldAssignment\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x18\n" +
@@ -5257,7 +5301,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x03seq\x18\x01 \x01(\x03R\x03seq\x12\x1a\n" +
 	"\bdraining\x18\x02 \x01(\bR\bdraining\" \n" +
 	"\fHeartbeatAck\x12\x10\n" +
-	"\x03seq\x18\x01 \x01(\x03R\x03seq\"\xb3\a\n" +
+	"\x03seq\x18\x01 \x01(\x03R\x03seq\"\xd8\a\n" +
 	"\bProgress\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x10\n" +
@@ -5285,7 +5329,8 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\aflushes\x18\x13 \x03(\v2\x1c.milvuscdc.v1.FlushOperationR\aflushes\x120\n" +
 	"\x14operations_read_from\x18\x14 \x01(\fR\x12operationsReadFrom\x12'\n" +
 	"\x0faliases_version\x18\x15 \x01(\x03R\x0ealiasesVersion\x12!\n" +
-	"\frows_refused\x18\x16 \x01(\x03R\vrowsRefused\"W\n" +
+	"\frows_refused\x18\x16 \x01(\x03R\vrowsRefused\x12#\n" +
+	"\rbytes_written\x18\x17 \x01(\x03R\fbytesWritten\"W\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x01\x12\x12\n" +
@@ -5456,7 +5501,7 @@ func file_milvuscdc_v1_replication_service_proto_rawDescGZIP() []byte {
 }
 
 var file_milvuscdc_v1_replication_service_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_milvuscdc_v1_replication_service_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
+var file_milvuscdc_v1_replication_service_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_milvuscdc_v1_replication_service_proto_goTypes = []any{
 	(CollectionSpec_State)(0),      // 0: milvuscdc.v1.CollectionSpec.State
 	(PartitionSpec_State)(0),       // 1: milvuscdc.v1.PartitionSpec.State
@@ -5519,23 +5564,24 @@ var file_milvuscdc_v1_replication_service_proto_goTypes = []any{
 	(*DiffDone)(nil),               // 58: milvuscdc.v1.DiffDone
 	(*LocateResult)(nil),           // 59: milvuscdc.v1.LocateResult
 	(*LocatedVchannel)(nil),        // 60: milvuscdc.v1.LocatedVchannel
-	nil,                            // 61: milvuscdc.v1.CollectionSpec.PropertiesEntry
-	nil,                            // 62: milvuscdc.v1.IndexSpec.ParamsEntry
-	nil,                            // 63: milvuscdc.v1.DatabaseSpec.PropertiesEntry
-	(*durationpb.Duration)(nil),    // 64: google.protobuf.Duration
-	(*Limits)(nil),                 // 65: milvuscdc.v1.Limits
-	(*Source)(nil),                 // 66: milvuscdc.v1.Source
-	(*Sink)(nil),                   // 67: milvuscdc.v1.Sink
-	(*Carry)(nil),                  // 68: milvuscdc.v1.Carry
-	(Drift)(0),                     // 69: milvuscdc.v1.Drift
-	(*Batching)(nil),               // 70: milvuscdc.v1.Batching
-	(*DeadLetters)(nil),            // 71: milvuscdc.v1.DeadLetters
-	(*Condition)(nil),              // 72: milvuscdc.v1.Condition
-	(*VerifyProgress)(nil),         // 73: milvuscdc.v1.VerifyProgress
-	(*VerifyDifference)(nil),       // 74: milvuscdc.v1.VerifyDifference
-	(*VerifyCollectionResult)(nil), // 75: milvuscdc.v1.VerifyCollectionResult
-	(*DiffProgress)(nil),           // 76: milvuscdc.v1.DiffProgress
-	(*ObjectDifference)(nil),       // 77: milvuscdc.v1.ObjectDifference
+	nil,                            // 61: milvuscdc.v1.Hello.LabelsEntry
+	nil,                            // 62: milvuscdc.v1.CollectionSpec.PropertiesEntry
+	nil,                            // 63: milvuscdc.v1.IndexSpec.ParamsEntry
+	nil,                            // 64: milvuscdc.v1.DatabaseSpec.PropertiesEntry
+	(*durationpb.Duration)(nil),    // 65: google.protobuf.Duration
+	(*Limits)(nil),                 // 66: milvuscdc.v1.Limits
+	(*Source)(nil),                 // 67: milvuscdc.v1.Source
+	(*Sink)(nil),                   // 68: milvuscdc.v1.Sink
+	(*Carry)(nil),                  // 69: milvuscdc.v1.Carry
+	(Drift)(0),                     // 70: milvuscdc.v1.Drift
+	(*Batching)(nil),               // 71: milvuscdc.v1.Batching
+	(*DeadLetters)(nil),            // 72: milvuscdc.v1.DeadLetters
+	(*Condition)(nil),              // 73: milvuscdc.v1.Condition
+	(*VerifyProgress)(nil),         // 74: milvuscdc.v1.VerifyProgress
+	(*VerifyDifference)(nil),       // 75: milvuscdc.v1.VerifyDifference
+	(*VerifyCollectionResult)(nil), // 76: milvuscdc.v1.VerifyCollectionResult
+	(*DiffProgress)(nil),           // 77: milvuscdc.v1.DiffProgress
+	(*ObjectDifference)(nil),       // 78: milvuscdc.v1.ObjectDifference
 }
 var file_milvuscdc_v1_replication_service_proto_depIdxs = []int32{
 	6,   // 0: milvuscdc.v1.ConnectRequest.hello:type_name -> milvuscdc.v1.Hello
@@ -5556,96 +5602,97 @@ var file_milvuscdc_v1_replication_service_proto_depIdxs = []int32{
 	49,  // 15: milvuscdc.v1.ConnectResponse.job_cancel:type_name -> milvuscdc.v1.JobCancel
 	10,  // 16: milvuscdc.v1.ConnectResponse.task_limits:type_name -> milvuscdc.v1.TaskLimits
 	7,   // 17: milvuscdc.v1.Hello.held:type_name -> milvuscdc.v1.HeldAssignment
-	64,  // 18: milvuscdc.v1.Welcome.lease_ttl:type_name -> google.protobuf.Duration
-	64,  // 19: milvuscdc.v1.Welcome.heartbeat_interval:type_name -> google.protobuf.Duration
-	64,  // 20: milvuscdc.v1.Welcome.progress_interval:type_name -> google.protobuf.Duration
-	64,  // 21: milvuscdc.v1.Welcome.silence:type_name -> google.protobuf.Duration
-	65,  // 22: milvuscdc.v1.TaskLimits.limits:type_name -> milvuscdc.v1.Limits
-	66,  // 23: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
-	67,  // 24: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
-	12,  // 25: milvuscdc.v1.Assign.collection:type_name -> milvuscdc.v1.CollectionSpec
-	19,  // 26: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	68,  // 27: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
-	69,  // 28: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
-	70,  // 29: milvuscdc.v1.Assign.batching:type_name -> milvuscdc.v1.Batching
-	71,  // 30: milvuscdc.v1.Assign.dead_letters:type_name -> milvuscdc.v1.DeadLetters
-	61,  // 31: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
-	0,   // 32: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
-	15,  // 33: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
-	16,  // 34: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
-	17,  // 35: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
-	18,  // 36: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
-	14,  // 37: milvuscdc.v1.CollectionSpec.renamed_from:type_name -> milvuscdc.v1.SinkName
-	13,  // 38: milvuscdc.v1.CollectionSpec.applied:type_name -> milvuscdc.v1.AppliedObjects
-	16,  // 39: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
-	17,  // 40: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
-	1,   // 41: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
-	62,  // 42: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
-	2,   // 43: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
-	20,  // 44: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
-	21,  // 45: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
-	14,  // 46: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
-	22,  // 47: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
-	26,  // 48: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
-	63,  // 49: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
-	23,  // 50: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
-	24,  // 51: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
-	25,  // 52: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
-	23,  // 53: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
-	24,  // 54: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
-	3,   // 55: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
-	36,  // 56: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
-	72,  // 57: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
-	35,  // 58: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
-	14,  // 59: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
-	34,  // 60: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
-	37,  // 61: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
-	64,  // 62: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
-	64,  // 63: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
-	39,  // 64: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
-	42,  // 65: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
-	43,  // 66: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
-	44,  // 67: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
-	46,  // 68: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
-	47,  // 69: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
-	66,  // 70: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
-	67,  // 71: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
-	12,  // 72: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	71,  // 73: milvuscdc.v1.ProbeJob.dead_letters:type_name -> milvuscdc.v1.DeadLetters
-	66,  // 74: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
-	66,  // 75: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
-	67,  // 76: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
-	45,  // 77: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
-	66,  // 78: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
-	67,  // 79: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
-	12,  // 80: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	19,  // 81: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	68,  // 82: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
-	66,  // 83: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
-	48,  // 84: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
-	51,  // 85: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
-	52,  // 86: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
-	53,  // 87: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
-	55,  // 88: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
-	57,  // 89: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
-	59,  // 90: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
-	54,  // 91: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
-	73,  // 92: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
-	74,  // 93: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
-	75,  // 94: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
-	56,  // 95: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
-	76,  // 96: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
-	77,  // 97: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
-	58,  // 98: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
-	60,  // 99: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
-	37,  // 100: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
-	4,   // 101: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
-	5,   // 102: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
-	102, // [102:103] is the sub-list for method output_type
-	101, // [101:102] is the sub-list for method input_type
-	101, // [101:101] is the sub-list for extension type_name
-	101, // [101:101] is the sub-list for extension extendee
-	0,   // [0:101] is the sub-list for field type_name
+	61,  // 18: milvuscdc.v1.Hello.labels:type_name -> milvuscdc.v1.Hello.LabelsEntry
+	65,  // 19: milvuscdc.v1.Welcome.lease_ttl:type_name -> google.protobuf.Duration
+	65,  // 20: milvuscdc.v1.Welcome.heartbeat_interval:type_name -> google.protobuf.Duration
+	65,  // 21: milvuscdc.v1.Welcome.progress_interval:type_name -> google.protobuf.Duration
+	65,  // 22: milvuscdc.v1.Welcome.silence:type_name -> google.protobuf.Duration
+	66,  // 23: milvuscdc.v1.TaskLimits.limits:type_name -> milvuscdc.v1.Limits
+	67,  // 24: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
+	68,  // 25: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
+	12,  // 26: milvuscdc.v1.Assign.collection:type_name -> milvuscdc.v1.CollectionSpec
+	19,  // 27: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	69,  // 28: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
+	70,  // 29: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
+	71,  // 30: milvuscdc.v1.Assign.batching:type_name -> milvuscdc.v1.Batching
+	72,  // 31: milvuscdc.v1.Assign.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	62,  // 32: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
+	0,   // 33: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
+	15,  // 34: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
+	16,  // 35: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
+	17,  // 36: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
+	18,  // 37: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
+	14,  // 38: milvuscdc.v1.CollectionSpec.renamed_from:type_name -> milvuscdc.v1.SinkName
+	13,  // 39: milvuscdc.v1.CollectionSpec.applied:type_name -> milvuscdc.v1.AppliedObjects
+	16,  // 40: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
+	17,  // 41: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
+	1,   // 42: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
+	63,  // 43: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
+	2,   // 44: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
+	20,  // 45: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
+	21,  // 46: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
+	14,  // 47: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
+	22,  // 48: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
+	26,  // 49: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
+	64,  // 50: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
+	23,  // 51: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
+	24,  // 52: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
+	25,  // 53: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
+	23,  // 54: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
+	24,  // 55: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
+	3,   // 56: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
+	36,  // 57: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
+	73,  // 58: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
+	35,  // 59: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
+	14,  // 60: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
+	34,  // 61: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
+	37,  // 62: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
+	65,  // 63: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
+	65,  // 64: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
+	39,  // 65: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
+	42,  // 66: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
+	43,  // 67: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
+	44,  // 68: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
+	46,  // 69: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
+	47,  // 70: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
+	67,  // 71: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
+	68,  // 72: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
+	12,  // 73: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	72,  // 74: milvuscdc.v1.ProbeJob.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	67,  // 75: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
+	67,  // 76: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
+	68,  // 77: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
+	45,  // 78: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
+	67,  // 79: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
+	68,  // 80: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
+	12,  // 81: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	19,  // 82: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	69,  // 83: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
+	67,  // 84: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
+	48,  // 85: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
+	51,  // 86: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
+	52,  // 87: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
+	53,  // 88: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
+	55,  // 89: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
+	57,  // 90: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
+	59,  // 91: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
+	54,  // 92: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
+	74,  // 93: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
+	75,  // 94: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
+	76,  // 95: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
+	56,  // 96: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
+	77,  // 97: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
+	78,  // 98: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
+	58,  // 99: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
+	60,  // 100: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
+	37,  // 101: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
+	4,   // 102: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
+	5,   // 103: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
+	103, // [103:104] is the sub-list for method output_type
+	102, // [102:103] is the sub-list for method input_type
+	102, // [102:102] is the sub-list for extension type_name
+	102, // [102:102] is the sub-list for extension extendee
+	0,   // [0:102] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_replication_service_proto_init() }
@@ -5718,7 +5765,7 @@ func file_milvuscdc_v1_replication_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_replication_service_proto_rawDesc), len(file_milvuscdc_v1_replication_service_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   60,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

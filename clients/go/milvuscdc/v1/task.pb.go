@@ -248,7 +248,10 @@ type Task struct {
 	// Where rows go that the sink will never take; a collection with such a row stops when unset. May be changed while
 	// the task runs.
 	DeadLetters *DeadLetters `protobuf:"bytes,17,opt,name=dead_letters,json=deadLetters,proto3" json:"dead_letters,omitempty"`
-	State       TaskState    `protobuf:"varint,20,opt,name=state,proto3,enum=milvuscdc.v1.TaskState" json:"state,omitempty"`
+	// Only replicators with all of these labels run it (a zone, a way to the sink). While none has them it waits
+	// (NO_MATCHING_REPLICATOR). May be changed while the task runs.
+	ReplicatorLabels map[string]string `protobuf:"bytes,18,rep,name=replicator_labels,json=replicatorLabels,proto3" json:"replicator_labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	State            TaskState         `protobuf:"varint,20,opt,name=state,proto3,enum=milvuscdc.v1.TaskState" json:"state,omitempty"`
 	// Upper-case reason of the state, for programs, for example NO_REPLICATOR; empty when all is well.
 	Reason string `protobuf:"bytes,21,opt,name=reason,proto3" json:"reason,omitempty"`
 	// The same for people, with what to do.
@@ -409,6 +412,13 @@ func (x *Task) GetLimits() *Limits {
 func (x *Task) GetDeadLetters() *DeadLetters {
 	if x != nil {
 		return x.DeadLetters
+	}
+	return nil
+}
+
+func (x *Task) GetReplicatorLabels() map[string]string {
+	if x != nil {
+		return x.ReplicatorLabels
 	}
 	return nil
 }
@@ -1880,7 +1890,7 @@ var File_milvuscdc_v1_task_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\n" +
-	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fmilvuscdc/v1/dead_letters.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\"\xc9\v\n" +
+	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fmilvuscdc/v1/dead_letters.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\"\xa9\r\n" +
 	"\x04Task\x12F\n" +
 	"\x04name\x18\x01 \x01(\tB2\xe2A\x01\b\xbaH+r)2'^tasks/[a-z]([a-z0-9-]{0,61}[a-z0-9])?$R\x04name\x12\x16\n" +
 	"\x03uid\x18\x02 \x01(\tB\x04\xe2A\x01\x03R\x03uid\x12\x12\n" +
@@ -1902,7 +1912,8 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x05drift\x18\x0e \x01(\x0e2\x13.milvuscdc.v1.DriftB\b\xbaH\x05\x82\x01\x02\x10\x01R\x05drift\x122\n" +
 	"\bbatching\x18\x0f \x01(\v2\x16.milvuscdc.v1.BatchingR\bbatching\x12,\n" +
 	"\x06limits\x18\x10 \x01(\v2\x14.milvuscdc.v1.LimitsR\x06limits\x12<\n" +
-	"\fdead_letters\x18\x11 \x01(\v2\x19.milvuscdc.v1.DeadLettersR\vdeadLetters\x123\n" +
+	"\fdead_letters\x18\x11 \x01(\v2\x19.milvuscdc.v1.DeadLettersR\vdeadLetters\x12\x98\x01\n" +
+	"\x11replicator_labels\x18\x12 \x03(\v2(.milvuscdc.v1.Task.ReplicatorLabelsEntryBA\xbaH>\x9a\x01;\x10@\"\x1br\x192\x17^[a-z][a-z0-9_-]{0,62}$*\x1ar\x182\x16^[A-Za-z0-9._-]{0,63}$R\x10replicatorLabels\x123\n" +
 	"\x05state\x18\x14 \x01(\x0e2\x17.milvuscdc.v1.TaskStateB\x04\xe2A\x01\x03R\x05state\x12\x1c\n" +
 	"\x06reason\x18\x15 \x01(\tB\x04\xe2A\x01\x03R\x06reason\x12\x1e\n" +
 	"\amessage\x18\x16 \x01(\tB\x04\xe2A\x01\x03R\amessage\x12?\n" +
@@ -1917,6 +1928,9 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"conditions\x18\x1b \x03(\v2\x17.milvuscdc.v1.ConditionB\x04\xe2A\x01\x03R\n" +
 	"conditions\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1aC\n" +
+	"\x15ReplicatorLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01:1\xeaA.\n" +
 	"\x11milvuscdc.io/Task\x12\ftasks/{task}*\x05tasks2\x04task\"b\n" +
@@ -2068,7 +2082,7 @@ func file_milvuscdc_v1_task_proto_rawDescGZIP() []byte {
 }
 
 var file_milvuscdc_v1_task_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(Drift)(0),                    // 0: milvuscdc.v1.Drift
 	(TaskState)(0),                // 1: milvuscdc.v1.TaskState
@@ -2093,14 +2107,15 @@ var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(*Condition)(nil),             // 20: milvuscdc.v1.Condition
 	(*VchannelProgress)(nil),      // 21: milvuscdc.v1.VchannelProgress
 	nil,                           // 22: milvuscdc.v1.Task.LabelsEntry
-	(*DeadLetters)(nil),           // 23: milvuscdc.v1.DeadLetters
-	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 25: google.protobuf.Duration
-	(*Secret)(nil),                // 26: milvuscdc.v1.Secret
-	(*KafkaSink)(nil),             // 27: milvuscdc.v1.KafkaSink
-	(*FileSink)(nil),              // 28: milvuscdc.v1.FileSink
-	(*PostgresSink)(nil),          // 29: milvuscdc.v1.PostgresSink
-	(*Plugin)(nil),                // 30: milvuscdc.v1.Plugin
+	nil,                           // 23: milvuscdc.v1.Task.ReplicatorLabelsEntry
+	(*DeadLetters)(nil),           // 24: milvuscdc.v1.DeadLetters
+	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
+	(*Secret)(nil),                // 27: milvuscdc.v1.Secret
+	(*KafkaSink)(nil),             // 28: milvuscdc.v1.KafkaSink
+	(*FileSink)(nil),              // 29: milvuscdc.v1.FileSink
+	(*PostgresSink)(nil),          // 30: milvuscdc.v1.PostgresSink
+	(*Plugin)(nil),                // 31: milvuscdc.v1.Plugin
 }
 var file_milvuscdc_v1_task_proto_depIdxs = []int32{
 	22, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
@@ -2113,39 +2128,40 @@ var file_milvuscdc_v1_task_proto_depIdxs = []int32{
 	0,  // 7: milvuscdc.v1.Task.drift:type_name -> milvuscdc.v1.Drift
 	6,  // 8: milvuscdc.v1.Task.batching:type_name -> milvuscdc.v1.Batching
 	7,  // 9: milvuscdc.v1.Task.limits:type_name -> milvuscdc.v1.Limits
-	23, // 10: milvuscdc.v1.Task.dead_letters:type_name -> milvuscdc.v1.DeadLetters
-	1,  // 11: milvuscdc.v1.Task.state:type_name -> milvuscdc.v1.TaskState
-	24, // 12: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
-	24, // 13: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
-	24, // 14: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
-	8,  // 15: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
-	20, // 16: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
-	25, // 17: milvuscdc.v1.Batching.linger:type_name -> google.protobuf.Duration
-	25, // 18: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
-	10, // 19: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
-	11, // 20: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
-	12, // 21: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
-	13, // 22: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	26, // 23: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
-	13, // 24: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	27, // 25: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
-	28, // 26: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
-	29, // 27: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
-	30, // 28: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
-	17, // 29: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
-	18, // 30: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
-	2,  // 31: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
-	24, // 32: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
-	24, // 33: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
-	25, // 34: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
-	21, // 35: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
-	20, // 36: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
-	25, // 37: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
-	38, // [38:38] is the sub-list for method output_type
-	38, // [38:38] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	24, // 10: milvuscdc.v1.Task.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	23, // 11: milvuscdc.v1.Task.replicator_labels:type_name -> milvuscdc.v1.Task.ReplicatorLabelsEntry
+	1,  // 12: milvuscdc.v1.Task.state:type_name -> milvuscdc.v1.TaskState
+	25, // 13: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
+	25, // 14: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
+	25, // 15: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
+	8,  // 16: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
+	20, // 17: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
+	26, // 18: milvuscdc.v1.Batching.linger:type_name -> google.protobuf.Duration
+	26, // 19: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
+	10, // 20: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
+	11, // 21: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
+	12, // 22: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
+	13, // 23: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	27, // 24: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
+	13, // 25: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	28, // 26: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
+	29, // 27: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
+	30, // 28: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
+	31, // 29: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
+	17, // 30: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
+	18, // 31: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
+	2,  // 32: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
+	25, // 33: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
+	25, // 34: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
+	26, // 35: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
+	21, // 36: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
+	20, // 37: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
+	26, // 38: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
+	39, // [39:39] is the sub-list for method output_type
+	39, // [39:39] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_task_proto_init() }
@@ -2181,7 +2197,7 @@ func file_milvuscdc_v1_task_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_task_proto_rawDesc), len(file_milvuscdc_v1_task_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   20,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
