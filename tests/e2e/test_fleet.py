@@ -56,7 +56,7 @@ def say(what: str, pauses: Pauses, since: float) -> None:
     print(f"{what}: longest pause {longest:.2f} s ({shown})")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_drained_moved_and_cordoned_under_load(nats_stack: Stack, tmp_path: Path) -> None:
     database = "fleet"
     load = Load(nats_stack.source.uri, database, seed=3, pause_seconds=0.05)
@@ -122,7 +122,7 @@ def test_drained_moved_and_cordoned_under_load(nats_stack: Stack, tmp_path: Path
         pair.quiet("stream ended")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_evened_out_after_a_join(nats_stack: Stack, tmp_path: Path) -> None:
     database = "evened"
     load = Load(nats_stack.source.uri, database, seed=4, pause_seconds=0.05)
