@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -30,6 +31,9 @@ def command(result: Result, mutant: Mutant | None = None) -> str:
 
 
 def main() -> int:
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
     parser.add_argument("--seed", type=int, help="this one only")
     parser.add_argument("--trace", action="store_true", help="with --seed: tell the story")

@@ -240,7 +240,7 @@ class Loop(asyncio.AbstractEventLoop):
         asyncio._set_running_loop(self)
         count = 0
         try:
-            while ready and not self.frozen:
+            while ready:
                 handle = ready.popleft()
                 if not handle._cancelled:
                     handle._run()

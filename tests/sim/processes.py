@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 LEASES = Leases(ttl_ms=15_000, heartbeat_ms=3_000, margin_ms=2_000)
-PROGRESS_MS = 1_000
+PROGRESS_MS = 2_000
 LEADER_SECONDS = 8
 TASK = "tasks/copy"
 SOURCE = task_pb2.Source(nats=task_pb2.NatsQueue(url="nats://queue:4222"))

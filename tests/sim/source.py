@@ -157,7 +157,7 @@ class Milvus:
         # Rows for it may be in the log before a watcher hears of it.
         self.clockwork.after(
             self._rng.uniform(0, 0.3),
-            lambda: self.etcd.txn((), [self._partition(table, made, 0)]),
+            lambda: self.etcd.txn((), [self._partition(table, made, 2 if made.dropped else 0)]),
         )
         return made
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import random
 import time
 import traceback
@@ -15,6 +14,7 @@ from unittest import mock
 
 import structlog
 from milvus_cdc.source.positions import decode as decode_position
+from milvus_cdc_controller import loop as control_loop
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.store import etcd as etcd_store
 from milvus_cdc_replicator import reader, session
@@ -298,7 +298,8 @@ def _made_up(world: World) -> Iterator[None]:
             mock.patch.object(uuid, "uuid4", new_id),
             mock.patch.object(etcd_store, "EtcdClient", own_etcd),
             # Coarser than shipped: a run is mostly waiting, and every wake-up costs real time.
-            mock.patch.object(session, "HOUSEKEEPING_SECONDS", 0.5),
+            mock.patch.object(control_loop, "TICK_SECONDS", 1.0),
+            mock.patch.object(session, "HOUSEKEEPING_SECONDS", 1.0),
             mock.patch.object(reader, "READ_WAIT_SECONDS", 5.0),
         ):
             yield
@@ -321,7 +322,6 @@ def run(
             world.run(minutes)
         finally:
             world.end()
-    gc.collect(0)
     return Result(
         seed,
         str(world.referee.violation or ""),
