@@ -100,6 +100,7 @@ def hunt(mutant: Mutant, first: int, count: int, minutes: float) -> Result | Non
 
 
 def hunt_all(first: int, count: int, minutes: float) -> int:
+    """Writes the table anew as it goes on."""
     lines, missed = [], []
     for mutant in MUTANTS.values():
         found = hunt(mutant, first, count, minutes)
@@ -111,7 +112,7 @@ def hunt_all(first: int, count: int, minutes: float) -> int:
         says = says if len(says) < 160 else says[:157] + "..."
         lines.append(f"| {mutant.name} | {mutant.what} | {found.seed} | {says} |\n")
         print(f"{mutant.name}: seed {found.seed}: {says}", flush=True)
-    TABLE.write_text(HEAD + "".join(lines))
+        TABLE.write_text(HEAD + "".join(lines))
     print(f"{len(lines)} of {len(MUTANTS)} mutants found, see {TABLE.name}")
     return 1 if missed else 0
 

@@ -126,7 +126,7 @@ class Etcd(Server):
         self.compacted = self.revision
         self._history.clear()
 
-    def since(self, revision: int) -> list[WatchEvent]:
+    def since(self, revision: int) -> Sequence[WatchEvent]:
         """Events from there on. Raises Compacted."""
         if revision <= self.compacted:
             raise Compacted(self.compacted + 1)

@@ -73,7 +73,8 @@ class Host:
         if self.loop is not None:
             return
         self.starts += 1
-        loop = self.loop = Loop(self.world.clockwork, self.clock, self.host)
+        loop = Loop(self.world.clockwork, self.clock, self.host)  # type: ignore[abstract]
+        self.loop = loop
         self.world.say(self.host, f"starts ({self.starts})")
         loop.create_task(self._live(loop))
 
@@ -195,7 +196,7 @@ class SimConnections(Connections):
         self._queue = QueueClient(world.network, host.host, world.queue)
 
     async def source(self, spec: task_pb2.Source) -> LogSource:
-        return self._queue  # type: ignore[return-value]
+        return self._queue
 
     async def sink(self, spec: task_pb2.Sink, origin: Callable[[], Any] | None = None) -> Sink:
         host, world = self._host, self._host.world

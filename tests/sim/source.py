@@ -276,6 +276,8 @@ class Milvus:
         for stamp, messages in arriving:
             for vchannel, payload in messages:
                 self.queue.append(pchannel, payload, vchannel, stamp)
+                if rng.random() < 0.15:
+                    self.queue.tell(pchannel)  # readers may stop anywhere
         header = log_pb2.LogHeader(base=log_pb2.LogBase(msg_type=common_pb2.TimeTick, timestamp=ts))
         self.queue.append(pchannel, header.SerializeToString(), "", ts)
         self.last_tick[pchannel] = ts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -187,7 +187,8 @@ class Front:
         why, clean = "", True
         try:
             async with aclosing(_requests(stream.server)) as requests:
-                async with aclosing(service.Connect(requests, context)) as responses:  # type: ignore[type-var]
+                connected: Any = service.Connect(requests, context)
+                async with aclosing(connected) as responses:
                     async for response in responses:
                         self.on_response(response)
                         stream.send(response.SerializeToString(), up=False)
@@ -198,7 +199,7 @@ class Front:
                 stream.close(why or "ended", up=False, clean=clean)
 
 
-async def _requests(server: End) -> AsyncIterator[pb.ConnectRequest]:
+async def _requests(server: End) -> AsyncGenerator[pb.ConnectRequest, None]:
     while (message := await server.take()) is not None:
         yield pb.ConnectRequest.FromString(message)
     if not server.clean:

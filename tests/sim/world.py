@@ -7,7 +7,7 @@ import random
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -103,7 +103,7 @@ class World:
         if self.telling:
             self.story.append(f"{self.clockwork.now:9.3f}  {who:8}  {text}")
 
-    def heard(self, _logger: Any, level: str, event: dict[str, Any]) -> Any:
+    def heard(self, _logger: Any, level: str, event: MutableMapping[str, Any]) -> Any:
         """What a process writes to its log."""
         loop = self.clockwork.running
         if loop is None or loop.dead:

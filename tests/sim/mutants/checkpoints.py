@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from contextlib import ExitStack
 from typing import Any
@@ -10,6 +11,7 @@ from milvus_cdc.errors import RetryableError
 from milvus_cdc.order import lane as lanes
 from milvus_cdc_controller import loop
 from milvus_cdc_controller.core import effects
+from milvus_cdc_controller.store.records import encode
 from milvus_cdc_replicator import convert, reader
 from milvus_cdc_replicator.core import assignment, sequencer
 from milvus_cdc_replicator.core.ops import WriteKind
@@ -136,7 +138,7 @@ def persist_after_send(stack: ExitStack) -> None:
         while True:
             await self._wake.wait()
             if not self._pending.urgent:
-                await loop.asyncio.sleep(loop.PROGRESS_WINDOW_SECONDS)
+                await asyncio.sleep(loop.PROGRESS_WINDOW_SECONDS)
             self._wake.clear()
             batch, self._pending = self._pending, loop._Pending()
             for effect in batch.sends:
@@ -144,7 +146,7 @@ def persist_after_send(stack: ExitStack) -> None:
             if batch.writes:
                 await self._commit(
                     {
-                        key: loop.encode(e.record) if isinstance(e, effects.Save) else None
+                        key: encode(e.record) if isinstance(e, effects.Save) else None
                         for key, e in batch.writes.items()
                     }
                 )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 from milvus_cdc.catalog import watch as catalogue_watch
+from milvus_cdc.order.ops import Rank
 from milvus_cdc_controller import catalogues
 from milvus_cdc_controller.core import assigning, collection, events, names, sessions
 from milvus_cdc_controller.core.assigning import let_go
+from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_replicator import runner, session
 from milvus_cdc_replicator.core import assignment, holdings
 
@@ -32,9 +35,9 @@ def epoch_not_compared(stack: ExitStack) -> None:
 @mutant("a new owner gets the old one's epoch")
 def epoch_not_advanced(stack: ExitStack) -> None:
     def give(world: Any, assignment_id: str, to: Any) -> None:
-        old = world.grants.get(assignment_id) or assigning.Grant(assignment_id)
+        old = world.grants.get(assignment_id) or Grant(assignment_id)
         epoch = max(old.epoch, 1)
-        grant = assigning.Grant(assignment_id, epoch, to.name, to.instance, world.now.wall_ms)
+        grant = Grant(assignment_id, epoch, to.name, to.instance, world.now.wall_ms)
         world.put_grant(grant)
         assigning.send_assign(world, grant)
 
@@ -109,7 +112,7 @@ def relist_skipped(stack: ExitStack) -> None:
 
     async def read_after(self: Any, running: Any) -> Any:
         if running is not None:
-            await catalogue_watch.asyncio.wait({running})
+            await asyncio.wait({running})
         self._reading, self._queued = self._queued, None
         return (await list_all(self))[1]
 
@@ -134,7 +137,7 @@ def partition_drop_passed(stack: ExitStack) -> None:
 
 def _pass_marker(self: Any) -> list[Any]:
     for lane in self.lanes.values():
-        if lane.staged and lane.staged[0].rank is assignment.Rank.MARKER:
+        if lane.staged and lane.staged[0].rank is Rank.MARKER:
             self._leave_out(lane)
     return []
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from contextlib import ExitStack
 from typing import Any
 
 from milvus_cdc.errors import RetryableError
-from milvus_cdc_controller import loop, outbox
+from milvus_cdc_controller import outbox
 from milvus_cdc_controller.core import effects, events, liveness, sessions
 from milvus_cdc_controller.core.assigning import let_go
 from milvus_cdc_controller.store import etcd as etcd_store
 from milvus_cdc_replicator import gate, session
 from milvus_cdc_replicator.core import lease
 
+from tests.sim.clockwork import Loop
 from tests.sim.mutants import handle, mutant, put
 
 # The lease.
@@ -59,8 +61,9 @@ def deadline_behind_the_lease(stack: ExitStack) -> None:
 @mutant("the lease's clock stands still while the process is frozen")
 def clock_stops_with_the_process(stack: ExitStack) -> None:
     def running_time() -> float:
-        at = loop.asyncio.get_running_loop()
-        return at.time() - at.slept  # type: ignore[attr-defined]
+        at = asyncio.get_running_loop()
+        assert isinstance(at, Loop)
+        return at.time() - at.slept
 
     for module in (gate, session):
         put(stack, module, "boottime", running_time)
@@ -143,8 +146,8 @@ def leader_not_compared(stack: ExitStack) -> None:
 async def _keep_on(self: Any) -> None:
     """Without the key nobody says that the lease has ended, either."""
     while True:
-        await loop.asyncio.sleep(self._lease_seconds / 5)
-        asked = loop.asyncio.get_running_loop().time()
+        await asyncio.sleep(self._lease_seconds / 5)
+        asked = asyncio.get_running_loop().time()
         with contextlib.suppress(RetryableError):
             if await self._client.keep_alive(self._lease):
                 self._renewed = asked
