@@ -14,7 +14,8 @@ from milvus_cdc.errors import BugError, RetryableError, UnknownOutcomeError
 from milvus_cdc.model import Carry, Collection
 from milvus_cdc.sink import AnyBatch, CollectionTarget, DeleteBatch, Opened, RowBatch
 from milvus_cdc.sink.differences import ObjectDifference
-from milvus_cdc.sink.memory import MemorySink, decode_rows
+from milvus_cdc.sink.memory import MemorySink
+from milvus_cdc.sink.memory_rows import decode_rows
 from milvus_cdc.sink.metadata import CredentialChange, MetadataDiff, MetadataWish
 from milvus_cdc.sink.writer import Batch
 
