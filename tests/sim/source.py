@@ -154,11 +154,8 @@ class Milvus:
         self._ids += 1
         made = Partition(table.collection_id * 1000 + self._ids, name, self.ts())
         table.partitions.append(made)
-        # Rows for it may be in the log before a watcher hears of it.
-        self.clockwork.after(
-            self._rng.uniform(0, 0.3),
-            lambda: self.etcd.txn((), [self._partition(table, made, 2 if made.dropped else 0)]),
-        )
+        # Before any row of it; a watcher may hear of the rows first.
+        self.etcd.txn((), [self._partition(table, made, 0)])
         return made
 
     def drop_partition(self, table: Table, partition: Partition) -> None:
