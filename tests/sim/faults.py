@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from tests.sim.processes import ReplicatorHost
     from tests.sim.world import World
 
 Change = Callable[[], object]
@@ -31,29 +32,36 @@ def _nothing() -> None:
     pass
 
 
+class Victim:
+    """A replicator, mostly one that has something to lose, at a time when there is work."""
+
+    def __init__(self, world: World, rng: random.Random) -> None:
+        self._world = world
+        self._owner = rng.random() < 0.8
+        self.host = rng.choice(world.replicators)
+
+    def meet(self) -> ReplicatorHost:
+        self._world.hurry()
+        if self._owner:
+            self.host = self._world.owner() or self.host
+        return self.host
+
+
 def crash_replicator(world: World, rng: random.Random) -> Trouble:
-    host = rng.choice(world.replicators)
-    return Trouble(
-        f"crash of {host.host}",
-        host.kill,
-        host.start,
-        rng.choice((0.2, 2, 8, 25, 45)) * (0.5 + rng.random()),
-    )
+    victim = Victim(world, rng)
+    seconds = rng.choice((0.2, 2, 8, 25, 45)) * (0.5 + rng.random())
+    return Trouble("crash", lambda: victim.meet().kill(), lambda: victim.host.start(), seconds)
 
 
 def stop_replicator(world: World, rng: random.Random) -> Trouble:
-    host = rng.choice(world.replicators)
-    return Trouble(f"stop of {host.host}", host.terminate, _nothing, 1.0)
+    victim = Victim(world, rng)
+    return Trouble("clean stop", lambda: victim.meet().terminate(), _nothing, 1.0)
 
 
 def freeze_replicator(world: World, rng: random.Random) -> Trouble:
-    host = rng.choice(world.replicators)
-    return Trouble(
-        f"freeze of {host.host}",
-        host.freeze,
-        host.thaw,
-        rng.choice((1, 6, 14, 18, 30, 50)) * (0.7 + rng.random() / 2),
-    )
+    victim = Victim(world, rng)
+    seconds = rng.choice((1, 6, 14, 18, 22, 30, 50)) * (0.8 + rng.random() / 2)
+    return Trouble("freeze", lambda: victim.meet().freeze(), lambda: victim.host.thaw(), seconds)
 
 
 def crash_controller(world: World, rng: random.Random) -> Trouble:
@@ -90,9 +98,26 @@ def _cut(world: World, rng: random.Random, pairs: list[tuple[str, str]], seconds
 
 
 def cut_from_controllers(world: World, rng: random.Random) -> Trouble:
-    host = rng.choice(world.replicators)
-    pairs = [(host.host, each.host) for each in world.controllers]
-    return _cut(world, rng, pairs, rng.choice((2, 8, 12, 20, 40)))
+    victim = Victim(world, rng)
+    way = rng.choice(("both", "there", "back"))
+    ways: list[tuple[str, str]] = []
+
+    def begin() -> None:
+        host = victim.meet().host
+        for each in world.controllers:
+            if way != "back":
+                ways.append((host, each.host))
+            if way != "there":
+                ways.append((each.host, host))
+        for one in ways:
+            world.network.cut(*one)
+
+    def end() -> None:
+        for one in ways:
+            world.network.mend(*one)
+
+    text = f"a replicator is cut off from the controllers ({way})"
+    return Trouble(text, begin, end, rng.choice((2, 8, 12, 20, 25, 40)))
 
 
 def cut_one_pair(world: World, rng: random.Random) -> Trouble:
@@ -204,17 +229,19 @@ def crash_twice(world: World, rng: random.Random) -> Trouble:
 
 def zombie(world: World, rng: random.Random) -> Trouble:
     """Rows it has read and not written wait in a frozen process past its lease."""
-    host = rng.choice(world.replicators)
+    victim = Victim(world, rng)
+    pause = rng.uniform(0.5, 4)
 
     def begin() -> None:
-        world.sink.slow = 6.0
-        world.clockwork.after(rng.uniform(0.2, 3), host.freeze)
+        world.sink.slow = 12.0
+        host = victim.meet()
+        world.clockwork.after(pause, host.freeze)
 
     def end() -> None:
         world.sink.slow = 0.0
-        host.thaw()
+        victim.host.thaw()
 
-    return Trouble(f"{host.host} becomes a zombie", begin, end, rng.uniform(16, 30))
+    return Trouble("an owner becomes a zombie", begin, end, pause + rng.uniform(17, 30))
 
 
 FAULTS: tuple[tuple[int, Fault], ...] = (
@@ -234,7 +261,7 @@ FAULTS: tuple[tuple[int, Fault], ...] = (
     (2, retention),
     (1, pause_task),
     (2, crash_twice),
-    (2, zombie),
+    (4, zombie),
 )
 
 

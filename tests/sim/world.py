@@ -218,6 +218,17 @@ class World:
                 self.say("source", f"creates partition {name} of {table.name}")
                 self.milvus.add_partition(table, name)
 
+    def owner(self) -> ReplicatorHost | None:
+        """Some replicator that holds a collection."""
+        for assignment_id, grant in self.referee.grants.items():
+            if grant.instance and not assignment_id.endswith(".metadata"):
+                return next((r for r in self.replicators if r.host == grant.owner), None)
+        return None
+
+    def hurry(self) -> None:
+        """There is work for a while."""
+        self._busy = 2.0
+
     def truncate(self) -> None:
         """The queue forgets what no checkpoint needs any more."""
         needed: dict[str, int] = {}
