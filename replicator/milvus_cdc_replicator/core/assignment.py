@@ -253,7 +253,7 @@ class AssignmentCore:
         """A TSO to ask for, or 0. The step follows the pace at which source time passes here, so
         that a catch-up does not ask all the time, and a crash costs upserts for one step only.
         """
-        if lane.ended or not self.opened:
+        if (lane.ended and not lane.staged) or not self.opened:
             return 0
         front = lane.staged[0].ts if lane.staged else lane.released_ts
         if front == 0:

@@ -352,6 +352,26 @@ def test_what_was_dropped_before_the_first_checkpoint_is_not_ours_to_drop() -> N
     assert core.step() == []
 
 
+def test_rows_before_a_collections_drop_get_their_horizon() -> None:
+    """An owner that catches up reads the drop together with rows that still have to be granted."""
+    core = _core((Partition(1, "_default", 0),), lanes=1)
+    [lane] = core.lanes.values()
+    lane.horizon_ts = 4
+    drop = LogOp(Rank.MARKER, 10, 1, position(1), "drop", drops_collection=True)
+    lane.add(_insert(5, 0, 1))
+    lane.add(drop)
+    lane.tick(12, position(2))
+    assert lane.ended
+    assert core.step() == []
+    core.grant("v0", core.wanted_horizon(lane))
+    [write] = core.step()
+    assert isinstance(write, StartWrite)
+    core.write_done(write.write.write_id)
+    assert core.step() == []
+    assert core.closed
+    assert core.wanted_horizon(lane) == 0
+
+
 def test_rows_of_an_unknown_partition_wait_and_rows_of_a_dropped_one_are_counted() -> None:
     core = _core((Partition(1, "_default", 0),), lanes=1)
     [lane] = core.lanes.values()
