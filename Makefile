@@ -9,7 +9,7 @@ TYPED := $(wildcard tests examples benchmarks)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check fmt protos protos-go check-protos bench soak clean
+.PHONY: help demo test check fmt protos protos-go check-protos bench soak sim clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench: $(INSTALLED) ## measure throughput, lag and memory on real servers
 
 soak: $(INSTALLED) ## long crash runs, each verified row by row (ARGS go to pytest)
 	@$(BIN)/python -m pytest -m soak --timeout=0 $(ARGS)
+
+sim: $(INSTALLED) ## both services in made-up worlds of virtual time (ARGS='--seed 7 --trace' for the story of one)
+	@$(BIN)/python -m tests.sim --seeds 10000 $(ARGS)
 
 clean: ## remove .venv and caches; servers unpacked for tests stay in ~/.cache/milvus-cdc
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -73,10 +73,23 @@ CHANNEL_OPTIONS = [
 Runner = CollectionRunner | MetadataRunner
 
 
+def _dial(address: str) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
 class Replicator:
     """Everything one process runs. `run()` until `drain()`."""
 
-    def __init__(self, settings: Settings, version: str, connections: Connections) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        version: str,
+        connections: Connections,
+        *,
+        dial: Callable[[str], grpc.aio.Channel] = _dial,
+    ) -> None:
+        """`dial` opens a channel to the controller's address."""
+        self._dial = dial
         self._settings = settings
         self._version = version
         self._connections = connections
@@ -202,7 +215,7 @@ class Replicator:
         return addresses[self._dialled % len(addresses)]
 
     async def _serve(self) -> None:
-        async with grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
+        async with self._dial(self._address) as channel:
             stub = pb_grpc.ReplicationServiceStub(channel)
             self._outbox.clear()
             self._patience = WELCOME_SECONDS

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from milvus_cdc.model import Collection, ObjectState, ms_to_tso
+from milvus_cdc.model import Collection, ObjectState, Partition, ms_to_tso
 from milvus_cdc.order.lane import Lane
 from milvus_cdc.order.ops import LogOp, Rank
 
@@ -122,6 +122,10 @@ class AssignmentCore:
         for partition in self.want.partitions:
             if partition.state is ObjectState.CREATED:
                 self._partitions.holders[partition.name] = partition.partition_id
+        # Whose drop is still to come has its name at the sink, and its rows; the oldest is first.
+        ahead = filter(self._drop_is_ahead, self.want.partitions)
+        for partition in sorted(ahead, key=lambda p: p.drop_ts, reverse=True):
+            self._partitions.holders[partition.name] = partition.partition_id
         for lane in self.lanes.values():
             lane.upsert_until_ts = max(lane.upsert_until_ts, existing_rows_until_ts)
 
@@ -255,7 +259,7 @@ class AssignmentCore:
         """A TSO to ask for, or 0. The step follows the pace at which source time passes here, so
         that a catch-up does not ask all the time, and a crash costs upserts for one step only.
         """
-        if lane.ended or not self.opened:
+        if (lane.ended and not lane.staged) or not self.opened:
             return 0
         front = lane.staged[0].ts if lane.staged else lane.released_ts
         if front == 0:
@@ -399,6 +403,14 @@ class AssignmentCore:
                 head.rank is Rank.MARKER and head.partition_id == marker.partition_id
             )
         return lane.released_ts >= marker.ts
+
+    def _drop_is_ahead(self, partition: Partition) -> bool:
+        """No checkpoint has passed its drop. An owner before may have carried it out all the same:
+        then everything written since is replayed.
+        """
+        return partition.state is ObjectState.DROPPED and all(
+            0 < lane.resolved_ts < partition.drop_ts for lane in self.lanes.values()
+        )
 
     def _is_dropped(self, partition_id: int) -> bool:
         known = self._known.get(partition_id)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from milvus_cdc.model import Collection, Partition, ms_to_tso
+from milvus_cdc.model import Collection, ObjectState, Partition, ms_to_tso
 from milvus_cdc.order.lane import Lane
 from milvus_cdc.order.ops import LogOp, Rank
 from milvus_cdc_replicator.core.assignment import (
@@ -291,6 +291,87 @@ def test_a_partition_drop_waits_for_every_lane_and_every_row_before_it() -> None
     assert first.resolved_ts == second.resolved_ts == 12
 
 
+def _drop_ahead(resolved_ts: tuple[int, int], drop_ts: int) -> AssignmentCore:
+    """Of an owner that begins when the metadata shows a drop that the log has yet to bring; its
+    name was given anew.
+    """
+    partitions = (
+        Partition(1, "_default", 0),
+        Partition(2, "p", 0, ObjectState.DROPPED, drop_ts),
+        Partition(3, "p", drop_ts + 1),
+    )
+    want = Collection(7, 1, "default", "c", b"", 2, 0, 1, partitions=partitions)
+    core = AssignmentCore(
+        want,
+        [
+            Lane(
+                f"v{i}",
+                f"p{i}",
+                read_from=b"",
+                resolved_ts=resolved_ts[i],
+                horizon_ts=10**6,
+                closed=False,
+            )
+            for i in range(2)
+        ],
+        WriteLimits(),
+        partition_key=False,
+    )
+    core.mark_opened(0)
+    return core
+
+
+def test_an_owner_that_begins_between_a_drop_and_its_message_carries_it_out() -> None:
+    """Else the rows of the old partition stay, and count as those of the one that has its name."""
+    core = _drop_ahead((5, 6), drop_ts=10)
+    for order, lane in enumerate(core.lanes.values()):
+        lane.add(_drop(10, order, 2, "p"))
+        lane.tick(12, position(order + 1))
+    assert core.step() == [DropPartition(2, "p", 10)]
+    core.partition_dropped(2)
+    assert core.step() == [CreatePartition(3, "p", 11)]
+    assert [lane.resolved_ts for lane in core.lanes.values()] == [12, 12]
+
+
+def test_a_drop_that_a_checkpoint_has_passed_is_not_carried_out_again() -> None:
+    """The name is the next one's, with rows that no replay would bring again."""
+    core = _drop_ahead((5, 11), drop_ts=10)
+    first, _ = core.lanes.values()
+    first.add(_drop(10, 0, 2, "p"))
+    first.tick(12, position(1))
+    assert core.step() == []
+    assert first.resolved_ts == 12
+
+
+def test_what_was_dropped_before_the_first_checkpoint_is_not_ours_to_drop() -> None:
+    """The sink's partition of that name may be an adopted one."""
+    core = _drop_ahead((0, 0), drop_ts=10)
+    for order, lane in enumerate(core.lanes.values()):
+        lane.add(_drop(10, order, 2, "p"))
+        lane.tick(12, position(order + 1))
+    assert core.step() == []
+
+
+def test_rows_before_a_collections_drop_get_their_horizon() -> None:
+    """An owner that catches up reads the drop together with rows that still have to be granted."""
+    core = _core((Partition(1, "_default", 0),), lanes=1)
+    [lane] = core.lanes.values()
+    lane.horizon_ts = 4
+    drop = LogOp(Rank.MARKER, 10, 1, position(1), "drop", drops_collection=True)
+    lane.add(_insert(5, 0, 1))
+    lane.add(drop)
+    lane.tick(12, position(2))
+    assert lane.ended
+    assert core.step() == []
+    core.grant("v0", core.wanted_horizon(lane))
+    [write] = core.step()
+    assert isinstance(write, StartWrite)
+    core.write_done(write.write.write_id)
+    assert core.step() == []
+    assert core.closed
+    assert core.wanted_horizon(lane) == 0
+
+
 def test_rows_of_an_unknown_partition_wait_and_rows_of_a_dropped_one_are_counted() -> None:
     core = _core((Partition(1, "_default", 0),), lanes=1)
     [lane] = core.lanes.values()
@@ -299,10 +380,6 @@ def test_rows_of_an_unknown_partition_wait_and_rows_of_a_dropped_one_are_counted
     assert core.step() == [QueryPartition(9)]
     assert core.step() == []
     assert lane.resolved_ts == 0
-    from dataclasses import replace
-
-    from milvus_cdc.model import ObjectState
-
     gone = Partition(9, "p", 3, ObjectState.DROPPED, 8)
     core.update(replace(core.want, partitions=(*core.want.partitions, gone)))
     assert core.step() == []
@@ -314,10 +391,6 @@ def test_a_name_given_anew_gets_its_own_partition() -> None:
     """Drop p and create p again; rows of the new one lie before the old one's drop message."""
     core = _core((Partition(1, "_default", 0), Partition(2, "p", 0)), lanes=1)
     [lane] = core.lanes.values()
-    from dataclasses import replace
-
-    from milvus_cdc.model import ObjectState
-
     lane.add(_insert(5, 0, 3))
     lane.add(_drop(7, 1, 2, "p"))
     lane.tick(9, position(2))
