@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from milvus_cdc.catalog import CatalogueWatcher, Layout
-from milvus_cdc.errors import CdcError
+from milvus_cdc.errors import CdcError, RetryableError
 from milvus_cdc.model import Drift
 from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.selection import Selection
@@ -25,6 +25,8 @@ from milvus_cdc_controller.core.task import StartAt, TaskSpec
 from milvus_cdc_controller.loop import ControlLoop
 from milvus_cdc_controller.metrics import Metrics
 from milvus_cdc_controller.replication_service import ReplicationService, Streams
+from milvus_cdc_controller.store import LeadershipLost
+from milvus_cdc_controller.store.election import Election, Member
 from milvus_cdc_controller.store.etcd import EtcdStore
 from milvus_cdc_controller.store.records import decode
 from milvus_cdc_replicator.connections import Connections
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
 
 LEASES = Leases(ttl_ms=15_000, heartbeat_ms=3_000, margin_ms=2_000)
 PROGRESS_MS = 2_000
-LEADER_SECONDS = 8
+LEADER_SECONDS = 5
+SILENCE_MS = 10_000
 TASK = "tasks/copy"
 SOURCE = task_pb2.Source(nats=task_pb2.NatsQueue(url="nats://queue:4222"))
 SINK = task_pb2.Sink(milvus=task_pb2.MilvusEndpoint(uri="http://sink:19530"))
@@ -247,9 +250,19 @@ class ControllerHost(Host):
         return self.control is not None
 
     async def _main(self, stop: asyncio.Event) -> None:
-        world = self.world
         stopping = asyncio.create_task(stop.wait())
-        opening = asyncio.create_task(self._open())
+        election = Election(["etcd:2379"], "milvus-cdc", LEADER_SECONDS, self._member())
+        election.join()
+        try:
+            await self._stand(election, stopping)
+        finally:
+            stopping.cancel()
+            if self.loop is not None and not self.loop.dead:
+                await election.leave()
+
+    async def _stand(self, election: Election, stopping: asyncio.Task[bool]) -> None:
+        world = self.world
+        opening = asyncio.create_task(self._open(election))
         await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not opening.done():
             opening.cancel()
@@ -258,10 +271,11 @@ class ControllerHost(Host):
         store = opening.result()
         records = [decode(key, value) for key, value in (await store.load()).items()]
         controller = Controller(LEASES, records)
+        controller.world.inherited_ttl_ms = store.inherited_ms
         streams = Streams()
         loop = ControlLoop(controller, store, _METRICS)
         catalogues = Catalogues(loop.post, controller.world.source_records.get, self._connect)
-        service = ReplicationService(loop, streams, self.host, LEASES, PROGRESS_MS)
+        service = ReplicationService(loop, streams, self.host, LEASES, PROGRESS_MS, SILENCE_MS)
         done = asyncio.create_task(loop.run(Outward(streams, catalogues)))
         lost = asyncio.create_task(store.lost())
         assert self.loop is not None
@@ -280,7 +294,6 @@ class ControllerHost(Host):
         creating.cancel()
         done.cancel()
         lost.cancel()
-        stopping.cancel()
         await asyncio.wait({done})
         if not done.cancelled() and (broken := done.exception()) is not None:
             # A group of the loop's tasks; a deposed leader is one thing, a bug is another.
@@ -289,10 +302,18 @@ class ControllerHost(Host):
                 raise broken
         await store.close()
 
-    async def _open(self) -> EtcdStore:
-        return await EtcdStore.open(
-            ["etcd:2379"], "milvus-cdc", LEADER_SECONDS, wait_seconds=float("inf")
-        )
+    def _member(self) -> Member:
+        return Member(f"{self.host}-{self.starts}", f"{self.host}:7070", "1", self.host, 0)
+
+    async def _open(self, election: Election) -> EtcdStore:
+        while True:
+            term = await election.win()
+            try:
+                return await EtcdStore.open(
+                    election, term, ["etcd:2379"], "milvus-cdc", LEASES.ttl_ms
+                )
+            except (RetryableError, LeadershipLost):
+                await asyncio.sleep(1)
 
     async def _create_task(self, loop: ControlLoop) -> None:
         if loop.controller.world.tasks:

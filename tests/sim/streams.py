@@ -212,6 +212,9 @@ class Context:
     def __init__(self, peer: str) -> None:
         self._peer = peer
 
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
     def peer(self) -> str:
         return self._peer
 

@@ -16,6 +16,7 @@ import structlog
 from milvus_cdc.source.positions import decode as decode_position
 from milvus_cdc_controller import loop as control_loop
 from milvus_cdc_controller.core import events as ev
+from milvus_cdc_controller.store import election
 from milvus_cdc_controller.store import etcd as etcd_store
 from milvus_cdc_replicator import reader, session
 
@@ -308,6 +309,7 @@ def _made_up(world: World) -> Iterator[None]:
             virtual(world.clockwork),
             mock.patch.object(uuid, "uuid4", new_id),
             mock.patch.object(etcd_store, "EtcdClient", own_etcd),
+            mock.patch.object(election, "EtcdClient", own_etcd),
             # Coarser than shipped: a run is mostly waiting, and every wake-up costs real time.
             mock.patch.object(control_loop, "TICK_SECONDS", 1.0),
             mock.patch.object(session, "HOUSEKEEPING_SECONDS", 1.0),

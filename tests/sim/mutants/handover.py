@@ -10,9 +10,17 @@ from typing import Any
 from milvus_cdc.catalog import watch as catalogue_watch
 from milvus_cdc.order.ops import Rank
 from milvus_cdc_controller import catalogues
-from milvus_cdc_controller.core import assigning, collection, events, names, sessions
-from milvus_cdc_controller.core.assigning import let_go
+from milvus_cdc_controller.core import (
+    assigning,
+    collection,
+    events,
+    granting,
+    names,
+    placing,
+    sessions,
+)
 from milvus_cdc_controller.core.grant import Grant
+from milvus_cdc_controller.core.granting import let_go
 from milvus_cdc_replicator import runner, session
 from milvus_cdc_replicator.core import assignment, holdings
 
@@ -39,14 +47,14 @@ def epoch_not_advanced(stack: ExitStack) -> None:
         epoch = max(old.epoch, 1)
         grant = Grant(assignment_id, epoch, to.name, to.instance, world.now.wall_ms)
         world.put_grant(grant)
-        assigning.send_assign(world, grant)
+        granting.send_assign(world, grant)
 
-    put(stack, assigning, "give", give)
+    put(stack, placing, "give", give)
 
 
 @mutant("a revoked assignment is free before its owner has let go")
 def release_not_awaited(stack: ExitStack) -> None:
-    revoke = assigning.revoke
+    revoke = granting.revoke
 
     def at_once(world: Any, grant: Any, reason: str) -> None:
         revoke(world, grant, reason)

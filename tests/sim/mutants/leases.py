@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from contextlib import ExitStack
 from typing import Any
 
 from milvus_cdc.errors import RetryableError
 from milvus_cdc_controller import outbox
 from milvus_cdc_controller.core import effects, events, liveness, sessions
-from milvus_cdc_controller.core.assigning import let_go
+from milvus_cdc_controller.core.granting import let_go
+from milvus_cdc_controller.store import election
 from milvus_cdc_controller.store import etcd as etcd_store
 from milvus_cdc_replicator import gate, session
 from milvus_cdc_replicator.core import lease
@@ -133,21 +133,12 @@ def never_uncertain(stack: ExitStack) -> None:
 
 @mutant("commits do not compare the leader's key")
 def leader_not_compared(stack: ExitStack) -> None:
-    async def txn(self: Any, operations: Any) -> None:
+    async def try_txn(self: Any, operations: Any, _conditions: Any) -> None:
         try:
             await self._client.txn([], operations)
         except RetryableError as error:
             raise RetryableError("STORE_UNAVAILABLE", error.message) from error
 
-    put(stack, etcd_store.EtcdStore, "_txn", txn)
-    put(stack, etcd_store.EtcdStore, "_keep", _keep_on)
-
-
-async def _keep_on(self: Any) -> None:
-    """Without the key nobody says that the lease has ended, either."""
-    while True:
-        await asyncio.sleep(self._lease_seconds / 5)
-        asked = asyncio.get_running_loop().time()
-        with contextlib.suppress(RetryableError):
-            if await self._client.keep_alive(self._lease):
-                self._renewed = asked
+    put(stack, etcd_store.EtcdStore, "_try_txn", try_txn)
+    # Without the key nobody says that the lease has ended, either.
+    put(stack, election.Term, "certain", True)
