@@ -156,14 +156,15 @@ class Etcd(Server):
             case GetOp(range=wanted):
                 return self.list(wanted).kvs
             case PutOp(key=key, value=value, lease=lease):
+                if lease and lease not in self._leases:
+                    # Before anything of it is done: what has no lease would never end.
+                    raise RetryableError("ETCD_UNAVAILABLE", "requested lease not found")
                 name = encode_key(key)
                 before = self.keys.get(name)
                 created = before.create_revision if before else self.revision
                 version = before.version + 1 if before else 1
                 self.keys[name] = KeyValue(key, value, created, self.revision, version, lease)
                 if lease:
-                    if lease not in self._leases:
-                        raise RetryableError("ETCD_UNAVAILABLE", "requested lease not found")
                     self._leases[lease].keys.add(name)
                 self._history.append(WatchEvent(key, value, self.revision))
             case DeleteOp(range=wanted):
