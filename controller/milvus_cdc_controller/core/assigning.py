@@ -27,6 +27,7 @@ from milvus_cdc_controller.core.metadata_work import drop_waits_for_alias, settl
 from milvus_cdc_controller.core.names import Kind, Owner
 from milvus_cdc_controller.core.placement import Candidate, Need, place
 from milvus_cdc_controller.core.reconcile import name_fault
+from milvus_cdc_controller.core.recount import owner_begins
 from milvus_cdc_controller.core.task import StartAt, TaskRecord
 from milvus_cdc_controller.core.world import World
 
@@ -207,7 +208,9 @@ def _reset(world: World, record: CollectionRecord, progress: CollectionProgress)
     )
     past, current = (replace(c, rows_refused=0) for c in (progress.past, progress.current))
     world.put_progress(
-        replace(progress, checkpoints=points, conditions=(), past=past, current=current)
+        replace(
+            progress, checkpoints=points, conditions=(), past=past, current=current, recount=None
+        )
     )
 
 
@@ -322,6 +325,7 @@ def give(world: World, assignment_id: str, session: Session) -> None:
     assert not old.instance, "an assignment has one owner"
     grant = Grant(assignment_id, old.epoch + 1, session.name, session.instance, world.now.wall_ms)
     world.put_grant(grant)
+    owner_begins(world, assignment_id)
     send_assign(world, grant)
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from milvus_cdc.model import split_assignment_id
 
 from milvus_cdc_controller.core.assigning import let_go, revoke, send_assign
+from milvus_cdc_controller.core.collection import Recounted
 from milvus_cdc_controller.core.effects import (
     CloseStream,
     HeartbeatAck,
@@ -39,6 +40,7 @@ from milvus_cdc_controller.core.liveness import Session
 from milvus_cdc_controller.core.metadata_work import awaits, flushed, metadata_reported
 from milvus_cdc_controller.core.positions import note
 from milvus_cdc_controller.core.progress import apply_applied, apply_opened, apply_renamed, merge
+from milvus_cdc_controller.core.recount import owner_lost, recounted
 from milvus_cdc_controller.core.sources import adopt_catalogue, job_done, send_job
 from milvus_cdc_controller.core.task import Failure
 from milvus_cdc_controller.core.world import World
@@ -147,6 +149,7 @@ def expire(world: World) -> None:
             )
         del world.sessions[session.instance]
         for grant in [g for g in world.grants.values() if g.instance == session.instance]:
+            owner_lost(world, grant.assignment_id)
             let_go(world, grant)
         world.touch_all()
 
@@ -248,7 +251,7 @@ def _collection_progress(
     record = world.collections[uid][collection_id]
     new = apply_applied(apply_renamed(apply_opened(record, event), event), event)
     old_progress = world.progress[event.assignment_id]
-    progress = merge(old_progress, event, opened=new.opened)
+    progress = recounted(merge(old_progress, event, opened=new.opened), event.recounted)
     if progress != old_progress:
         world.put_progress(progress)
     for shard in event.vchannels:
@@ -262,6 +265,8 @@ def _collection_progress(
     if record.renaming and not new.renaming:
         adopt_catalogue(world, uid)  # the database that it has left may go
     flushed(world, uid, collection_id, event.flushed_ts)
+    if event.recounted is Recounted.WRITE_AGAIN:
+        revoke(world, world.grants[event.assignment_id], "WRITE_AGAIN")
     if event.dropped and new.drop_granted:
         session = world.session_of(event.stream)
         assert session is not None

@@ -21,9 +21,9 @@ from milvus_cdc_controller.core.effects import Record
 from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_controller.core.task import MetadataRecord, SourceRecord, TaskRecord
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """2: the incarnation of a checkpoint's topic. 3: names at the sink, and what is carried there.
-4: what sinks are known to hold.
+4: what sinks are known to hold. 5: what is to be recounted there.
 """
 
 _KINDS: dict[str, type[Any]] = {
