@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from milvus_cdc.order.ops import LogOp, Rank
 from milvus_cdc_replicator.core.budget import Budget
@@ -31,6 +31,7 @@ def _all(tally: Tally) -> dict[tuple[str, int | str], int]:
     }
 
 
+@settings(deadline=None)
 @given(st.lists(OPS, max_size=12), st.lists(OPS, max_size=12))
 def test_it_knows_what_a_sink_holds(
     window: list[tuple[WriteKind, str, frozenset[int], bool]],
