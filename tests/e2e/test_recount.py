@@ -1,4 +1,6 @@
-"""A replicator is lost, and what it had sent reaches the sink long after: found and mended."""
+"""A replicator is lost, and what it had sent reaches the sink long after: found and mended, and
+nothing else is taken for it.
+"""
 
 from __future__ import annotations
 
@@ -75,3 +77,31 @@ def test_keys_that_a_lost_replicator_doubles_late_are_mended(
         pair.quiet(*LOST_PEER, FOUND)
     source.close()
     sink.close()
+
+
+@pytest.mark.timeout(400)
+def test_under_a_mixed_load_nothing_is_taken_for_wrong(nats_stack: Stack, tmp_path: Path) -> None:
+    load = Load(nats_stack.source.uri, "recounted", pause_seconds=0.05)
+    load.create()
+    names = {f"recounted.{shape.name}" for shape in SHAPES}
+    with Pair(nats_stack, tmp_path, replicators=2) as pair:
+        pair.create("recounted.*")
+        load.start()
+        pair.wait_running(*names)
+        time.sleep(5)
+        held = {a.replicator for a in pair.assignments() if a.collection}
+        for replicator in pair.replicators:
+            if f"replicators/{replicator.name}" in held:
+                replicator.restart(hard=True)
+
+        def recounted() -> dict[object, object]:
+            found = [line for each in pair.replicators for line in _events(each, RIGHT)]
+            return {line["collection"]: line["keys"] for line in found}
+
+        pair.wait("all are recounted", lambda: recounted().keys() == names, seconds=200)
+        print(f"keys recounted under load: {recounted()}")
+        assert all(recounted().values())
+        load.stop()
+        pair.wait_running(*names)
+        assert pair.prove()
+        pair.quiet(*LOST_PEER)
