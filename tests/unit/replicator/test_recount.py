@@ -248,19 +248,21 @@ async def test_keys_that_the_source_doubles_are_no_fault() -> None:
 
 async def test_rows_that_go_on_meanwhile_are_no_fault() -> None:
     async with taken_over(ROWS) as fleet:
-        entered, leave = asyncio.Event(), asyncio.Event()
+        entered, leave, looked = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
         async def hold(*_: Any) -> None:
             entered.set()
             await leave.wait()
 
-        fleet.append(tick(START + 60))
-        await fleet.through(START + 60)
+        async def look() -> None:
+            looked.set()
+            await entered.wait()
+
+        fleet.sink.before_write, fleet.sink.before_copies = hold, look
         fleet.grant(START + 99)
-        fleet.sink.before_write = hold
-        fleet.append(delete(START + 70, [1]), tick(START + 71))
-        await entered.wait()
-        await asyncio.sleep(0.6)
+        fleet.append(tick(START + 52), delete(START + 55, [1]), tick(START + 71))
+        await looked.wait()
+        await asyncio.sleep(0.3)
         leave.set()
         assert await fleet.ended() is Recounted.DONE
         assert set(fleet.texts()) == {2, 3}
