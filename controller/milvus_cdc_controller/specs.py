@@ -21,7 +21,7 @@ from milvus_cdc.model import (
 from milvuscdc.v1 import dead_letters_pb2, task_pb2
 from milvuscdc.v1 import replication_service_pb2 as pb
 
-from milvus_cdc_controller.core.collection import CollectionProgress, CollectionRecord
+from milvus_cdc_controller.core.collection import CollectionProgress, CollectionRecord, Recount
 from milvus_cdc_controller.core.mapping import split
 from milvus_cdc_controller.core.task import MetadataRecord
 
@@ -31,6 +31,11 @@ _LOADS = {
     LoadKind.PARTITIONS: pb.LoadSpec.KIND_PARTITIONS,
 }
 DRIFTS = {Drift.REPAIR: task_pb2.DRIFT_REPAIR, Drift.REPORT: task_pb2.DRIFT_REPORT}
+_RECOUNTS = {
+    None: pb.RECOUNT_UNSPECIFIED,
+    False: pb.RECOUNT_WANTED,
+    True: pb.RECOUNT_WRITE_AGAIN,
+}
 _PARTITIONS = {
     ObjectState.CREATED: pb.PartitionSpec.STATE_CREATED,
     ObjectState.DROPPED: pb.PartitionSpec.STATE_DROPPED,
@@ -54,6 +59,7 @@ def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> p
             touched_load=record.applied.touched_load,
         )
     source_database, _, source_collection = record.source_name.partition(".")
+    recount = None if record.dropping else progress.recount
     return pb.CollectionSpec(
         collection_id=want.collection_id,
         database=want.database,
@@ -78,19 +84,8 @@ def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> p
         ],
         indexes=map(_index_spec, want.indexes),
         load=_load_spec(want.load),
-        vchannels=[
-            pb.VchannelSpec(
-                vchannel=point.vchannel,
-                pchannel=point.pchannel,
-                read_from=point.read_from,
-                resolved_ts=point.resolved_ts,
-                horizon_ts=point.horizon_ts,
-                closed=point.closed,
-                incarnation=point.incarnation,
-                stored_ts=point.stored_ts,
-            )
-            for point in progress.checkpoints
-        ],
+        vchannels=_vchannel_specs(progress, recount),
+        recount=_RECOUNTS[None if recount is None else recount.again],
         opened=record.opened,
         sink_collection_id=record.sink_collection_id,
         recreate=record.recreate,
@@ -104,6 +99,33 @@ def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> p
         alter_ts=want.alter_ts,
         applied=applied,
     )
+
+
+def _vchannel_specs(progress: CollectionProgress, recount: Recount | None) -> list[pb.VchannelSpec]:
+    specs = [
+        pb.VchannelSpec(
+            vchannel=point.vchannel,
+            pchannel=point.pchannel,
+            read_from=point.read_from,
+            resolved_ts=point.resolved_ts,
+            horizon_ts=point.horizon_ts,
+            closed=point.closed,
+            incarnation=point.incarnation,
+            stored_ts=point.stored_ts,
+        )
+        for point in progress.checkpoints
+    ]
+    if recount is None:
+        return specs
+    starts = {vchannel: (read_from, ts) for vchannel, read_from, ts in recount.starts}
+    for spec in specs:
+        if spec.vchannel not in starts:
+            continue
+        if recount.again:
+            spec.read_from, spec.resolved_ts = starts[spec.vchannel]
+        else:
+            spec.recount_from, spec.recount_ts = starts[spec.vchannel]
+    return specs
 
 
 def planned_spec(planned: Collection) -> bytes:

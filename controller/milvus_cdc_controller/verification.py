@@ -169,6 +169,8 @@ async def _until_passed(
                 )
             progress = loop.controller.world.progress[now.assignment_id]
             behind += progress.resolved_ts < source_ts and not progress.closed
+            # What is written once more is older than the checkpoint until that is reached again.
+            behind += progress.recount is not None and progress.recount.again
         if not behind:
             return
         if looks % SAY_EVERY == 0:

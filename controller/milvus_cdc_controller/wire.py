@@ -10,7 +10,7 @@ from milvuscdc.v1 import task_pb2
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core import jobs
-from milvus_cdc_controller.core.collection import Counters
+from milvus_cdc_controller.core.collection import Counters, Recounted
 from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.liveness import Leases
 from milvus_cdc_controller.core.retention import Retention
@@ -32,6 +32,11 @@ _REPORTED = {
     pb.Progress.STATE_RUNNING: ReportedState.RUNNING,
     pb.Progress.STATE_RETRYING: ReportedState.RETRYING,
     pb.Progress.STATE_FAILED: ReportedState.FAILED,
+}
+
+_RECOUNTED = {
+    pb.RECOUNTED_DONE: Recounted.DONE,
+    pb.RECOUNTED_WRITE_AGAIN: Recounted.WRITE_AGAIN,
 }
 
 MakeEvent = Callable[[ev.Instant], ev.Event]
@@ -153,6 +158,7 @@ def _progress(stream: int, progress: pb.Progress) -> MakeEvent:
             for each in progress.flushes
         ),
         operations_read_from=progress.operations_read_from,
+        recounted=_RECOUNTED.get(progress.recounted, Recounted.NOT_YET),
     )
 
 

@@ -37,6 +37,11 @@ DEAD_LETTERS = Counter(
     "Rows that the sink refused and that went to the task's dead letters",
     ["task", "collection", "reason"],
 )
+DOUBLED_KEYS = Counter(
+    "milvus_cdc_replicator_doubled_keys",
+    "Keys found at the sink too often, or gone, or back, after a replicator was lost",
+    ["task", "collection", "what"],
+)
 WRITE_ERRORS = Counter(
     "milvus_cdc_replicator_write_errors",
     "Sink requests that failed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from milvus_cdc.codec.operations import FlushOperation
 from milvus_cdc.model import tso_to_ms
@@ -12,6 +13,14 @@ from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc_replicator.core.assignment import Counters
+
+
+class Recounted(StrEnum):
+    """How a recount has ended."""
+
+    NOT_YET = "NOT_YET"
+    DONE = "DONE"
+    WRITE_AGAIN = "WRITE_AGAIN"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +58,7 @@ class Report:
     aliases_version: int = 0
     flushes: tuple[FlushOperation, ...] = ()
     operations_read_from: bytes = b""
+    recounted: Recounted = Recounted.NOT_YET
 
 
 def lag_ms(lanes: Iterable[Lane], now_ms: int | None) -> int:
@@ -67,6 +77,13 @@ _STATES = {
     "RUNNING": pb.Progress.STATE_RUNNING,
     "RETRYING": pb.Progress.STATE_RETRYING,
     "FAILED": pb.Progress.STATE_FAILED,
+}
+
+
+_RECOUNTED = {
+    Recounted.NOT_YET: pb.RECOUNTED_UNSPECIFIED,
+    Recounted.DONE: pb.RECOUNTED_DONE,
+    Recounted.WRITE_AGAIN: pb.RECOUNTED_WRITE_AGAIN,
 }
 
 
@@ -107,6 +124,7 @@ def to_progress(report: Report, seq: int) -> pb.Progress:
             for f in report.flushes
         ],
         operations_read_from=report.operations_read_from,
+        recounted=_RECOUNTED[report.recounted],
     )
     if report.renamed_to is not None:
         message.renamed_to.database, message.renamed_to.collection = report.renamed_to

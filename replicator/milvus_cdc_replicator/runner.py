@@ -33,6 +33,7 @@ from milvus_cdc_replicator.core.ops import Write
 from milvus_cdc_replicator.gate import WriteGate, boottime
 from milvus_cdc_replicator.intake import Intake
 from milvus_cdc_replicator.pacing import Pacer
+from milvus_cdc_replicator.recount import Recounting
 from milvus_cdc_replicator.report import LaneReport, Report, lag_ms
 from milvus_cdc_replicator.schema import key_field
 from milvus_cdc_replicator.settings import Limits
@@ -83,8 +84,8 @@ class CollectionRunner:
                 Lane(
                     lane.vchannel,
                     lane.pchannel,
-                    read_from=lane.read_from,
-                    resolved_ts=lane.resolved_ts,
+                    read_from=lane.recount_from or lane.read_from,
+                    resolved_ts=lane.recount_ts if lane.recount_from else lane.resolved_ts,
                     horizon_ts=lane.horizon_ts,
                     closed=lane.closed,
                     stored_ts=lane.stored_ts,
@@ -143,6 +144,19 @@ class CollectionRunner:
             reconcile_seconds=limits.reconcile_seconds,
         )
         self._core.carries_rows = assignment.carry.rows
+        self._recounting = Recounting(
+            assignment,
+            self._core,
+            self._object,
+            budget=budget,
+            gate=gate,
+            halt=self._halt,
+            named=not key.partition_key,
+            post=self._post,
+            spawn=self._spawn,
+            changed=lambda: notify(assignment.assignment_id),
+            log=self._log,
+        )
 
     # ---- from outside, all on the loop
 
@@ -258,6 +272,7 @@ class CollectionRunner:
             renamed_to=self._object.renamed_to,
             flushed_ts=self._object.flushed_ts,
             applied_version=self._object.applied_version,
+            recounted=self._recounting.ended,
         )
 
     def _state(self) -> tuple[str, str, str]:
@@ -285,6 +300,7 @@ class CollectionRunner:
         try:
             sink = await self._connections.sink(self.assignment.sink, self._origin)
             await self._object.open(sink)
+            self._recounting.begin(sink)
             if not self._stopping and self._failure is None:
                 self._act()
                 await self._intake.open()
@@ -313,6 +329,7 @@ class CollectionRunner:
                 await asyncio.wait(self._tasks)
             self._drain()  # what became durable meanwhile is part of the last word
             self._intake.account(final=self._failure is not None)
+            self._recounting.close()
             with contextlib.suppress(CdcError):
                 await self._object.release()
             self._ended = True
@@ -359,6 +376,7 @@ class CollectionRunner:
         self._intake.relieve()
         self._intake.account()
         self._object.act()
+        self._recounting.act()
         self._tell_awaited()
         if self._core.horizon_blocks():
             wanted = tuple(map(self._core.wanted_horizon, self._core.lanes.values()))
@@ -410,7 +428,7 @@ class CollectionRunner:
 
     def _chores(self) -> bool:
         want = self.assignment.want
-        if self._object.arrangement.heartbeats:
+        if self._object.arrangement.heartbeats or self._recounting.waits:
             return True
         return want.state is ObjectState.DROPPED and not self._core.closed
 
@@ -446,7 +464,9 @@ class CollectionRunner:
             self._post(lambda: self._settle(write.write_id))
 
     def _settle(self, write_id: int) -> None:
-        self._core.write_done(write_id)
+        write = self._core.write_done(write_id)
+        if write.refused:
+            self._recounting.refused(write)
 
     def _fail(self, error: CdcError) -> None:
         if self._failure is None:

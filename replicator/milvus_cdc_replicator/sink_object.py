@@ -103,6 +103,8 @@ class SinkObject:
         """(sink collection id, adopted, horizon TSO)."""
         self.conditions: dict[str, str] = {}
         self.arrangement = Arrangement(core, pacer, assignment.batching)
+        self.late_writes = False
+        """As the sink says when it is opened."""
         self.renamed_to: tuple[str, str] | None = None
         self.dropped = False
         self.flushed_ts = 0
@@ -248,6 +250,7 @@ class SinkObject:
             existing_until = ms_to_tso(int(time.time() * 1000) + ADOPTION_MARGIN_MS)
         self.opened = (opened.sink_collection_id, opened.adopted, existing_until)
         self.conditions.update(opened.conditions)
+        self.late_writes = opened.late_writes
         applied = self._assignment.applied
         if applied is not None:
             known = {p.name for p in want.partitions if p.partition_id in applied.partition_ids}

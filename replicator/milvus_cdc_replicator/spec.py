@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from milvus_cdc.model import (
     Batching,
@@ -37,6 +38,19 @@ class LaneStart:
     """Of the topic in which `read_from` was taken; empty when not known yet."""
     stored_ts: int = 0
     """Newest `resolved_ts` that a sink which keeps checkpoints is known to hold."""
+    recount_from: bytes = b""
+    """Where the keys to be recounted begin, before `read_from`; empty when there."""
+    recount_ts: int = 0
+    """As `resolved_ts`."""
+
+
+class Recount(StrEnum):
+    """What is to be done about requests of a lost owner that may take effect late."""
+
+    NONE = "NONE"
+    WANTED = "WANTED"
+    WRITE_AGAIN = "WRITE_AGAIN"
+    """Keys were found wrong: everything since is written once more, then they are recounted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +89,7 @@ class CollectionAssignment:
     """A user's flush: done once rows at or below it are in the sink; 0 = none."""
     awaited_ts: int = 0
     """To be told as soon as everything at or below it is in the sink; 0 = none."""
+    recount: Recount = Recount.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +193,8 @@ def from_assign(message: pb.Assign) -> Assignment:
                 v.closed,
                 v.incarnation,
                 v.stored_ts,
+                v.recount_from,
+                v.recount_ts,
             )
             for v in spec.vchannels
         ),
@@ -201,12 +218,20 @@ def from_assign(message: pb.Assign) -> Assignment:
         applied=_applied(spec.applied) if spec.HasField("applied") else None,
         flush_ts=spec.flush_ts,
         awaited_ts=spec.awaited_ts,
+        recount=_RECOUNTS[spec.recount],
     )
 
 
 def carry_of(message: task_pb2.Carry) -> Carry:
     """What is unset has its default."""
     return Carry(**{each.name: value for each, value in message.ListFields()})
+
+
+_RECOUNTS = {
+    pb.RECOUNT_UNSPECIFIED: Recount.NONE,
+    pb.RECOUNT_WANTED: Recount.WANTED,
+    pb.RECOUNT_WRITE_AGAIN: Recount.WRITE_AGAIN,
+}
 
 
 def _drift(value: task_pb2.Drift.ValueType) -> Drift:

@@ -15,7 +15,7 @@ import pytest
 from milvus_cdc.errors import CdcError, RetryableError, UnknownOutcomeError, UserError
 from milvus_cdc.milvus_client import MilvusClient
 from milvus_cdc.model import Carry, Collection, Index, Partition
-from milvus_cdc.sink import DeleteBatch, Op, RowBatch, Sink, reconcile
+from milvus_cdc.sink import Copies, DeleteBatch, Op, RowBatch, Sink, reconcile
 from milvus_cdc.sink.differences import ObjectDifference, is_missing
 from milvus_cdc.sink.memory import MemorySink
 from milvus_cdc.sink.memory_rows import decode_cells, decode_rows
@@ -281,6 +281,29 @@ async def test_a_plain_insert_of_a_key_that_is_there_doubles_it(bench: Bench) ->
     assert (len(await bench.rows(sample)), await bench.count(sample)) == (3, 4)
     await put(bench, sample, plain_rows([2]), Op.UPSERT)
     assert await bench.count(sample) == 3
+
+
+@pytest.mark.parametrize("key", [KEY, TEXT_KEY], ids=["int key", "text key"])
+async def test_it_tells_how_often_keys_are_there(bench: Bench, key: Field) -> None:
+    sample = Sample(bench.database, "copies", (key, VECTOR, NUMBER), partitions=("_default", "p"))
+    assert (await opened(bench, sample.want())).late_writes
+    texts: list[Any] = ["", "a'b", 'q"', "\\", "ä", "f"]
+    keys = texts if key is TEXT_KEY else [-(2**63), -1, 0, 7, 2**63 - 1, 8]
+    elsewhere, deleted, once, doubled, last, _ = keys
+    target = bench.sink.target(sample.want())
+    assert await bench.sink.copies(target, "_default", keys) is None, "it is not loaded"
+    await put(bench, sample, plain_rows(keys[:5]))
+    await put(bench, sample, plain_rows([doubled]))
+    await put(bench, sample, plain_rows([elsewhere]), partition="p")
+    await remove(bench, sample, (deleted,) if key is TEXT_KEY else ints(deleted))
+    loaded = sample.want(indexes=(flat_index(),), load=LOADED)
+    await reconcile(bench.sink, loaded, Carry(schema=False))
+    assert await bench.count(sample) == 6  # waits until it is loaded
+    there = frozenset({elsewhere, once, doubled, last})
+    assert await bench.sink.copies(target, "_default", keys) == Copies(5, there)
+    assert await bench.sink.copies(target, "", keys) == Copies(6, there)
+    in_p = await bench.sink.copies(target, "p", [elsewhere, once])
+    assert in_p == Copies(1, frozenset({elsewhere}))
 
 
 async def test_deletes_hit_exactly_the_keys_named(bench: Bench) -> None:

@@ -145,7 +145,7 @@ class ReplicatorHost(Host):
         assert self.loop is not None
         loop = self.loop
         settings = Settings(
-            controller="controllers",
+            controller=("controllers",),
             name=self.host,
             writes=WriteSettings(rows_per_request=6, in_flight_per_collection=3),
         )

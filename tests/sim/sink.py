@@ -6,13 +6,14 @@ sender may never learn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from milvus_cdc.errors import BugError, RetryableError, UnknownOutcomeError
 from milvus_cdc.model import Carry, Collection
-from milvus_cdc.sink import AnyBatch, CollectionTarget, DeleteBatch, Opened, RowBatch
+from milvus_cdc.order.ops import Key
+from milvus_cdc.sink import AnyBatch, CollectionTarget, Copies, DeleteBatch, Opened, RowBatch
 from milvus_cdc.sink.differences import ObjectDifference
 from milvus_cdc.sink.memory import MemorySink
 from milvus_cdc.sink.memory_rows import decode_rows
@@ -172,6 +173,11 @@ class SinkClient:
             raise UnknownOutcomeError("SINK_UNAVAILABLE", "the connection broke") from None
         finally:
             self._in_flight.end(number)
+
+    async def copies(
+        self, target: CollectionTarget, partition: str, keys: Sequence[Key]
+    ) -> Copies | None:
+        return await self._ask(lambda: self._memory.copies(target, partition, keys))
 
     async def probe(self) -> str:
         return await self._ask(self._memory.probe)

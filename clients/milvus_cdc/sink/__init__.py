@@ -8,12 +8,14 @@ help. Sinks register under the entry point group `milvus_cdc.sinks`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
 from milvus_cdc.codec.messages import Keys
 from milvus_cdc.model import Carry, Collection
+from milvus_cdc.order.ops import Key
 from milvus_cdc.rows import Table
 from milvus_cdc.sink.differences import ObjectDifference
 from milvus_cdc.sink.metadata import CredentialChange, MetadataDiff, MetadataWish
@@ -99,6 +101,18 @@ class Opened:
     """It takes changes in order, as `Batch`, and is like this."""
     checkpoints: tuple[Checkpoint, ...] = ()
     """What it holds itself, with `writer.own_checkpoint`."""
+    late_writes: bool = False
+    """Nothing fences an owner whose time is over: what it has sent may take effect late."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """What there is of some keys."""
+
+    rows: int
+    """All of them together, a key that is stored twice counts twice."""
+    keys: frozenset[Key]
+    """Those that a reader sees."""
 
 
 class Sink(Protocol):
@@ -232,6 +246,15 @@ class Sink(Protocol):
     ) -> None:
         """Durable when it returns. The deadline of everything it sends ends within
         `timeout_seconds`.
+        """
+        ...
+
+    async def copies(
+        self, target: CollectionTarget, partition: str, keys: Sequence[Key]
+    ) -> Copies | None:
+        """Of a sink with `late_writes`: what is in one partition ("" = in any) of these keys,
+        everything acknowledged included. None where it cannot tell: it has no such count, or the
+        collection is not loaded.
         """
         ...
 

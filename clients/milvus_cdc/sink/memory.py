@@ -9,14 +9,16 @@ Milvus' query it hides none of that.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from milvus_cdc.errors import BugError, RetryableError, UserError
 from milvus_cdc.model import Carry, Collection, LoadKind, ObjectState
+from milvus_cdc.order.ops import Key
 from milvus_cdc.sink import (
     AnyBatch,
     CollectionTarget,
+    Copies,
     DeleteBatch,
     Op,
     Opened,
@@ -82,6 +84,8 @@ class MemorySink:
         """Everything that took effect, in that order."""
         self.diffs = 0
         """How often somebody looked."""
+        self.before_copies: Callable[[], Awaitable[None]] | None = None
+        """May raise, or wait."""
         self.flushes: list[str] = []
         """`database.collection` of every flush."""
         self.metadata = MemoryMetadata(
@@ -189,7 +193,8 @@ class MemorySink:
                 if partition.state is ObjectState.CREATED and partition.name not in held.partitions:
                     held.partitions[partition.name] = []
                     made.append(partition.name)
-        return Opened(held.collection_id, adopted, schemas.conditions(want), tuple(made))
+        conditions = schemas.conditions(want)
+        return Opened(held.collection_id, adopted, conditions, tuple(made), late_writes=True)
 
     async def drop_collection(
         self, want: Collection, *, sink_collection_id: int, ts: int = 0
@@ -340,6 +345,20 @@ class MemorySink:
         self.writes.append(batch)
         if self.after_write is not None:
             await self.after_write(target, batch)
+
+    async def copies(
+        self, target: CollectionTarget, partition: str, keys: Sequence[Key]
+    ) -> Copies | None:
+        if self.before_copies is not None:
+            await self.before_copies()
+        held = self._at(target.database, target.collection)
+        names = [partition] if partition and not target.partition_key else list(held.partitions)
+        if not held.loaded.issuperset(names):
+            return None
+        wanted = set(keys)
+        rows = [row[held.key_field] for name in names for row in self._partition(held, name)]
+        found = [key for key in rows if key in wanted]
+        return Copies(len(found), frozenset(found))
 
     def _put(self, held: _Held, target: CollectionTarget, batch: RowBatch) -> None:
         name = DEFAULT_PARTITION if target.partition_key else batch.partition or DEFAULT_PARTITION

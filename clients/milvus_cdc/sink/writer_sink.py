@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 from milvus_cdc.errors import BugError
 from milvus_cdc.model import Carry, Collection
+from milvus_cdc.order.ops import Key
 from milvus_cdc.rows import Table, table_of
-from milvus_cdc.sink import AnyBatch, CollectionTarget, Opened
+from milvus_cdc.sink import AnyBatch, CollectionTarget, Copies, Opened
 from milvus_cdc.sink.differences import ObjectDifference
 from milvus_cdc.sink.metadata import CredentialChange, MetadataDiff, MetadataWish
 from milvus_cdc.sink.writer import Batch, Opening, SchemaChange, SchemaChangeKind, Writer
@@ -154,6 +155,12 @@ class WriterSink:
         if target.table is None or not isinstance(batch, Batch):
             raise BugError("NOT_A_BATCH", f"{type(batch).__name__} for a writer")
         await self.writer.write(target.table, batch, timeout_seconds)
+
+    async def copies(
+        self, target: CollectionTarget, partition: str, keys: Sequence[Key]
+    ) -> Copies | None:
+        """Later epochs fence, and it cannot be read."""
+        return None
 
     async def close(self) -> None:
         await self.writer.close()

@@ -30,6 +30,56 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Recount:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RecountEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recount.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RECOUNT_UNSPECIFIED: _Recount.ValueType  # 0
+    """Nothing of the kind."""
+    RECOUNT_WANTED: _Recount.ValueType  # 1
+    """VchannelSpec.recount_from says since where. What is there already is read for its keys and not written."""
+    RECOUNT_WRITE_AGAIN: _Recount.ValueType  # 2
+    """It was found wrong: `read_from` lies where the counted keys begin, and everything since is written once more."""
+
+class Recount(_Recount, metaclass=_RecountEnumTypeWrapper):
+    """An owner before ended without a word, so a request of it may still take effect, however late. The keys that it may
+    have written are counted at the sink when that is past; Progress.recounted says how it ended.
+    """
+
+RECOUNT_UNSPECIFIED: Recount.ValueType  # 0
+"""Nothing of the kind."""
+RECOUNT_WANTED: Recount.ValueType  # 1
+"""VchannelSpec.recount_from says since where. What is there already is read for its keys and not written."""
+RECOUNT_WRITE_AGAIN: Recount.ValueType  # 2
+"""It was found wrong: `read_from` lies where the counted keys begin, and everything since is written once more."""
+Global___Recount: _TypeAlias = Recount  # noqa: Y015
+
+class _Recounted:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RecountedEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recounted.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RECOUNTED_UNSPECIFIED: _Recounted.ValueType  # 0
+    """It has not ended, or there is none."""
+    RECOUNTED_DONE: _Recounted.ValueType  # 1
+    """Every key is at the sink as often as it should be, or the sink needs no recount."""
+    RECOUNTED_WRITE_AGAIN: _Recounted.ValueType  # 2
+    """Some are not, or the sink cannot tell: assign it anew with RECOUNT_WRITE_AGAIN."""
+
+class Recounted(_Recounted, metaclass=_RecountedEnumTypeWrapper):
+    """How a recount ended. Said again in every report of its epoch."""
+
+RECOUNTED_UNSPECIFIED: Recounted.ValueType  # 0
+"""It has not ended, or there is none."""
+RECOUNTED_DONE: Recounted.ValueType  # 1
+"""Every key is at the sink as often as it should be, or the sink needs no recount."""
+RECOUNTED_WRITE_AGAIN: Recounted.ValueType  # 2
+"""Some are not, or the sink cannot tell: assign it anew with RECOUNT_WRITE_AGAIN."""
+Global___Recounted: _TypeAlias = Recounted  # noqa: Y015
+
 @_typing.final
 class ConnectRequest(_message.Message):
     """From the replicator."""
@@ -475,6 +525,7 @@ class CollectionSpec(_message.Message):
     FLUSH_TS_FIELD_NUMBER: _builtins.int
     APPLIED_FIELD_NUMBER: _builtins.int
     AWAITED_TS_FIELD_NUMBER: _builtins.int
+    RECOUNT_FIELD_NUMBER: _builtins.int
     collection_id: _builtins.int
     database: _builtins.str
     collection: _builtins.str
@@ -505,6 +556,7 @@ class CollectionSpec(_message.Message):
     """A flush that a user asked for: done once rows at or below it are in the sink; 0 = none."""
     awaited_ts: _builtins.int
     """An alias waits for this TSO: report as soon as everything at or below it is in the sink; 0 = none does."""
+    recount: Global___Recount.ValueType
     @_builtins.property
     def properties(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -554,10 +606,11 @@ class CollectionSpec(_message.Message):
         flush_ts: _builtins.int = ...,
         applied: Global___AppliedObjects | None = ...,
         awaited_ts: _builtins.int = ...,
+        recount: Global___Recount.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "load", b"load", "renamed_from", b"renamed_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "alter_ts", b"alter_ts", "applied", b"applied", "awaited_ts", b"awaited_ts", "collection", b"collection", "collection_id", b"collection_id", "consistency_level", b"consistency_level", "create_ts", b"create_ts", "database", b"database", "drop_granted", b"drop_granted", "flush_ts", b"flush_ts", "indexes", b"indexes", "load", b"load", "opened", b"opened", "partitions", b"partitions", "properties", b"properties", "recreate", b"recreate", "rename_ts", b"rename_ts", "renamed_from", b"renamed_from", "schema", b"schema", "shards", b"shards", "sink_collection_id", b"sink_collection_id", "source_collection", b"source_collection", "source_database", b"source_database", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "alter_ts", b"alter_ts", "applied", b"applied", "awaited_ts", b"awaited_ts", "collection", b"collection", "collection_id", b"collection_id", "consistency_level", b"consistency_level", "create_ts", b"create_ts", "database", b"database", "drop_granted", b"drop_granted", "flush_ts", b"flush_ts", "indexes", b"indexes", "load", b"load", "opened", b"opened", "partitions", b"partitions", "properties", b"properties", "recount", b"recount", "recreate", b"recreate", "rename_ts", b"rename_ts", "renamed_from", b"renamed_from", "schema", b"schema", "shards", b"shards", "sink_collection_id", b"sink_collection_id", "source_collection", b"source_collection", "source_database", b"source_database", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -789,6 +842,8 @@ class VchannelSpec(_message.Message):
     CLOSED_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     STORED_TS_FIELD_NUMBER: _builtins.int
+    RECOUNT_FROM_FIELD_NUMBER: _builtins.int
+    RECOUNT_TS_FIELD_NUMBER: _builtins.int
     vchannel: _builtins.str
     pchannel: _builtins.str
     read_from: _builtins.bytes
@@ -803,6 +858,9 @@ class VchannelSpec(_message.Message):
     """Of a sink that keeps checkpoints itself: the newest `resolved_ts` that it is known to hold; 0 = none. If it answers
     with less it was put back to an older state.
     """
+    recount_from: _builtins.bytes
+    """With RECOUNT_WANTED: where `read_from` and `resolved_ts` stood when the owner was lost; empty = as they are now."""
+    recount_ts: _builtins.int
     def __init__(
         self,
         *,
@@ -814,10 +872,12 @@ class VchannelSpec(_message.Message):
         closed: _builtins.bool = ...,
         incarnation: _builtins.bytes = ...,
         stored_ts: _builtins.int = ...,
+        recount_from: _builtins.bytes = ...,
+        recount_ts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "horizon_ts", b"horizon_ts", "incarnation", b"incarnation", "pchannel", b"pchannel", "read_from", b"read_from", "resolved_ts", b"resolved_ts", "stored_ts", b"stored_ts", "vchannel", b"vchannel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "horizon_ts", b"horizon_ts", "incarnation", b"incarnation", "pchannel", b"pchannel", "read_from", b"read_from", "recount_from", b"recount_from", "recount_ts", b"recount_ts", "resolved_ts", b"resolved_ts", "stored_ts", b"stored_ts", "vchannel", b"vchannel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1314,6 +1374,7 @@ class Progress(_message.Message):
     ALIASES_VERSION_FIELD_NUMBER: _builtins.int
     ROWS_REFUSED_FIELD_NUMBER: _builtins.int
     BYTES_WRITTEN_FIELD_NUMBER: _builtins.int
+    RECOUNTED_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     epoch: _builtins.int
     seq: _builtins.int
@@ -1343,6 +1404,7 @@ class Progress(_message.Message):
     """As the counters above: rows that are in the dead letters instead."""
     bytes_written: _builtins.int
     """As the counters above: bytes of the rows, as the log holds them."""
+    recounted: Global___Recounted.ValueType
     @_builtins.property
     def vchannels(self) -> _containers.RepeatedCompositeFieldContainer[Global___VchannelReport]: ...
     @_builtins.property
@@ -1385,10 +1447,11 @@ class Progress(_message.Message):
         aliases_version: _builtins.int = ...,
         rows_refused: _builtins.int = ...,
         bytes_written: _builtins.int = ...,
+        recounted: Global___Recounted.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["opened", b"opened", "renamed_to", b"renamed_to"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases_version", b"aliases_version", "applied_version", b"applied_version", "assignment_id", b"assignment_id", "bytes_written", b"bytes_written", "conditions", b"conditions", "dropped", b"dropped", "epoch", b"epoch", "flushed_ts", b"flushed_ts", "flushes", b"flushes", "lag_ms", b"lag_ms", "message", b"message", "opened", b"opened", "operations_read_from", b"operations_read_from", "reason", b"reason", "renamed_to", b"renamed_to", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_refused", b"rows_refused", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "seq", b"seq", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases_version", b"aliases_version", "applied_version", b"applied_version", "assignment_id", b"assignment_id", "bytes_written", b"bytes_written", "conditions", b"conditions", "dropped", b"dropped", "epoch", b"epoch", "flushed_ts", b"flushed_ts", "flushes", b"flushes", "lag_ms", b"lag_ms", "message", b"message", "opened", b"opened", "operations_read_from", b"operations_read_from", "reason", b"reason", "recounted", b"recounted", "renamed_to", b"renamed_to", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_refused", b"rows_refused", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "seq", b"seq", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

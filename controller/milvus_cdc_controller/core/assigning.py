@@ -121,7 +121,9 @@ def _reset(world: World, record: CollectionRecord, progress: CollectionProgress)
     )
     past, current = (replace(c, rows_refused=0) for c in (progress.past, progress.current))
     world.put_progress(
-        replace(progress, checkpoints=points, conditions=(), past=past, current=current)
+        replace(
+            progress, checkpoints=points, conditions=(), past=past, current=current, recount=None
+        )
     )
 
 

@@ -17,6 +17,15 @@ from milvus_cdc_controller.core.names import Claim, Owner, collection_owner
 from milvus_cdc_controller.core.task import Failure, TaskRecord
 
 
+class Recounted(StrEnum):
+    """How an owner says that a recount has ended."""
+
+    NOT_YET = "NOT_YET"
+    DONE = "DONE"
+    WRITE_AGAIN = "WRITE_AGAIN"
+    """Keys are at the sink too often or not at all, or it cannot tell."""
+
+
 class CollectionState(StrEnum):
     PENDING = "PENDING"
     RUNNING = "RUNNING"
@@ -73,6 +82,16 @@ NO_ROWS = Counters()
 
 
 @dataclass(frozen=True, slots=True)
+class Recount:
+    """An owner ended without a word: the keys that it may have written are to be counted."""
+
+    starts: tuple[tuple[str, bytes, int], ...]
+    """(vchannel, `read_from`, `resolved_ts`) of each open shard when its lease ended."""
+    again: bool = False
+    """They were found wrong: everything since is written once more."""
+
+
+@dataclass(frozen=True, slots=True)
 class CollectionProgress:
     """Checkpoints and counters. `past` sums the epochs before `epoch`, `current` counts in it."""
 
@@ -83,6 +102,7 @@ class CollectionProgress:
     past: Counters = NO_ROWS
     current: Counters = NO_ROWS
     conditions: tuple[tuple[str, str], ...] = ()
+    recount: Recount | None = None
 
     @property
     def totals(self) -> Counters:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from milvus_cdc.model import Batching, Carry, Catalogue, Drift, RateLimits
 from milvus_cdc.selection import Selection
 
-from milvus_cdc_controller.core.collection import NO_ROWS, Counters
+from milvus_cdc_controller.core.collection import NO_ROWS, Counters, Recounted
 from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.jobs import JobPayload, JobResult, Located
 from milvus_cdc_controller.core.retention import Retention
@@ -292,6 +292,7 @@ class ProgressReported(StreamEvent):
     flushed_ts: int = 0
     flushes: tuple[FlushSeen, ...] = ()
     operations_read_from: bytes = b""
+    recounted: Recounted = Recounted.NOT_YET
 
 
 @dataclass(frozen=True, slots=True)

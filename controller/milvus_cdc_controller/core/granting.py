@@ -14,6 +14,7 @@ from milvus_cdc_controller.core.collection import CollectionRecord
 from milvus_cdc_controller.core.effects import Assign, Revoke
 from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_controller.core.liveness import Session
+from milvus_cdc_controller.core.recount import owner_begins
 from milvus_cdc_controller.core.task import TaskRecord
 from milvus_cdc_controller.core.world import World
 
@@ -107,6 +108,7 @@ def give(world: World, assignment_id: str, session: Session) -> None:
     assert not old.instance, "an assignment has one owner"
     grant = Grant(assignment_id, old.epoch + 1, session.name, session.instance, world.now.wall_ms)
     world.put_grant(grant)
+    owner_begins(world, assignment_id)
     send_assign(world, grant)
 
 

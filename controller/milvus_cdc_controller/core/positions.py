@@ -123,7 +123,9 @@ def _set(world: World, record: CollectionRecord, places: dict[str, Located]) -> 
     progress = world.progress[record.assignment_id]
     points = progress.checkpoints if record.started else start_checkpoints(record.want)
     progress = replace(
-        progress, checkpoints=tuple(_placed(point, places.get(point.vchannel)) for point in points)
+        progress,
+        checkpoints=tuple(_placed(point, places.get(point.vchannel)) for point in points),
+        recount=None,
     )
     world.put_progress(progress)
     seen = world.retention.setdefault(record.assignment_id, {})

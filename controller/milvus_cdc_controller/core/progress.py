@@ -18,7 +18,7 @@ from milvus_cdc_controller.core.collection import (
 )
 from milvus_cdc_controller.core.events import ProgressReported, VchannelReport
 
-_UNTIL_RESYNC = frozenset({"PARTITION_EMPTIED", "ROWS_LEFT_OUT"})
+_UNTIL_RESYNC = frozenset({"KEYS_NOT_RECOUNTED", "PARTITION_EMPTIED", "ROWS_LEFT_OUT"})
 
 
 def merge_checkpoint(point: Checkpoint, report: VchannelReport, *, grant: bool) -> Checkpoint:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from milvus_cdc.model import split_assignment_id
 
+from milvus_cdc_controller.core.collection import Recounted
 from milvus_cdc_controller.core.effects import (
     CloseStream,
     HeartbeatAck,
@@ -43,6 +44,7 @@ from milvus_cdc_controller.core.positions import note
 from milvus_cdc_controller.core.presence import arrive, depart, look
 from milvus_cdc_controller.core.progress import apply_applied, apply_opened, apply_renamed, merge
 from milvus_cdc_controller.core.rates import Rate
+from milvus_cdc_controller.core.recount import owner_lost, recounted
 from milvus_cdc_controller.core.replicator import ReplicatorState
 from milvus_cdc_controller.core.sources import adopt_catalogue, job_done, send_job
 from milvus_cdc_controller.core.task import Failure
@@ -168,6 +170,7 @@ def expire(world: World) -> None:
             )
         depart(world, session, ReplicatorState.LOST)
         for grant in [g for g in world.grants.values() if g.instance == session.instance]:
+            owner_lost(world, grant.assignment_id)
             let_go(world, grant)
         world.touch_all()
 
@@ -284,7 +287,7 @@ def _collection_progress(
     record = world.collections[uid][collection_id]
     new = apply_applied(apply_renamed(apply_opened(record, event), event), event)
     old_progress = world.progress[event.assignment_id]
-    progress = merge(old_progress, event, opened=new.opened)
+    progress = recounted(merge(old_progress, event, opened=new.opened), event.recounted)
     if progress != old_progress:
         world.put_progress(progress)
     totals = progress.totals
@@ -301,6 +304,8 @@ def _collection_progress(
     if record.renaming and not new.renaming:
         adopt_catalogue(world, uid)  # the database that it has left may go
     flushed(world, uid, collection_id, event.flushed_ts)
+    if event.recounted is Recounted.WRITE_AGAIN:
+        revoke(world, world.grants[event.assignment_id], "WRITE_AGAIN")
     if event.dropped and new.drop_granted:
         session = world.session_of(event.stream)
         assert session is not None

@@ -18,6 +18,7 @@ from milvus_cdc.order.ops import LogOp, Rank
 
 from milvus_cdc_replicator.core.ops import Write, WriteKind
 from milvus_cdc_replicator.core.sequencer import Sequencer, WriteLimits
+from milvus_cdc_replicator.core.tally import Tally
 
 HORIZON_STEP_MIN_MS = 2_000
 """Source time granted ahead at least: a quiet collection asks about once a second."""
@@ -102,6 +103,12 @@ class AssignmentCore:
         """Nothing new is begun: what is under way comes to its end."""
         self.silence_ms = 0
         """So long nobody may be there to grant a horizon, and rows are to go on."""
+        self.still = False
+        """Nothing more is taken: what was goes out and comes to its end."""
+        self.tally: Tally | None = None
+        """Hears what is taken, while keys are to be recounted."""
+        self.written_until: dict[str, int] = {}
+        """Per vchannel: rows at or below it are in the sink, and read for the tally alone."""
         self.sequencer = Sequencer(limits)
         self._partition_key = partition_key
         self._partitions = _Partitions()
@@ -190,6 +197,8 @@ class AssignmentCore:
         state = self._partitions
         state.dropping = None
         state.dropped.add(partition_id)
+        if self.tally is not None and partition_id in self._known:
+            self.tally.forget_partition(self._known[partition_id].name)
         for name, holder in list(state.holders.items()):
             if holder == partition_id:
                 del state.holders[name]
@@ -202,15 +211,16 @@ class AssignmentCore:
         if not self.opened or self.held_back:
             return effects
         effects.extend(self._new_partitions())
-        if self._partitions.dropping is None:
+        if self._partitions.dropping is None and not self.still:
             for lane in self.lanes.values():
                 effects.extend(self._pump(lane))
                 if self._partitions.dropping is not None:
                     break
-        if self.sequencer.lingering and self._awaited():
+        if self.sequencer.lingering and (self.still or self._awaited()):
             self.sequencer.hurry()
         effects.extend(StartWrite(write) for write in self.sequencer.start())
-        if self.sequencer.backlog == 0 and self._partitions.dropping is None:
+        idle = self.sequencer.backlog == 0 and self._partitions.dropping is None
+        if idle and not self.still:
             effects.extend(self._ready_drop())
         return effects
 
@@ -301,6 +311,11 @@ class AssignmentCore:
                 self._leave_out(lane)
                 self.left_out = True
                 continue
+            if op.ts <= self.written_until.get(lane.vchannel, 0):
+                if self.tally is not None and self._is_there(op):
+                    self._remember(lane, op, self._partition_name(op))
+                self._leave_out(lane)
+                continue
             if op.ts > lane.horizon_ts:
                 return []
             if not self._partition_key and op.partition_id != -1:
@@ -318,9 +333,23 @@ class AssignmentCore:
             lane.take()
             self._lane_of[id(op)] = lane
             op.partition = self._partition_name(op)
+            if self.tally is not None:
+                self._remember(lane, op, op.partition)
             self.sequencer.add(self._kind(lane, op), op.partition, op, lane.vchannel)
             self._mark(lane, op)
         return []
+
+    def _remember(self, lane: Lane, op: LogOp, partition: str) -> None:
+        assert self.tally is not None
+        window = op.ts <= lane.upsert_until_ts
+        self.tally.took(self._kind(lane, op), partition, op, window=window)
+
+    def _is_there(self, op: LogOp) -> bool:
+        """The sink has its partition."""
+        if self._partition_key or op.partition_id == -1:
+            return True
+        known = self._known.get(op.partition_id)
+        return known is not None and self._partitions.holders.get(known.name) == op.partition_id
 
     def _awaited(self) -> bool:
         """A drop waits for what is unfinished."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 HARD_LIMIT_FACTOR = 2
 RESUME_AT = 0.8
+ASIDE_SHARE = 4
+"""So small a part of the limit that reading always finds room beside it."""
 
 
 class Budget:
@@ -20,7 +22,18 @@ class Budget:
         """Everything read and not durable."""
         self.writable = 0
         """The part that no longer waits for a tick: it shrinks by writing alone."""
+        self._aside = 0
         self._paused = False
+
+    def set_aside(self, delta_bytes: int) -> bool:
+        """For what is remembered beside rows; False, and nothing taken, beyond a quarter of the
+        limit.
+        """
+        if delta_bytes > 0 and (self._aside + delta_bytes) * ASIDE_SHARE > self.limit_bytes:
+            return False
+        self._aside += delta_bytes
+        self.update(delta_bytes, 0)
+        return True
 
     def update(self, held_delta: int, writable_delta: int) -> None:
         self.held += held_delta

@@ -29,6 +29,113 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// An owner before ended without a word, so a request of it may still take effect, however late. The keys that it may
+// have written are counted at the sink when that is past; Progress.recounted says how it ended.
+type Recount int32
+
+const (
+	// Nothing of the kind.
+	Recount_RECOUNT_UNSPECIFIED Recount = 0
+	// VchannelSpec.recount_from says since where. What is there already is read for its keys and not written.
+	Recount_RECOUNT_WANTED Recount = 1
+	// It was found wrong: `read_from` lies where the counted keys begin, and everything since is written once more.
+	Recount_RECOUNT_WRITE_AGAIN Recount = 2
+)
+
+// Enum value maps for Recount.
+var (
+	Recount_name = map[int32]string{
+		0: "RECOUNT_UNSPECIFIED",
+		1: "RECOUNT_WANTED",
+		2: "RECOUNT_WRITE_AGAIN",
+	}
+	Recount_value = map[string]int32{
+		"RECOUNT_UNSPECIFIED": 0,
+		"RECOUNT_WANTED":      1,
+		"RECOUNT_WRITE_AGAIN": 2,
+	}
+)
+
+func (x Recount) Enum() *Recount {
+	p := new(Recount)
+	*p = x
+	return p
+}
+
+func (x Recount) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Recount) Descriptor() protoreflect.EnumDescriptor {
+	return file_milvuscdc_v1_replication_service_proto_enumTypes[0].Descriptor()
+}
+
+func (Recount) Type() protoreflect.EnumType {
+	return &file_milvuscdc_v1_replication_service_proto_enumTypes[0]
+}
+
+func (x Recount) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Recount.Descriptor instead.
+func (Recount) EnumDescriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{0}
+}
+
+// How a recount ended. Said again in every report of its epoch.
+type Recounted int32
+
+const (
+	// It has not ended, or there is none.
+	Recounted_RECOUNTED_UNSPECIFIED Recounted = 0
+	// Every key is at the sink as often as it should be, or the sink needs no recount.
+	Recounted_RECOUNTED_DONE Recounted = 1
+	// Some are not, or the sink cannot tell: assign it anew with RECOUNT_WRITE_AGAIN.
+	Recounted_RECOUNTED_WRITE_AGAIN Recounted = 2
+)
+
+// Enum value maps for Recounted.
+var (
+	Recounted_name = map[int32]string{
+		0: "RECOUNTED_UNSPECIFIED",
+		1: "RECOUNTED_DONE",
+		2: "RECOUNTED_WRITE_AGAIN",
+	}
+	Recounted_value = map[string]int32{
+		"RECOUNTED_UNSPECIFIED": 0,
+		"RECOUNTED_DONE":        1,
+		"RECOUNTED_WRITE_AGAIN": 2,
+	}
+)
+
+func (x Recounted) Enum() *Recounted {
+	p := new(Recounted)
+	*p = x
+	return p
+}
+
+func (x Recounted) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Recounted) Descriptor() protoreflect.EnumDescriptor {
+	return file_milvuscdc_v1_replication_service_proto_enumTypes[1].Descriptor()
+}
+
+func (Recounted) Type() protoreflect.EnumType {
+	return &file_milvuscdc_v1_replication_service_proto_enumTypes[1]
+}
+
+func (x Recounted) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Recounted.Descriptor instead.
+func (Recounted) EnumDescriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{1}
+}
+
 type CollectionSpec_State int32
 
 const (
@@ -63,11 +170,11 @@ func (x CollectionSpec_State) String() string {
 }
 
 func (CollectionSpec_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_milvuscdc_v1_replication_service_proto_enumTypes[0].Descriptor()
+	return file_milvuscdc_v1_replication_service_proto_enumTypes[2].Descriptor()
 }
 
 func (CollectionSpec_State) Type() protoreflect.EnumType {
-	return &file_milvuscdc_v1_replication_service_proto_enumTypes[0]
+	return &file_milvuscdc_v1_replication_service_proto_enumTypes[2]
 }
 
 func (x CollectionSpec_State) Number() protoreflect.EnumNumber {
@@ -112,11 +219,11 @@ func (x PartitionSpec_State) String() string {
 }
 
 func (PartitionSpec_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_milvuscdc_v1_replication_service_proto_enumTypes[1].Descriptor()
+	return file_milvuscdc_v1_replication_service_proto_enumTypes[3].Descriptor()
 }
 
 func (PartitionSpec_State) Type() protoreflect.EnumType {
-	return &file_milvuscdc_v1_replication_service_proto_enumTypes[1]
+	return &file_milvuscdc_v1_replication_service_proto_enumTypes[3]
 }
 
 func (x PartitionSpec_State) Number() protoreflect.EnumNumber {
@@ -163,11 +270,11 @@ func (x LoadSpec_Kind) String() string {
 }
 
 func (LoadSpec_Kind) Descriptor() protoreflect.EnumDescriptor {
-	return file_milvuscdc_v1_replication_service_proto_enumTypes[2].Descriptor()
+	return file_milvuscdc_v1_replication_service_proto_enumTypes[4].Descriptor()
 }
 
 func (LoadSpec_Kind) Type() protoreflect.EnumType {
-	return &file_milvuscdc_v1_replication_service_proto_enumTypes[2]
+	return &file_milvuscdc_v1_replication_service_proto_enumTypes[4]
 }
 
 func (x LoadSpec_Kind) Number() protoreflect.EnumNumber {
@@ -216,11 +323,11 @@ func (x Progress_State) String() string {
 }
 
 func (Progress_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_milvuscdc_v1_replication_service_proto_enumTypes[3].Descriptor()
+	return file_milvuscdc_v1_replication_service_proto_enumTypes[5].Descriptor()
 }
 
 func (Progress_State) Type() protoreflect.EnumType {
-	return &file_milvuscdc_v1_replication_service_proto_enumTypes[3]
+	return &file_milvuscdc_v1_replication_service_proto_enumTypes[5]
 }
 
 func (x Progress_State) Number() protoreflect.EnumNumber {
@@ -1183,7 +1290,8 @@ type CollectionSpec struct {
 	// from it is the source's doing, what else differs at the sink is not.
 	Applied *AppliedObjects `protobuf:"bytes,25,opt,name=applied,proto3" json:"applied,omitempty"`
 	// An alias waits for this TSO: report as soon as everything at or below it is in the sink; 0 = none does.
-	AwaitedTs     uint64 `protobuf:"varint,26,opt,name=awaited_ts,json=awaitedTs,proto3" json:"awaited_ts,omitempty"`
+	AwaitedTs     uint64  `protobuf:"varint,26,opt,name=awaited_ts,json=awaitedTs,proto3" json:"awaited_ts,omitempty"`
+	Recount       Recount `protobuf:"varint,27,opt,name=recount,proto3,enum=milvuscdc.v1.Recount" json:"recount,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1398,6 +1506,13 @@ func (x *CollectionSpec) GetAwaitedTs() uint64 {
 		return x.AwaitedTs
 	}
 	return 0
+}
+
+func (x *CollectionSpec) GetRecount() Recount {
+	if x != nil {
+		return x.Recount
+	}
+	return Recount_RECOUNT_UNSPECIFIED
 }
 
 type AppliedObjects struct {
@@ -1775,7 +1890,10 @@ type VchannelSpec struct {
 	Incarnation []byte `protobuf:"bytes,7,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
 	// Of a sink that keeps checkpoints itself: the newest `resolved_ts` that it is known to hold; 0 = none. If it answers
 	// with less it was put back to an older state.
-	StoredTs      uint64 `protobuf:"varint,8,opt,name=stored_ts,json=storedTs,proto3" json:"stored_ts,omitempty"`
+	StoredTs uint64 `protobuf:"varint,8,opt,name=stored_ts,json=storedTs,proto3" json:"stored_ts,omitempty"`
+	// With RECOUNT_WANTED: where `read_from` and `resolved_ts` stood when the owner was lost; empty = as they are now.
+	RecountFrom   []byte `protobuf:"bytes,9,opt,name=recount_from,json=recountFrom,proto3" json:"recount_from,omitempty"`
+	RecountTs     uint64 `protobuf:"varint,10,opt,name=recount_ts,json=recountTs,proto3" json:"recount_ts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1862,6 +1980,20 @@ func (x *VchannelSpec) GetIncarnation() []byte {
 func (x *VchannelSpec) GetStoredTs() uint64 {
 	if x != nil {
 		return x.StoredTs
+	}
+	return 0
+}
+
+func (x *VchannelSpec) GetRecountFrom() []byte {
+	if x != nil {
+		return x.RecountFrom
+	}
+	return nil
+}
+
+func (x *VchannelSpec) GetRecountTs() uint64 {
+	if x != nil {
+		return x.RecountTs
 	}
 	return 0
 }
@@ -2836,7 +2968,8 @@ type Progress struct {
 	// As the counters above: rows that are in the dead letters instead.
 	RowsRefused int64 `protobuf:"varint,22,opt,name=rows_refused,json=rowsRefused,proto3" json:"rows_refused,omitempty"`
 	// As the counters above: bytes of the rows, as the log holds them.
-	BytesWritten  int64 `protobuf:"varint,23,opt,name=bytes_written,json=bytesWritten,proto3" json:"bytes_written,omitempty"`
+	BytesWritten  int64     `protobuf:"varint,23,opt,name=bytes_written,json=bytesWritten,proto3" json:"bytes_written,omitempty"`
+	Recounted     Recounted `protobuf:"varint,24,opt,name=recounted,proto3,enum=milvuscdc.v1.Recounted" json:"recounted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3030,6 +3163,13 @@ func (x *Progress) GetBytesWritten() int64 {
 		return x.BytesWritten
 	}
 	return 0
+}
+
+func (x *Progress) GetRecounted() Recounted {
+	if x != nil {
+		return x.Recounted
+	}
+	return Recounted_RECOUNTED_UNSPECIFIED
 }
 
 type FlushOperation struct {
@@ -5127,7 +5267,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	" \x01(\x0e2\x13.milvuscdc.v1.DriftR\x05drift\x122\n" +
 	"\bbatching\x18\v \x01(\v2\x16.milvuscdc.v1.BatchingR\bbatching\x12<\n" +
 	"\fdead_letters\x18\f \x01(\v2\x19.milvuscdc.v1.DeadLettersR\vdeadLettersB\x06\n" +
-	"\x04spec\"\xb6\t\n" +
+	"\x04spec\"\xe7\t\n" +
 	"\x0eCollectionSpec\x12#\n" +
 	"\rcollection_id\x18\x01 \x01(\x03R\fcollectionId\x12\x1a\n" +
 	"\bdatabase\x18\x02 \x01(\tR\bdatabase\x12\x1e\n" +
@@ -5162,7 +5302,8 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\bflush_ts\x18\x18 \x01(\x04R\aflushTs\x126\n" +
 	"\aapplied\x18\x19 \x01(\v2\x1c.milvuscdc.v1.AppliedObjectsR\aapplied\x12\x1d\n" +
 	"\n" +
-	"awaited_ts\x18\x1a \x01(\x04R\tawaitedTs\x1a=\n" +
+	"awaited_ts\x18\x1a \x01(\x04R\tawaitedTs\x12/\n" +
+	"\arecount\x18\x1b \x01(\x0e2\x15.milvuscdc.v1.RecountR\arecount\x1a=\n" +
 	"\x0fPropertiesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"E\n" +
@@ -5210,7 +5351,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fKIND_COLLECTION\x10\x01\x12\x13\n" +
-	"\x0fKIND_PARTITIONS\x10\x02\"\xfa\x01\n" +
+	"\x0fKIND_PARTITIONS\x10\x02\"\xbc\x02\n" +
 	"\fVchannelSpec\x12\x1a\n" +
 	"\bvchannel\x18\x01 \x01(\tR\bvchannel\x12\x1a\n" +
 	"\bpchannel\x18\x02 \x01(\tR\bpchannel\x12\x1b\n" +
@@ -5221,7 +5362,11 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"horizon_ts\x18\x05 \x01(\x04R\thorizonTs\x12\x16\n" +
 	"\x06closed\x18\x06 \x01(\bR\x06closed\x12 \n" +
 	"\vincarnation\x18\a \x01(\fR\vincarnation\x12\x1b\n" +
-	"\tstored_ts\x18\b \x01(\x04R\bstoredTs\"\xcf\x02\n" +
+	"\tstored_ts\x18\b \x01(\x04R\bstoredTs\x12!\n" +
+	"\frecount_from\x18\t \x01(\fR\vrecountFrom\x12\x1d\n" +
+	"\n" +
+	"recount_ts\x18\n" +
+	" \x01(\x04R\trecountTs\"\xcf\x02\n" +
 	"\fMetadataSpec\x128\n" +
 	"\tdatabases\x18\x01 \x03(\v2\x1a.milvuscdc.v1.DatabaseSpecR\tdatabases\x121\n" +
 	"\aaliases\x18\x02 \x03(\v2\x17.milvuscdc.v1.AliasSpecR\aaliases\x12?\n" +
@@ -5301,7 +5446,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x03seq\x18\x01 \x01(\x03R\x03seq\x12\x1a\n" +
 	"\bdraining\x18\x02 \x01(\bR\bdraining\" \n" +
 	"\fHeartbeatAck\x12\x10\n" +
-	"\x03seq\x18\x01 \x01(\x03R\x03seq\"\xd8\a\n" +
+	"\x03seq\x18\x01 \x01(\x03R\x03seq\"\x8f\b\n" +
 	"\bProgress\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x10\n" +
@@ -5330,7 +5475,8 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x14operations_read_from\x18\x14 \x01(\fR\x12operationsReadFrom\x12'\n" +
 	"\x0faliases_version\x18\x15 \x01(\x03R\x0ealiasesVersion\x12!\n" +
 	"\frows_refused\x18\x16 \x01(\x03R\vrowsRefused\x12#\n" +
-	"\rbytes_written\x18\x17 \x01(\x03R\fbytesWritten\"W\n" +
+	"\rbytes_written\x18\x17 \x01(\x03R\fbytesWritten\x125\n" +
+	"\trecounted\x18\x18 \x01(\x0e2\x17.milvuscdc.v1.RecountedR\trecounted\"W\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x01\x12\x12\n" +
@@ -5483,7 +5629,15 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\tretention\x18\x04 \x01(\v2\x17.milvuscdc.v1.RetentionR\tretention\x12\x16\n" +
 	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x18\n" +
 	"\amessage\x18\x06 \x01(\tR\amessage\x12 \n" +
-	"\vincarnation\x18\a \x01(\fR\vincarnation2`\n" +
+	"\vincarnation\x18\a \x01(\fR\vincarnation*O\n" +
+	"\aRecount\x12\x17\n" +
+	"\x13RECOUNT_UNSPECIFIED\x10\x00\x12\x12\n" +
+	"\x0eRECOUNT_WANTED\x10\x01\x12\x17\n" +
+	"\x13RECOUNT_WRITE_AGAIN\x10\x02*U\n" +
+	"\tRecounted\x12\x19\n" +
+	"\x15RECOUNTED_UNSPECIFIED\x10\x00\x12\x12\n" +
+	"\x0eRECOUNTED_DONE\x10\x01\x12\x19\n" +
+	"\x15RECOUNTED_WRITE_AGAIN\x10\x022`\n" +
 	"\x12ReplicationService\x12J\n" +
 	"\aConnect\x12\x1c.milvuscdc.v1.ConnectRequest\x1a\x1d.milvuscdc.v1.ConnectResponse(\x010\x01BY\n" +
 	"\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3"
@@ -5500,199 +5654,203 @@ func file_milvuscdc_v1_replication_service_proto_rawDescGZIP() []byte {
 	return file_milvuscdc_v1_replication_service_proto_rawDescData
 }
 
-var file_milvuscdc_v1_replication_service_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_milvuscdc_v1_replication_service_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
 var file_milvuscdc_v1_replication_service_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_milvuscdc_v1_replication_service_proto_goTypes = []any{
-	(CollectionSpec_State)(0),      // 0: milvuscdc.v1.CollectionSpec.State
-	(PartitionSpec_State)(0),       // 1: milvuscdc.v1.PartitionSpec.State
-	(LoadSpec_Kind)(0),             // 2: milvuscdc.v1.LoadSpec.Kind
-	(Progress_State)(0),            // 3: milvuscdc.v1.Progress.State
-	(*ConnectRequest)(nil),         // 4: milvuscdc.v1.ConnectRequest
-	(*ConnectResponse)(nil),        // 5: milvuscdc.v1.ConnectResponse
-	(*Hello)(nil),                  // 6: milvuscdc.v1.Hello
-	(*HeldAssignment)(nil),         // 7: milvuscdc.v1.HeldAssignment
-	(*Welcome)(nil),                // 8: milvuscdc.v1.Welcome
-	(*Synced)(nil),                 // 9: milvuscdc.v1.Synced
-	(*TaskLimits)(nil),             // 10: milvuscdc.v1.TaskLimits
-	(*Assign)(nil),                 // 11: milvuscdc.v1.Assign
-	(*CollectionSpec)(nil),         // 12: milvuscdc.v1.CollectionSpec
-	(*AppliedObjects)(nil),         // 13: milvuscdc.v1.AppliedObjects
-	(*SinkName)(nil),               // 14: milvuscdc.v1.SinkName
-	(*PartitionSpec)(nil),          // 15: milvuscdc.v1.PartitionSpec
-	(*IndexSpec)(nil),              // 16: milvuscdc.v1.IndexSpec
-	(*LoadSpec)(nil),               // 17: milvuscdc.v1.LoadSpec
-	(*VchannelSpec)(nil),           // 18: milvuscdc.v1.VchannelSpec
-	(*MetadataSpec)(nil),           // 19: milvuscdc.v1.MetadataSpec
-	(*DatabaseSpec)(nil),           // 20: milvuscdc.v1.DatabaseSpec
-	(*AliasSpec)(nil),              // 21: milvuscdc.v1.AliasSpec
-	(*RbacSpec)(nil),               // 22: milvuscdc.v1.RbacSpec
-	(*RoleMember)(nil),             // 23: milvuscdc.v1.RoleMember
-	(*GrantSpec)(nil),              // 24: milvuscdc.v1.GrantSpec
-	(*PrivilegeGroupSpec)(nil),     // 25: milvuscdc.v1.PrivilegeGroupSpec
-	(*OperationsSpec)(nil),         // 26: milvuscdc.v1.OperationsSpec
-	(*Ack)(nil),                    // 27: milvuscdc.v1.Ack
-	(*Nack)(nil),                   // 28: milvuscdc.v1.Nack
-	(*Revoke)(nil),                 // 29: milvuscdc.v1.Revoke
-	(*Released)(nil),               // 30: milvuscdc.v1.Released
-	(*Heartbeat)(nil),              // 31: milvuscdc.v1.Heartbeat
-	(*HeartbeatAck)(nil),           // 32: milvuscdc.v1.HeartbeatAck
-	(*Progress)(nil),               // 33: milvuscdc.v1.Progress
-	(*FlushOperation)(nil),         // 34: milvuscdc.v1.FlushOperation
-	(*SinkOpened)(nil),             // 35: milvuscdc.v1.SinkOpened
-	(*VchannelReport)(nil),         // 36: milvuscdc.v1.VchannelReport
-	(*Retention)(nil),              // 37: milvuscdc.v1.Retention
-	(*ProgressAck)(nil),            // 38: milvuscdc.v1.ProgressAck
-	(*HorizonGrant)(nil),           // 39: milvuscdc.v1.HorizonGrant
-	(*PartitionQuery)(nil),         // 40: milvuscdc.v1.PartitionQuery
-	(*JobRequest)(nil),             // 41: milvuscdc.v1.JobRequest
-	(*ProbeJob)(nil),               // 42: milvuscdc.v1.ProbeJob
-	(*ResolveJob)(nil),             // 43: milvuscdc.v1.ResolveJob
-	(*VerifyJob)(nil),              // 44: milvuscdc.v1.VerifyJob
-	(*VerifyTarget)(nil),           // 45: milvuscdc.v1.VerifyTarget
-	(*DiffJob)(nil),                // 46: milvuscdc.v1.DiffJob
-	(*LocateJob)(nil),              // 47: milvuscdc.v1.LocateJob
-	(*LocateTarget)(nil),           // 48: milvuscdc.v1.LocateTarget
-	(*JobCancel)(nil),              // 49: milvuscdc.v1.JobCancel
-	(*JobUpdate)(nil),              // 50: milvuscdc.v1.JobUpdate
-	(*JobFailed)(nil),              // 51: milvuscdc.v1.JobFailed
-	(*ProbeResult)(nil),            // 52: milvuscdc.v1.ProbeResult
-	(*ResolveResult)(nil),          // 53: milvuscdc.v1.ResolveResult
-	(*LogEnd)(nil),                 // 54: milvuscdc.v1.LogEnd
-	(*VerifyUpdate)(nil),           // 55: milvuscdc.v1.VerifyUpdate
-	(*VerifyDone)(nil),             // 56: milvuscdc.v1.VerifyDone
-	(*DiffUpdate)(nil),             // 57: milvuscdc.v1.DiffUpdate
-	(*DiffDone)(nil),               // 58: milvuscdc.v1.DiffDone
-	(*LocateResult)(nil),           // 59: milvuscdc.v1.LocateResult
-	(*LocatedVchannel)(nil),        // 60: milvuscdc.v1.LocatedVchannel
-	nil,                            // 61: milvuscdc.v1.Hello.LabelsEntry
-	nil,                            // 62: milvuscdc.v1.CollectionSpec.PropertiesEntry
-	nil,                            // 63: milvuscdc.v1.IndexSpec.ParamsEntry
-	nil,                            // 64: milvuscdc.v1.DatabaseSpec.PropertiesEntry
-	(*durationpb.Duration)(nil),    // 65: google.protobuf.Duration
-	(*Limits)(nil),                 // 66: milvuscdc.v1.Limits
-	(*Source)(nil),                 // 67: milvuscdc.v1.Source
-	(*Sink)(nil),                   // 68: milvuscdc.v1.Sink
-	(*Carry)(nil),                  // 69: milvuscdc.v1.Carry
-	(Drift)(0),                     // 70: milvuscdc.v1.Drift
-	(*Batching)(nil),               // 71: milvuscdc.v1.Batching
-	(*DeadLetters)(nil),            // 72: milvuscdc.v1.DeadLetters
-	(*Condition)(nil),              // 73: milvuscdc.v1.Condition
-	(*VerifyProgress)(nil),         // 74: milvuscdc.v1.VerifyProgress
-	(*VerifyDifference)(nil),       // 75: milvuscdc.v1.VerifyDifference
-	(*VerifyCollectionResult)(nil), // 76: milvuscdc.v1.VerifyCollectionResult
-	(*DiffProgress)(nil),           // 77: milvuscdc.v1.DiffProgress
-	(*ObjectDifference)(nil),       // 78: milvuscdc.v1.ObjectDifference
+	(Recount)(0),                   // 0: milvuscdc.v1.Recount
+	(Recounted)(0),                 // 1: milvuscdc.v1.Recounted
+	(CollectionSpec_State)(0),      // 2: milvuscdc.v1.CollectionSpec.State
+	(PartitionSpec_State)(0),       // 3: milvuscdc.v1.PartitionSpec.State
+	(LoadSpec_Kind)(0),             // 4: milvuscdc.v1.LoadSpec.Kind
+	(Progress_State)(0),            // 5: milvuscdc.v1.Progress.State
+	(*ConnectRequest)(nil),         // 6: milvuscdc.v1.ConnectRequest
+	(*ConnectResponse)(nil),        // 7: milvuscdc.v1.ConnectResponse
+	(*Hello)(nil),                  // 8: milvuscdc.v1.Hello
+	(*HeldAssignment)(nil),         // 9: milvuscdc.v1.HeldAssignment
+	(*Welcome)(nil),                // 10: milvuscdc.v1.Welcome
+	(*Synced)(nil),                 // 11: milvuscdc.v1.Synced
+	(*TaskLimits)(nil),             // 12: milvuscdc.v1.TaskLimits
+	(*Assign)(nil),                 // 13: milvuscdc.v1.Assign
+	(*CollectionSpec)(nil),         // 14: milvuscdc.v1.CollectionSpec
+	(*AppliedObjects)(nil),         // 15: milvuscdc.v1.AppliedObjects
+	(*SinkName)(nil),               // 16: milvuscdc.v1.SinkName
+	(*PartitionSpec)(nil),          // 17: milvuscdc.v1.PartitionSpec
+	(*IndexSpec)(nil),              // 18: milvuscdc.v1.IndexSpec
+	(*LoadSpec)(nil),               // 19: milvuscdc.v1.LoadSpec
+	(*VchannelSpec)(nil),           // 20: milvuscdc.v1.VchannelSpec
+	(*MetadataSpec)(nil),           // 21: milvuscdc.v1.MetadataSpec
+	(*DatabaseSpec)(nil),           // 22: milvuscdc.v1.DatabaseSpec
+	(*AliasSpec)(nil),              // 23: milvuscdc.v1.AliasSpec
+	(*RbacSpec)(nil),               // 24: milvuscdc.v1.RbacSpec
+	(*RoleMember)(nil),             // 25: milvuscdc.v1.RoleMember
+	(*GrantSpec)(nil),              // 26: milvuscdc.v1.GrantSpec
+	(*PrivilegeGroupSpec)(nil),     // 27: milvuscdc.v1.PrivilegeGroupSpec
+	(*OperationsSpec)(nil),         // 28: milvuscdc.v1.OperationsSpec
+	(*Ack)(nil),                    // 29: milvuscdc.v1.Ack
+	(*Nack)(nil),                   // 30: milvuscdc.v1.Nack
+	(*Revoke)(nil),                 // 31: milvuscdc.v1.Revoke
+	(*Released)(nil),               // 32: milvuscdc.v1.Released
+	(*Heartbeat)(nil),              // 33: milvuscdc.v1.Heartbeat
+	(*HeartbeatAck)(nil),           // 34: milvuscdc.v1.HeartbeatAck
+	(*Progress)(nil),               // 35: milvuscdc.v1.Progress
+	(*FlushOperation)(nil),         // 36: milvuscdc.v1.FlushOperation
+	(*SinkOpened)(nil),             // 37: milvuscdc.v1.SinkOpened
+	(*VchannelReport)(nil),         // 38: milvuscdc.v1.VchannelReport
+	(*Retention)(nil),              // 39: milvuscdc.v1.Retention
+	(*ProgressAck)(nil),            // 40: milvuscdc.v1.ProgressAck
+	(*HorizonGrant)(nil),           // 41: milvuscdc.v1.HorizonGrant
+	(*PartitionQuery)(nil),         // 42: milvuscdc.v1.PartitionQuery
+	(*JobRequest)(nil),             // 43: milvuscdc.v1.JobRequest
+	(*ProbeJob)(nil),               // 44: milvuscdc.v1.ProbeJob
+	(*ResolveJob)(nil),             // 45: milvuscdc.v1.ResolveJob
+	(*VerifyJob)(nil),              // 46: milvuscdc.v1.VerifyJob
+	(*VerifyTarget)(nil),           // 47: milvuscdc.v1.VerifyTarget
+	(*DiffJob)(nil),                // 48: milvuscdc.v1.DiffJob
+	(*LocateJob)(nil),              // 49: milvuscdc.v1.LocateJob
+	(*LocateTarget)(nil),           // 50: milvuscdc.v1.LocateTarget
+	(*JobCancel)(nil),              // 51: milvuscdc.v1.JobCancel
+	(*JobUpdate)(nil),              // 52: milvuscdc.v1.JobUpdate
+	(*JobFailed)(nil),              // 53: milvuscdc.v1.JobFailed
+	(*ProbeResult)(nil),            // 54: milvuscdc.v1.ProbeResult
+	(*ResolveResult)(nil),          // 55: milvuscdc.v1.ResolveResult
+	(*LogEnd)(nil),                 // 56: milvuscdc.v1.LogEnd
+	(*VerifyUpdate)(nil),           // 57: milvuscdc.v1.VerifyUpdate
+	(*VerifyDone)(nil),             // 58: milvuscdc.v1.VerifyDone
+	(*DiffUpdate)(nil),             // 59: milvuscdc.v1.DiffUpdate
+	(*DiffDone)(nil),               // 60: milvuscdc.v1.DiffDone
+	(*LocateResult)(nil),           // 61: milvuscdc.v1.LocateResult
+	(*LocatedVchannel)(nil),        // 62: milvuscdc.v1.LocatedVchannel
+	nil,                            // 63: milvuscdc.v1.Hello.LabelsEntry
+	nil,                            // 64: milvuscdc.v1.CollectionSpec.PropertiesEntry
+	nil,                            // 65: milvuscdc.v1.IndexSpec.ParamsEntry
+	nil,                            // 66: milvuscdc.v1.DatabaseSpec.PropertiesEntry
+	(*durationpb.Duration)(nil),    // 67: google.protobuf.Duration
+	(*Limits)(nil),                 // 68: milvuscdc.v1.Limits
+	(*Source)(nil),                 // 69: milvuscdc.v1.Source
+	(*Sink)(nil),                   // 70: milvuscdc.v1.Sink
+	(*Carry)(nil),                  // 71: milvuscdc.v1.Carry
+	(Drift)(0),                     // 72: milvuscdc.v1.Drift
+	(*Batching)(nil),               // 73: milvuscdc.v1.Batching
+	(*DeadLetters)(nil),            // 74: milvuscdc.v1.DeadLetters
+	(*Condition)(nil),              // 75: milvuscdc.v1.Condition
+	(*VerifyProgress)(nil),         // 76: milvuscdc.v1.VerifyProgress
+	(*VerifyDifference)(nil),       // 77: milvuscdc.v1.VerifyDifference
+	(*VerifyCollectionResult)(nil), // 78: milvuscdc.v1.VerifyCollectionResult
+	(*DiffProgress)(nil),           // 79: milvuscdc.v1.DiffProgress
+	(*ObjectDifference)(nil),       // 80: milvuscdc.v1.ObjectDifference
 }
 var file_milvuscdc_v1_replication_service_proto_depIdxs = []int32{
-	6,   // 0: milvuscdc.v1.ConnectRequest.hello:type_name -> milvuscdc.v1.Hello
-	27,  // 1: milvuscdc.v1.ConnectRequest.ack:type_name -> milvuscdc.v1.Ack
-	28,  // 2: milvuscdc.v1.ConnectRequest.nack:type_name -> milvuscdc.v1.Nack
-	30,  // 3: milvuscdc.v1.ConnectRequest.released:type_name -> milvuscdc.v1.Released
-	31,  // 4: milvuscdc.v1.ConnectRequest.heartbeat:type_name -> milvuscdc.v1.Heartbeat
-	33,  // 5: milvuscdc.v1.ConnectRequest.progress:type_name -> milvuscdc.v1.Progress
-	50,  // 6: milvuscdc.v1.ConnectRequest.job_update:type_name -> milvuscdc.v1.JobUpdate
-	40,  // 7: milvuscdc.v1.ConnectRequest.partition_query:type_name -> milvuscdc.v1.PartitionQuery
-	8,   // 8: milvuscdc.v1.ConnectResponse.welcome:type_name -> milvuscdc.v1.Welcome
-	11,  // 9: milvuscdc.v1.ConnectResponse.assign:type_name -> milvuscdc.v1.Assign
-	29,  // 10: milvuscdc.v1.ConnectResponse.revoke:type_name -> milvuscdc.v1.Revoke
-	9,   // 11: milvuscdc.v1.ConnectResponse.synced:type_name -> milvuscdc.v1.Synced
-	32,  // 12: milvuscdc.v1.ConnectResponse.heartbeat_ack:type_name -> milvuscdc.v1.HeartbeatAck
-	38,  // 13: milvuscdc.v1.ConnectResponse.progress_ack:type_name -> milvuscdc.v1.ProgressAck
-	41,  // 14: milvuscdc.v1.ConnectResponse.job_request:type_name -> milvuscdc.v1.JobRequest
-	49,  // 15: milvuscdc.v1.ConnectResponse.job_cancel:type_name -> milvuscdc.v1.JobCancel
-	10,  // 16: milvuscdc.v1.ConnectResponse.task_limits:type_name -> milvuscdc.v1.TaskLimits
-	7,   // 17: milvuscdc.v1.Hello.held:type_name -> milvuscdc.v1.HeldAssignment
-	61,  // 18: milvuscdc.v1.Hello.labels:type_name -> milvuscdc.v1.Hello.LabelsEntry
-	65,  // 19: milvuscdc.v1.Welcome.lease_ttl:type_name -> google.protobuf.Duration
-	65,  // 20: milvuscdc.v1.Welcome.heartbeat_interval:type_name -> google.protobuf.Duration
-	65,  // 21: milvuscdc.v1.Welcome.progress_interval:type_name -> google.protobuf.Duration
-	65,  // 22: milvuscdc.v1.Welcome.silence:type_name -> google.protobuf.Duration
-	66,  // 23: milvuscdc.v1.TaskLimits.limits:type_name -> milvuscdc.v1.Limits
-	67,  // 24: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
-	68,  // 25: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
-	12,  // 26: milvuscdc.v1.Assign.collection:type_name -> milvuscdc.v1.CollectionSpec
-	19,  // 27: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	69,  // 28: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
-	70,  // 29: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
-	71,  // 30: milvuscdc.v1.Assign.batching:type_name -> milvuscdc.v1.Batching
-	72,  // 31: milvuscdc.v1.Assign.dead_letters:type_name -> milvuscdc.v1.DeadLetters
-	62,  // 32: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
-	0,   // 33: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
-	15,  // 34: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
-	16,  // 35: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
-	17,  // 36: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
-	18,  // 37: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
-	14,  // 38: milvuscdc.v1.CollectionSpec.renamed_from:type_name -> milvuscdc.v1.SinkName
-	13,  // 39: milvuscdc.v1.CollectionSpec.applied:type_name -> milvuscdc.v1.AppliedObjects
-	16,  // 40: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
-	17,  // 41: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
-	1,   // 42: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
-	63,  // 43: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
-	2,   // 44: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
-	20,  // 45: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
-	21,  // 46: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
-	14,  // 47: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
-	22,  // 48: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
-	26,  // 49: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
-	64,  // 50: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
-	23,  // 51: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
-	24,  // 52: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
-	25,  // 53: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
-	23,  // 54: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
-	24,  // 55: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
-	3,   // 56: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
-	36,  // 57: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
-	73,  // 58: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
-	35,  // 59: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
-	14,  // 60: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
-	34,  // 61: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
-	37,  // 62: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
-	65,  // 63: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
-	65,  // 64: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
-	39,  // 65: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
-	42,  // 66: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
-	43,  // 67: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
-	44,  // 68: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
-	46,  // 69: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
-	47,  // 70: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
-	67,  // 71: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
-	68,  // 72: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
-	12,  // 73: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	72,  // 74: milvuscdc.v1.ProbeJob.dead_letters:type_name -> milvuscdc.v1.DeadLetters
-	67,  // 75: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
-	67,  // 76: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
-	68,  // 77: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
-	45,  // 78: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
-	67,  // 79: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
-	68,  // 80: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
-	12,  // 81: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	19,  // 82: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	69,  // 83: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
-	67,  // 84: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
-	48,  // 85: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
-	51,  // 86: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
-	52,  // 87: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
-	53,  // 88: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
-	55,  // 89: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
-	57,  // 90: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
-	59,  // 91: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
-	54,  // 92: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
-	74,  // 93: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
-	75,  // 94: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
-	76,  // 95: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
-	56,  // 96: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
-	77,  // 97: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
-	78,  // 98: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
-	58,  // 99: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
-	60,  // 100: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
-	37,  // 101: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
-	4,   // 102: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
-	5,   // 103: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
-	103, // [103:104] is the sub-list for method output_type
-	102, // [102:103] is the sub-list for method input_type
-	102, // [102:102] is the sub-list for extension type_name
-	102, // [102:102] is the sub-list for extension extendee
-	0,   // [0:102] is the sub-list for field type_name
+	8,   // 0: milvuscdc.v1.ConnectRequest.hello:type_name -> milvuscdc.v1.Hello
+	29,  // 1: milvuscdc.v1.ConnectRequest.ack:type_name -> milvuscdc.v1.Ack
+	30,  // 2: milvuscdc.v1.ConnectRequest.nack:type_name -> milvuscdc.v1.Nack
+	32,  // 3: milvuscdc.v1.ConnectRequest.released:type_name -> milvuscdc.v1.Released
+	33,  // 4: milvuscdc.v1.ConnectRequest.heartbeat:type_name -> milvuscdc.v1.Heartbeat
+	35,  // 5: milvuscdc.v1.ConnectRequest.progress:type_name -> milvuscdc.v1.Progress
+	52,  // 6: milvuscdc.v1.ConnectRequest.job_update:type_name -> milvuscdc.v1.JobUpdate
+	42,  // 7: milvuscdc.v1.ConnectRequest.partition_query:type_name -> milvuscdc.v1.PartitionQuery
+	10,  // 8: milvuscdc.v1.ConnectResponse.welcome:type_name -> milvuscdc.v1.Welcome
+	13,  // 9: milvuscdc.v1.ConnectResponse.assign:type_name -> milvuscdc.v1.Assign
+	31,  // 10: milvuscdc.v1.ConnectResponse.revoke:type_name -> milvuscdc.v1.Revoke
+	11,  // 11: milvuscdc.v1.ConnectResponse.synced:type_name -> milvuscdc.v1.Synced
+	34,  // 12: milvuscdc.v1.ConnectResponse.heartbeat_ack:type_name -> milvuscdc.v1.HeartbeatAck
+	40,  // 13: milvuscdc.v1.ConnectResponse.progress_ack:type_name -> milvuscdc.v1.ProgressAck
+	43,  // 14: milvuscdc.v1.ConnectResponse.job_request:type_name -> milvuscdc.v1.JobRequest
+	51,  // 15: milvuscdc.v1.ConnectResponse.job_cancel:type_name -> milvuscdc.v1.JobCancel
+	12,  // 16: milvuscdc.v1.ConnectResponse.task_limits:type_name -> milvuscdc.v1.TaskLimits
+	9,   // 17: milvuscdc.v1.Hello.held:type_name -> milvuscdc.v1.HeldAssignment
+	63,  // 18: milvuscdc.v1.Hello.labels:type_name -> milvuscdc.v1.Hello.LabelsEntry
+	67,  // 19: milvuscdc.v1.Welcome.lease_ttl:type_name -> google.protobuf.Duration
+	67,  // 20: milvuscdc.v1.Welcome.heartbeat_interval:type_name -> google.protobuf.Duration
+	67,  // 21: milvuscdc.v1.Welcome.progress_interval:type_name -> google.protobuf.Duration
+	67,  // 22: milvuscdc.v1.Welcome.silence:type_name -> google.protobuf.Duration
+	68,  // 23: milvuscdc.v1.TaskLimits.limits:type_name -> milvuscdc.v1.Limits
+	69,  // 24: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
+	70,  // 25: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
+	14,  // 26: milvuscdc.v1.Assign.collection:type_name -> milvuscdc.v1.CollectionSpec
+	21,  // 27: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	71,  // 28: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
+	72,  // 29: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
+	73,  // 30: milvuscdc.v1.Assign.batching:type_name -> milvuscdc.v1.Batching
+	74,  // 31: milvuscdc.v1.Assign.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	64,  // 32: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
+	2,   // 33: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
+	17,  // 34: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
+	18,  // 35: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
+	19,  // 36: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
+	20,  // 37: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
+	16,  // 38: milvuscdc.v1.CollectionSpec.renamed_from:type_name -> milvuscdc.v1.SinkName
+	15,  // 39: milvuscdc.v1.CollectionSpec.applied:type_name -> milvuscdc.v1.AppliedObjects
+	0,   // 40: milvuscdc.v1.CollectionSpec.recount:type_name -> milvuscdc.v1.Recount
+	18,  // 41: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
+	19,  // 42: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
+	3,   // 43: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
+	65,  // 44: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
+	4,   // 45: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
+	22,  // 46: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
+	23,  // 47: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
+	16,  // 48: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
+	24,  // 49: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
+	28,  // 50: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
+	66,  // 51: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
+	25,  // 52: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
+	26,  // 53: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
+	27,  // 54: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
+	25,  // 55: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
+	26,  // 56: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
+	5,   // 57: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
+	38,  // 58: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
+	75,  // 59: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
+	37,  // 60: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
+	16,  // 61: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
+	36,  // 62: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
+	1,   // 63: milvuscdc.v1.Progress.recounted:type_name -> milvuscdc.v1.Recounted
+	39,  // 64: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
+	67,  // 65: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
+	67,  // 66: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
+	41,  // 67: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
+	44,  // 68: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
+	45,  // 69: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
+	46,  // 70: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
+	48,  // 71: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
+	49,  // 72: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
+	69,  // 73: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
+	70,  // 74: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
+	14,  // 75: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	74,  // 76: milvuscdc.v1.ProbeJob.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	69,  // 77: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
+	69,  // 78: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
+	70,  // 79: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
+	47,  // 80: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
+	69,  // 81: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
+	70,  // 82: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
+	14,  // 83: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	21,  // 84: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	71,  // 85: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
+	69,  // 86: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
+	50,  // 87: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
+	53,  // 88: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
+	54,  // 89: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
+	55,  // 90: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
+	57,  // 91: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
+	59,  // 92: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
+	61,  // 93: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
+	56,  // 94: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
+	76,  // 95: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
+	77,  // 96: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
+	78,  // 97: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
+	58,  // 98: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
+	79,  // 99: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
+	80,  // 100: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
+	60,  // 101: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
+	62,  // 102: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
+	39,  // 103: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
+	6,   // 104: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
+	7,   // 105: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
+	105, // [105:106] is the sub-list for method output_type
+	104, // [104:105] is the sub-list for method input_type
+	104, // [104:104] is the sub-list for extension type_name
+	104, // [104:104] is the sub-list for extension extendee
+	0,   // [0:104] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_replication_service_proto_init() }
@@ -5764,7 +5922,7 @@ func file_milvuscdc_v1_replication_service_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_replication_service_proto_rawDesc), len(file_milvuscdc_v1_replication_service_proto_rawDesc)),
-			NumEnums:      4,
+			NumEnums:      6,
 			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   1,

@@ -20,7 +20,8 @@ from milvus_cdc.errors import (
 from milvus_cdc.milvus_client import MilvusClient, Refusal
 from milvus_cdc.milvus_protos import common_pb2, milvus_pb2
 from milvus_cdc.model import Carry, Collection
-from milvus_cdc.sink import AnyBatch, CollectionTarget, Opened
+from milvus_cdc.order.ops import Key
+from milvus_cdc.sink import AnyBatch, CollectionTarget, Copies, Opened
 from milvus_cdc.sink.differences import ObjectDifference
 from milvus_cdc.sink.metadata import CredentialChange, MetadataDiff, MetadataWish
 from milvus_cdc.sink.milvus import capabilities as able
@@ -28,6 +29,7 @@ from milvus_cdc.sink.milvus import requests
 from milvus_cdc.sink.milvus import schema as schemas
 from milvus_cdc.sink.milvus.aliases import Aliases
 from milvus_cdc.sink.milvus.calls import DDL_SECONDS
+from milvus_cdc.sink.milvus.copies import copies
 from milvus_cdc.sink.milvus.metadata import Metadata
 from milvus_cdc.sink.milvus.objects import Objects
 from milvus_cdc.sink.milvus.renaming import rename
@@ -181,6 +183,7 @@ class MilvusSink:
             conditions=schemas.conditions(want),
             created_partitions=made,
             writes_in_flight=1 if known.serial_writes else 0,
+            late_writes=True,
         )
 
     async def drop_collection(
@@ -324,6 +327,11 @@ class MilvusSink:
         if not isinstance(target, requests.MilvusTarget) or isinstance(batch, Batch):
             raise BugError("FOREIGN_TARGET", "a target or batch of another sink")
         await self._rows.write(target, batch, timeout_seconds)
+
+    async def copies(
+        self, target: CollectionTarget, partition: str, keys: Sequence[Key]
+    ) -> Copies | None:
+        return await copies(self._client, await self.capabilities(), target, partition, keys)
 
 
 def _is_other(there: Any, sink_collection_id: int) -> bool:

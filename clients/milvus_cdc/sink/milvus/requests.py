@@ -138,15 +138,21 @@ def delete_requests(
     target: MilvusTarget, batch: DeleteBatch, *, sums: bool = True
 ) -> Iterator[bytes]:
     """Serialized milvus.DeleteRequest, each below the limits; `sums`: its expressions have them."""
-    for values in _key_runs(batch.keys, sums):
+    for expr in keys_in(target, batch.keys, sums=sums):
         request = milvus_pb2.DeleteRequest(
             base=common_pb2.MsgBase(msg_type=common_pb2.MsgType.Delete),
             db_name=target.database,
             collection_name=target.collection,
             partition_name="" if target.partition_key else batch.partition,
-            expr=f"{target.key_field} in [{','.join(values)}]",
+            expr=expr,
         )
         yield request.SerializeToString()
+
+
+def keys_in(target: CollectionTarget, keys: Keys, *, sums: bool = True) -> Iterator[str]:
+    """Expressions that together hold for exactly these keys, each below the limits."""
+    for values in _key_runs(keys, sums):
+        yield f"{target.key_field} in [{','.join(values)}]"
 
 
 def _key_runs(keys: Keys, sums: bool) -> Iterator[list[str]]:

@@ -1,0 +1,81 @@
+"""What is to be counted at the sink after an owner that ended without a word.
+
+A Milvus write cannot be conditional: what such an owner had sent may take effect after its lease,
+when the next one has written the same rows. Laws: what is to be counted is stored in the step that
+takes the assignment away, and outlives this process and further owners, until one of them says how
+it ended; it never moves a stored checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from milvus_cdc.model import tso_to_ms
+
+from milvus_cdc_controller.core.collection import (
+    CollectionProgress,
+    CollectionRecord,
+    Recount,
+    Recounted,
+)
+from milvus_cdc_controller.core.world import World
+
+KEPT_MS = 1_800_000
+"""Source time from there to the checkpoint, which each owner reads again. Beyond it (owners that
+never last) it is given up, and the collection says so.
+"""
+NOT_RECOUNTED = (
+    "KEYS_NOT_RECOUNTED",
+    "replicators were lost one after the other, and none lasted long enough to see if the first "
+    "had left keys doubled; `milvus-cdc verify` tells, `milvus-cdc task resync` mends it",
+)
+
+
+def owner_lost(world: World, assignment_id: str) -> None:
+    """Its lease has ended, and it has not let go."""
+    record = world.record_of(assignment_id)
+    if record is None or not record.opened:
+        return
+    progress = _bounded(record, world.progress[assignment_id])
+    still_open = [point for point in progress.checkpoints if not point.closed]
+    if progress.recount is None and any(p.horizon_ts > p.resolved_ts for p in still_open):
+        starts = tuple((p.vchannel, p.read_from, p.resolved_ts) for p in still_open)
+        progress = replace(progress, recount=Recount(starts))
+    if progress is not world.progress[assignment_id]:
+        world.put_progress(progress)
+
+
+def owner_begins(world: World, assignment_id: str) -> None:
+    """Before it is sent anything."""
+    record = world.record_of(assignment_id)
+    if record is None:
+        return
+    before = world.progress[assignment_id]
+    if (progress := _bounded(record, before)) is not before:
+        world.put_progress(progress)
+
+
+def _bounded(record: CollectionRecord, progress: CollectionProgress) -> CollectionProgress:
+    recount = progress.recount
+    if recount is None or recount.again:
+        return progress  # what is half written again must be finished
+    first = record.want.create_ts
+    began = {vchannel: max(ts, first) for vchannel, _, ts in recount.starts}
+    behind_ms = (
+        tso_to_ms(point.resolved_ts) - tso_to_ms(began[point.vchannel])
+        for point in progress.checkpoints
+        if point.vchannel in began and not point.closed
+    )
+    if max(behind_ms, default=0) <= KEPT_MS:
+        return progress
+    conditions = tuple(sorted({*progress.conditions, NOT_RECOUNTED}))
+    return replace(progress, recount=None, conditions=conditions)
+
+
+def recounted(progress: CollectionProgress, verdict: Recounted) -> CollectionProgress:
+    """After a report of the grant's own epoch."""
+    if progress.recount is None or verdict is Recounted.NOT_YET:
+        return progress
+    if verdict is Recounted.DONE:
+        return replace(progress, recount=None)
+    return replace(progress, recount=replace(progress.recount, again=True))
