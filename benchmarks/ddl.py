@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pymilvus import DataType, MilvusClient
+from pymilvus import MilvusClient
 
 from benchmarks.lag import percentile
 from benchmarks.rig import Rig, wait_until
@@ -63,7 +63,7 @@ def measure(rig: Rig, seconds: float) -> DdlLag:
             writer.start()
         time.sleep(3)
         while time.monotonic() < started + seconds:
-            for what, operation, shown in _steps(source, sink):
+            for what, operation, shown in _steps(stack.source.uri, source, sink):
                 operation()
                 acknowledged = time.perf_counter()
                 wait_until(shown, GIVE_UP_SECONDS, f"{what} at the sink", every=POLL_SECONDS)
@@ -90,15 +90,9 @@ def measure(rig: Rig, seconds: float) -> DdlLag:
     )
 
 
-def _steps(source: MilvusClient, sink: MilvusClient) -> Iterator[Step]:
-    """The life of a collection; it ends as it began, without it."""
+def _steps(uri: str, source: MilvusClient, sink: MilvusClient) -> Iterator[Step]:
+    """The life of a collection; it ends as it began, without it. `uri`: the source's."""
     later = f"{NAME}_2"
-
-    def make() -> None:
-        schema = source.create_schema(auto_id=False, enable_dynamic_field=False)
-        schema.add_field("id", DataType.INT64, is_primary=True)
-        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=8)
-        source.create_collection(NAME, schema=schema)
 
     def index() -> None:
         params = source.prepare_index_params()
@@ -111,7 +105,11 @@ def _steps(source: MilvusClient, sink: MilvusClient) -> Iterator[Step]:
     def loaded() -> bool:
         return "Loaded" in str(sink.get_load_state(NAME).get("state"))
 
-    yield "create collection", make, lambda: sink.has_collection(NAME)
+    yield (
+        "create collection",
+        lambda: create(uri, Table(NAME, 8), shards=1),
+        lambda: sink.has_collection(NAME),
+    )
     yield (
         "create partition",
         lambda: source.create_partition(NAME, "p"),

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-import math
 import threading
+from collections.abc import Callable
 from wsgiref.simple_server import WSGIServer
 
 from milvus_cdc.model import tso_to_ms
@@ -18,6 +18,9 @@ from milvus_cdc_controller.core.positions import retention_of
 from milvus_cdc_controller.core.status import collection_view
 from milvus_cdc_controller.core.task import TaskState
 from milvus_cdc_controller.core.world import World
+
+_Place = tuple[Gauge, str, str]
+"""Of a figure: which, of which task and collection."""
 
 
 class Metrics:
@@ -92,7 +95,7 @@ class Metrics:
             self.retention_left_bytes,
         )
         # Of two with one name, of which one is on its way out, the worse one is shown.
-        worst: dict[tuple[Gauge, str, str], float] = {}
+        worst: dict[_Place, float] = {}
         states: list[CollectionState] = []
         for uid, records in world.collections.items():
             for record in records.values():
@@ -100,19 +103,15 @@ class Metrics:
                 states.append(view.status[0])
                 name = world.tasks[uid].spec.name, record.now_at_sink
                 if view.observed.lag_ms >= 0:
-                    lag = self.lag_seconds, *name
-                    worst[lag] = max(worst.get(lag, 0.0), view.observed.lag_ms / 1000)
+                    _note(worst, (self.lag_seconds, *name), max, view.observed.lag_ms / 1000)
                 if view.progress.resolved_ts:
-                    age = self.checkpoint_age_seconds, *name
-                    age_ms = now.wall_ms - tso_to_ms(view.progress.resolved_ts)
-                    worst[age] = max(worst.get(age, 0.0), age_ms / 1000)
+                    age_ms = max(0, now.wall_ms - tso_to_ms(view.progress.resolved_ts))
+                    _note(worst, (self.checkpoint_age_seconds, *name), max, age_ms / 1000)
                 left = retention_of(world, view.progress, record.assignment_id)
                 if left.left_ms >= 0:
-                    seconds = self.retention_left_seconds, *name
-                    worst[seconds] = min(worst.get(seconds, math.inf), left.left_ms / 1000)
+                    _note(worst, (self.retention_left_seconds, *name), min, left.left_ms / 1000)
                 if left.left_bytes >= 0:
-                    size = self.retention_left_bytes, *name
-                    worst[size] = min(worst.get(size, math.inf), left.left_bytes)
+                    _note(worst, (self.retention_left_bytes, *name), min, left.left_bytes)
         for gauge in shown:
             gauge.clear()
         for (gauge, task, collection), value in worst.items():
@@ -141,3 +140,9 @@ class Metrics:
     def serve(self, host: str, port: int) -> tuple[WSGIServer, threading.Thread]:
         """Raises OSError when the address is taken."""
         return start_http_server(port, host, self.registry)
+
+
+def _note(
+    worst: dict[_Place, float], place: _Place, worse: Callable[..., float], value: float
+) -> None:
+    worst[place] = worse(value, worst.get(place, value))

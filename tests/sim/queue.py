@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from milvus_cdc.errors import LogResetError, LogTruncatedError, RetryableError
-from milvus_cdc.source import LogEntry, LogLimits, LogRange, check_incarnation, positions
-from milvus_cdc.source.positions import decode, encode
+from milvus_cdc.source import LogEntry, LogLimits, LogRange, check_incarnation
+from milvus_cdc.source.positions import Numbered, decode, encode
 
 from tests.sim.clockwork import Clockwork, Loop
 from tests.sim.network import Network, Server, remote
@@ -67,7 +67,7 @@ class Queue(Server):
         topic.first += count
 
 
-class QueueClient:
+class QueueClient(Numbered):
     """As a LogSource, for one process."""
 
     def __init__(self, network: Network, host: str, queue: Queue) -> None:
@@ -97,15 +97,6 @@ class QueueClient:
 
     async def seek(self, pchannel: str, unix_ms: int) -> bytes:
         return (await self.log_range(pchannel)).first
-
-    def order(self, position: bytes) -> int:
-        return decode(position)
-
-    def back(self, position: bytes, entries: int) -> bytes:
-        return positions.back(position, entries)
-
-    def text(self, position: bytes) -> str:
-        return positions.text(position)
 
     async def probe(self) -> None:
         await self.call(lambda: None)

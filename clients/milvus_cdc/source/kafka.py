@@ -31,16 +31,16 @@ from milvus_cdc.errors import (
     RetryableError,
     UserError,
 )
+from milvus_cdc.kafka_codes import NO_TOPIC
 from milvus_cdc.source import (
     KafkaConfig,
     LogLimits,
     LogRange,
     check_incarnation,
-    positions,
 )
-from milvus_cdc.source.kafka_client import DENIED, NO_TOPIC, client_settings
+from milvus_cdc.source.kafka_client import DENIED, client_settings
 from milvus_cdc.source.kafka_reader import KafkaReader
-from milvus_cdc.source.positions import decode, encode
+from milvus_cdc.source.positions import Numbered, decode, encode
 
 log = structlog.get_logger()
 
@@ -51,7 +51,7 @@ SAMPLED_ENTRIES = 64
 SAMPLED_BYTES = 256 * 1024
 
 
-class KafkaSource:
+class KafkaSource(Numbered):
     """The queue of one source. Readers have a consumer each and share the answers to questions."""
 
     def __init__(self, config: KafkaConfig) -> None:
@@ -108,15 +108,6 @@ class KafkaSource:
             return encode(offset if offset >= 0 else self._offsets(pchannel)[1])
 
         return await asyncio.to_thread(ask)
-
-    def order(self, position: bytes) -> int:
-        return decode(position)
-
-    def back(self, position: bytes, entries: int) -> bytes:
-        return positions.back(position, entries)
-
-    def text(self, position: bytes) -> str:
-        return positions.text(position)
 
     async def probe(self) -> None:
         def ask() -> None:

@@ -18,10 +18,10 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 
 from milvus_cdc.errors import CdcError, LogResetError, LogTruncatedError, RetryableError
+from milvus_cdc.kafka_codes import NO_TOPIC
 from milvus_cdc.source import STREAMING_HEADER, TRACE_HEADER, LogEntry
 from milvus_cdc.source.kafka_client import (
     DENIED,
-    NO_TOPIC,
     OUT_OF_RANGE,
     ClientLog,
     client_settings,

@@ -10,8 +10,8 @@ import time
 from dataclasses import dataclass, field
 
 from milvus_cdc.errors import LogResetError, LogTruncatedError, RetryableError
-from milvus_cdc.source import LogEntry, LogLimits, LogRange, check_incarnation, positions
-from milvus_cdc.source.positions import decode, encode
+from milvus_cdc.source import LogEntry, LogLimits, LogRange, check_incarnation
+from milvus_cdc.source.positions import Numbered, decode, encode
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class _Topic:
         self.changed = asyncio.Event()
 
 
-class MemorySource:
+class MemorySource(Numbered):
     """Topics that a test appends to, truncates, deletes and makes again."""
 
     def __init__(self) -> None:
@@ -111,15 +111,6 @@ class MemorySource:
         topic = self._topic(pchannel)
         later = (n for n, at_ms in enumerate(topic.times_ms) if at_ms >= unix_ms)
         return encode(topic.first + next(later, len(topic.entries)))
-
-    def order(self, position: bytes) -> int:
-        return decode(position)
-
-    def back(self, position: bytes, entries: int) -> bytes:
-        return positions.back(position, entries)
-
-    def text(self, position: bytes) -> str:
-        return positions.text(position)
 
     async def probe(self) -> None:
         self._check_up()

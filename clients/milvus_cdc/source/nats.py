@@ -25,7 +25,6 @@ from milvus_cdc.source import (
     LogLimits,
     LogRange,
     NatsConfig,
-    positions,
 )
 from milvus_cdc.source.nats_connection import (
     API_SECONDS,
@@ -36,12 +35,12 @@ from milvus_cdc.source.nats_connection import (
 )
 from milvus_cdc.source.nats_reader import NatsReader
 from milvus_cdc.source.nats_stream import bounds, check_stream, incarnation_of
-from milvus_cdc.source.positions import decode, encode
+from milvus_cdc.source.positions import Numbered, decode, encode
 
 log = structlog.get_logger()
 
 
-class NatsSource:
+class NatsSource(Numbered):
     """The queue of one source. A reader has a connection of its own, asking questions another."""
 
     def __init__(self, config: NatsConfig) -> None:
@@ -99,15 +98,6 @@ class NatsSource:
             with contextlib.suppress(nats.errors.Error, TimeoutError):
                 await bounded(stream.delete_consumer(pchannel, consumer.name), 2 * API_SECONDS)
         return encode((delivered.stream_seq if delivered else 0) + 1)
-
-    def order(self, position: bytes) -> int:
-        return decode(position)
-
-    def back(self, position: bytes, entries: int) -> bytes:
-        return positions.back(position, entries)
-
-    def text(self, position: bytes) -> str:
-        return positions.text(position)
 
     async def probe(self) -> None:
         client = await self._asking.get()

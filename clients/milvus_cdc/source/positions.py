@@ -29,3 +29,16 @@ def back(position: bytes, entries: int) -> bytes:
 
 def text(position: bytes) -> str:
     return str(decode(position))
+
+
+class Numbered:
+    """What a `LogSource` says of such positions."""
+
+    def order(self, position: bytes) -> int:
+        return decode(position)
+
+    def back(self, position: bytes, entries: int) -> bytes:
+        return back(position, entries)
+
+    def text(self, position: bytes) -> str:
+        return text(position)

@@ -20,6 +20,7 @@ from milvus_cdc.errors import (
     UnknownOutcomeError,
     UserError,
 )
+from milvus_cdc.kafka_codes import NO_RIGHT, NO_TOPIC
 from milvus_cdc.sink.kafka.settings import FIELD
 
 AUTHENTICATION = frozenset(
@@ -31,22 +32,7 @@ AUTHENTICATION = frozenset(
         KafkaError.ILLEGAL_SASL_STATE,
     )
 )
-DENIED = frozenset(
-    (
-        KafkaError.TOPIC_AUTHORIZATION_FAILED,
-        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-        KafkaError.GROUP_AUTHORIZATION_FAILED,
-        KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
-    )
-)
-NO_TOPIC = frozenset(
-    (
-        KafkaError.UNKNOWN_TOPIC_OR_PART,
-        KafkaError.UNKNOWN_TOPIC_ID,
-        KafkaError._UNKNOWN_TOPIC,
-        KafkaError._UNKNOWN_PARTITION,
-    )
-)
+DENIED = NO_RIGHT | {KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED}
 TOO_LARGE = frozenset((KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE))
 FENCED = frozenset(
     (

@@ -5,7 +5,6 @@ Law: what serves is released only where the server insists.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from milvus_cdc.milvus_client import Refusal
@@ -15,17 +14,18 @@ from milvus_cdc.model import Collection, Index
 from milvus_cdc.sink.differences import MMAP, TYPE_PARAMS, SeenIndex, index_differs
 from milvus_cdc.sink.milvus.calls import Calls
 from milvus_cdc.sink.milvus.capabilities import unsupported
+from milvus_cdc.sink.milvus.loading import Loading
 from milvus_cdc.sink.milvus.schema import parse
 
 ALTERS_INDEXES = (2, 4)
 
 
 class Indexes:
-    """Of one server's collections; `release` takes one out of memory."""
+    """Of one server's collections."""
 
-    def __init__(self, calls: Calls, release: Callable[[Collection], Awaitable[None]]) -> None:
+    def __init__(self, calls: Calls, loading: Loading) -> None:
         self._calls = calls
-        self._release = release
+        self._loading = loading
 
     async def seen(self, want: Collection) -> dict[str, SeenIndex]:
         try:
@@ -65,23 +65,13 @@ class Indexes:
         change: dict[str, Any] = {"delete_keys": [MMAP]}
         if value is not None:
             change = {"extra_params": [common_pb2.KeyValuePair(key=MMAP, value=value)]}
-        try:
-            await self._calls.ask("AlterIndex", want, index_name=index.name, **change)
-        except Refusal as refusal:
-            if not refusal.says("loaded", "release"):
-                raise self._calls.error(refusal) from refusal
-            await self._release(want)
-            await self._calls.call("AlterIndex", want, index_name=index.name, **change)
+        await self._loading.unloaded_if_told(
+            "AlterIndex", want, "loaded", "release", index_name=index.name, **change
+        )
 
     async def _drop(self, want: Collection, found: SeenIndex) -> None:
         names = {"field_name": found.field_name, "index_name": found.name}
-        try:
-            await self._calls.ask("DropIndex", want, **names)
-        except Refusal as refusal:
-            if not refusal.says("release"):
-                raise self._calls.error(refusal) from refusal
-            await self._release(want)
-            await self._calls.call("DropIndex", want, **names)
+        await self._loading.unloaded_if_told("DropIndex", want, "release", **names)
 
     async def _create(self, want: Collection, index: Index) -> None:
         known = await self._calls.capabilities()

@@ -27,6 +27,20 @@ class Loading:
         self._too_many_replicas: dict[str, int] = {}
         """Collections of which the sink refused that many."""
 
+    async def unloaded_if_told(
+        self, method: str, want: Collection, *words: str, **fields: Any
+    ) -> None:
+        """A call that a server may refuse while the collection serves, which it says in `words`:
+        then it is released first.
+        """
+        try:
+            await self._calls.ask(method, want, **fields)
+        except Refusal as refusal:
+            if not refusal.says(*words):
+                raise self._calls.error(refusal) from refusal
+            await self.release(want)
+            await self._calls.call(method, want, **fields)
+
     async def mend(self, want: Collection) -> None:
         want = (await self._calls.capabilities()).loadable(want)
         match want.load.kind:

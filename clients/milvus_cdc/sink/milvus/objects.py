@@ -53,7 +53,7 @@ class Objects:
         self._capabilities = capabilities
         self._calls = Calls(client, capabilities)
         self._loading = Loading(self._calls)
-        self._indexes = Indexes(self._calls, self._loading.release)
+        self._indexes = Indexes(self._calls, self._loading)
 
     async def is_loaded(self, want: Collection) -> bool:
         """Every partition can be queried."""
@@ -239,13 +239,7 @@ class Objects:
         await self._alter(want, properties=[common_pb2.KeyValuePair(key=key, value=value)])
 
     async def _alter(self, want: Collection, **change: Any) -> None:
-        try:
-            await self._calls.ask("AlterCollection", want, **change)
-        except Refusal as refusal:
-            if not refusal.says("loaded", "release"):
-                raise self._calls.error(refusal) from refusal
-            await self._loading.release(want)
-            await self._calls.call("AlterCollection", want, **change)
+        await self._loading.unloaded_if_told("AlterCollection", want, "loaded", "release", **change)
 
     # ---- partitions
 
@@ -255,10 +249,7 @@ class Objects:
         """
         if has_partition_key(parse(want)):
             return ()
-        try:
-            there = set(await self._partitions(want))
-        except Refusal as refusal:
-            raise self._calls.error(refusal) from refusal
+        there = set(await self._calls.partitions(want))
         made = []
         for partition in want.partitions:
             if partition.state is ObjectState.CREATED and partition.name not in there:
