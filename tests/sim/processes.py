@@ -30,6 +30,7 @@ from milvus_cdc_controller.store.election import Election, Member
 from milvus_cdc_controller.store.etcd import EtcdStore
 from milvus_cdc_controller.store.records import decode
 from milvus_cdc_replicator.connections import Connections
+from milvus_cdc_replicator.runner import CollectionRunner
 from milvus_cdc_replicator.session import Replicator, run_until
 from milvus_cdc_replicator.settings import Settings, WriteSettings
 from milvuscdc.v1 import task_pb2
@@ -183,6 +184,9 @@ class ReplicatorHost(Host):
             return ""
         held = replicator._holdings.all().get(assignment_id)
         if held is None or held.epoch >= epoch:
+            return ""
+        runner = replicator._runners.get(assignment_id)
+        if isinstance(runner, CollectionRunner) and runner._state()[0] == "FAILED":
             return ""
         left = replicator._lease.remaining(self.clock.now())
         return f"its lease of epoch {held.epoch} has {left:.3f} s left" if left > 0 else ""

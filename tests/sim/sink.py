@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 SCHEMA_SECONDS = 60.0
 """The replicator breaks schema changes off by itself, well before."""
+CANNOT_COUNT = 0.1
+"""Of the questions for keys go to a collection that is not loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +77,21 @@ class SinkServer(Server):
         at_once(self.memory.write(target, batch, 1.0))
         self.after(writer, rows)
 
-    def values(self, table: str) -> dict[int, list[str]]:
-        """What is there, by key; more than one: doubled."""
-        found: dict[int, list[str]] = {}
+    def copies(self, target: CollectionTarget, partition: str, keys: Sequence[Key]) -> Copies:
+        """Of everything: all is loaded."""
+        name = target.collection
+        there = self.memory.partitions("default", name) if not partition else [partition]
+        rows = [row["id"] for one in there for row in self.memory.rows("default", name, one)]
+        found = [key for key in rows if key in keys]
+        return Copies(len(found), frozenset(found))
+
+    def values(self, table: str) -> dict[int, list[tuple[str, str]]]:
+        """What is there, (partition, text), by key; more than one: doubled."""
+        found: dict[int, list[tuple[str, str]]] = {}
         if table in self.memory.collections("default"):
-            for row in self.memory.rows("default", table):
-                found.setdefault(row["id"], []).append(row["text"])
+            for partition in self.memory.partitions("default", table):
+                for row in self.memory.rows("default", table, partition):
+                    found.setdefault(row["id"], []).append((partition, row["text"]))
         return found
 
 
@@ -177,7 +188,13 @@ class SinkClient:
     async def copies(
         self, target: CollectionTarget, partition: str, keys: Sequence[Key]
     ) -> Copies | None:
-        return await self._ask(lambda: self._memory.copies(target, partition, keys))
+        if self._network.chance(CANNOT_COUNT):
+            return None
+
+        async def count() -> Copies:
+            return self._server.copies(target, partition, keys)
+
+        return await self._ask(count)
 
     async def probe(self) -> str:
         return await self._ask(self._memory.probe)

@@ -242,6 +242,11 @@ class World:
             for point in progress.checkpoints:
                 place = decode_position(point.read_from)
                 needed[point.pchannel] = min(place, needed.get(point.pchannel, place))
+            if progress.recount is not None and progress.recount.again:
+                pchannels = {point.vchannel: point.pchannel for point in progress.checkpoints}
+                for vchannel, start, _ in progress.recount.starts:
+                    pchannel, place = pchannels[vchannel], decode_position(start)
+                    needed[pchannel] = min(place, needed.get(pchannel, place))
         for pchannel, first in needed.items():
             self.queue.truncate(pchannel, first)
 

@@ -26,8 +26,9 @@ never last) it is given up, and the collection says so.
 """
 NOT_RECOUNTED = (
     "KEYS_NOT_RECOUNTED",
-    "replicators were lost one after the other, and none lasted long enough to see if the first "
-    "had left keys doubled; `milvus-cdc verify` tells, `milvus-cdc task resync` mends it",
+    "replicators were lost one after the other, and none lasted long enough, or the log not so "
+    "far back, to see if the first had left keys doubled; `milvus-cdc verify` tells, "
+    "`milvus-cdc task resync` mends it",
 )
 
 
@@ -68,8 +69,27 @@ def _bounded(record: CollectionRecord, progress: CollectionProgress) -> Collecti
     )
     if max(behind_ms, default=0) <= KEPT_MS:
         return progress
+    return _given_up(progress)
+
+
+def _given_up(progress: CollectionProgress) -> CollectionProgress:
     conditions = tuple(sorted({*progress.conditions, NOT_RECOUNTED}))
     return replace(progress, recount=None, conditions=conditions)
+
+
+def log_is_gone(world: World, assignment_id: str, reason: str) -> bool:
+    """Its owner cannot go on for `reason`. True when that is only because the log no longer reaches
+    back to where a recount begins: without one, what is in the log may do. Not where rows are
+    being written again: the sink is behind its checkpoint then.
+    """
+    record = world.record_of(assignment_id)
+    if reason != "LOG_TRUNCATED" or record is None:
+        return False
+    progress = world.progress[assignment_id]
+    if progress.recount is None or progress.recount.again:
+        return False
+    world.put_progress(_given_up(progress))
+    return True
 
 
 def recounted(progress: CollectionProgress, verdict: Recounted) -> CollectionProgress:

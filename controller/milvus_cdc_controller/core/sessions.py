@@ -44,7 +44,7 @@ from milvus_cdc_controller.core.positions import note
 from milvus_cdc_controller.core.presence import arrive, depart, look
 from milvus_cdc_controller.core.progress import apply_applied, apply_opened, apply_renamed, merge
 from milvus_cdc_controller.core.rates import Rate
-from milvus_cdc_controller.core.recount import owner_lost, recounted
+from milvus_cdc_controller.core.recount import log_is_gone, owner_lost, recounted
 from milvus_cdc_controller.core.replicator import ReplicatorState
 from milvus_cdc_controller.core.sources import adopt_catalogue, job_done, send_job
 from milvus_cdc_controller.core.task import Failure
@@ -268,7 +268,8 @@ def progress_reported(world: World, event: ProgressReported) -> None:
         horizons = _collection_progress(world, event, uid, collection_id)
     if event.state is ReportedState.FAILED and event.assignment_id in world.grants:
         # It has stopped by itself: nothing is in flight, so it is free at once.
-        _fail(world, event.assignment_id, Failure(event.reason, event.message))
+        if not log_is_gone(world, event.assignment_id, event.reason):
+            _fail(world, event.assignment_id, Failure(event.reason, event.message))
         let_go(world, grant)
         world.send(event.stream, Revoke(event.assignment_id, event.epoch, "FAILED"))
     world.send(event.stream, ProgressAck(event.assignment_id, event.epoch, event.seq, horizons))

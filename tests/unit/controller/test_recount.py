@@ -212,3 +212,36 @@ def test_paused_meanwhile() -> None:
     script.take(ev.PauseTask(script.now, 9, "tasks/copy", ""))
     let_go(script)
     assert pending(script) is not None
+
+
+def stopped(script: Script, epoch: int, reason: str) -> None:
+    """The owner cannot go on."""
+    script.report(NEXT, BOOKS, epoch, state=ReportedState.FAILED, reason=reason)
+
+
+def test_without_the_log_from_its_start_a_recount_is_given_up_and_said() -> None:
+    script = lost()
+    stopped(script, 2, "LOG_TRUNCATED")
+    assert pending(script) is None
+    assert NOT_RECOUNTED in script.core.world.progress[BOOKS].conditions
+    assert script.core.world.collections["uid-copy"][11].failure is None
+    assert script.core.world.grants[BOOKS].epoch == 3
+    (shard,) = told(script).vchannels
+    assert shard.recount_from == b""
+    assert shard.read_from == b"p100"
+
+
+def test_what_is_missing_in_the_log_without_a_recount_fails() -> None:
+    script = lost()
+    stopped(script, 2, "LOG_TRUNCATED")
+    stopped(script, 3, "LOG_TRUNCATED")
+    failure = script.core.world.collections["uid-copy"][11].failure
+    assert failure is not None
+    assert failure.reason == "LOG_TRUNCATED"
+
+
+def test_other_failures_keep_a_recount() -> None:
+    script = lost()
+    stopped(script, 2, "SINK_ERROR")
+    assert pending(script) is not None
+    assert script.core.world.collections["uid-copy"][11].failure is not None
