@@ -46,7 +46,7 @@ log = structlog.get_logger()
 
 
 HOUSEKEEPING_SECONDS = 1.0
-REST_SECONDS = 0.5
+REST_SECONDS = 0.1
 RESTING_SECONDS = 3.0
 """A checkpoint that skips no row may be this much older."""
 PARTITION_UNKNOWN_SECONDS = 30.0

@@ -260,14 +260,26 @@ class Watch:
 class Client:
     """As milvus_cdc.etcd.EtcdClient, for one process."""
 
-    def __init__(self, network: Network, host: str, etcd: Etcd) -> None:
+    def __init__(
+        self,
+        network: Network,
+        host: str,
+        etcd: Etcd,
+        call_seconds: float = CALL_SECONDS,
+        *,
+        stray: bool = False,
+    ) -> None:
+        """`stray`: what was sent on a connection that broke may still be carried out later."""
         self.network = network
         self.host = host
         self.etcd = etcd
+        self._seconds = call_seconds
+        self._stray = stray
 
     async def call(self, act: Callable[[], T], *, write: bool = False) -> T:
+        stray = self._stray and write
         try:
-            return await remote(self.network, self.host, self.etcd, act, CALL_SECONDS)
+            return await remote(self.network, self.host, self.etcd, act, self._seconds, stray=stray)
         except ConnectionRefusedError:
             raise RetryableError("ETCD_UNAVAILABLE", "nobody listens there") from None
         except (TimeoutError, ConnectionResetError):

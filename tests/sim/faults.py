@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
+
+from milvus_cdc_controller.core import events as ev
 
 if TYPE_CHECKING:
     from tests.sim.processes import ReplicatorHost
@@ -210,6 +213,31 @@ def pause_task(world: World, rng: random.Random) -> Trouble:
     return Trouble("a user pauses the task", world.pause, world.resume, rng.uniform(1, 20))
 
 
+def drain(world: World, rng: random.Random) -> Trouble:
+    name = rng.choice(world.replicators).host
+    return Trouble(
+        f"a user drains {name}",
+        lambda: world.ask(lambda at, call: ev.DrainReplicator(at, call, name, force=True)),
+        lambda: world.let_back(name),
+        rng.uniform(2, 40),
+    )
+
+
+def move(world: World, rng: random.Random) -> Trouble:
+    """Of everything with rows, to one replicator."""
+    name = rng.choice(world.replicators).host
+
+    def begin() -> None:
+        for assignment_id in list(world.referee.progress):
+            world.ask(partial(_move, assignment_id, name))
+
+    return Trouble(f"a user moves all to {name}", begin, _nothing, 1.0)
+
+
+def _move(assignment_id: str, name: str, at: ev.Instant, call: int) -> ev.MoveAssignment:
+    return ev.MoveAssignment(at, call, assignment_id, name)
+
+
 def crash_twice(world: World, rng: random.Random) -> Trouble:
     """Of both services at about the same time."""
     replicator, controller = rng.choice(world.replicators), rng.choice(world.controllers)
@@ -260,6 +288,8 @@ FAULTS: tuple[tuple[int, Fault], ...] = (
     (2, compaction),
     (2, retention),
     (1, pause_task),
+    (2, drain),
+    (3, move),
     (2, crash_twice),
     (4, zombie),
 )

@@ -2,21 +2,26 @@
 
 Laws: what one connection carries in one direction arrives in order; a way that is cut holds what is
 on it, and delivers it when it heals before the connection is given up; a request that has not
-arrived by its deadline, or was given up before, never arrives.
+arrived by its deadline, or was given up before, never arrives, unless its caller is prepared for
+that (`stray`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import defaultdict
 from collections.abc import Callable
 from typing import TypeVar
 
+from milvus_cdc.errors import CdcError
+
 from tests.sim.clockwork import Clockwork, Loop, Timer
 
 T = TypeVar("T")
 
+STRAY_SECONDS = 10.0
 RETRANSMIT_SECONDS = 0.5
 """What is held up is tried again so often."""
 
@@ -82,6 +87,7 @@ class Request:
         server: Server,
         act: Callable[[], object],
         timeout: float,
+        stray: bool,
     ) -> None:
         self._network = network
         self._loop = loop
@@ -93,6 +99,7 @@ class Request:
         self.arrived = False
         self.answer: asyncio.Future[object] = loop.create_future()
         self._lost = network.chance(network.loss)
+        self._stray = stray and self._lost and network.chance(0.5)
         delay = network.delay(host, server.name)
         if network.chance(network.lag):
             delay = network.between(0, timeout)
@@ -114,7 +121,9 @@ class Request:
         if server.down:
             self._back(ConnectionRefusedError(server.name))
             return
-        if self._lost and network.chance(0.5):
+        if self._stray:
+            clockwork.after(network.between(0, STRAY_SECONDS), self._late)
+        if self._stray or (self._lost and network.chance(0.5)):
             self._back(ConnectionResetError(server.name))
             return
         self.arrived = True
@@ -131,6 +140,11 @@ class Request:
             delay += network.between(0, 10)
         clockwork.after(delay, self._back, answer)
 
+    def _late(self) -> None:
+        """Carried out when nobody waits for it any more."""
+        with contextlib.suppress(CdcError):
+            self._act()
+
     def _back(self, answer: object) -> None:
         network = self._network
         if self.answer.done() or self._loop.dead:
@@ -144,7 +158,13 @@ class Request:
 
 
 async def remote(
-    network: Network, host: str, server: Server, act: Callable[[], T], timeout: float
+    network: Network,
+    host: str,
+    server: Server,
+    act: Callable[[], T],
+    timeout: float,
+    *,
+    stray: bool = False,
 ) -> T:
     """Has the server do something. Raises TimeoutError, ConnectionResetError (it may have been
     done), ConnectionRefusedError (it was not), and what `act` raises.
@@ -153,7 +173,7 @@ async def remote(
     assert isinstance(loop, Loop)
     if loop.dead:
         raise ConnectionRefusedError(host)
-    request = Request(network, loop, host, server, act, timeout)
+    request = Request(network, loop, host, server, act, timeout, stray)
     timer = loop.call_later(timeout, _expire, request.answer)
     try:
         return await request.answer  # type: ignore[return-value]

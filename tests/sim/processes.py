@@ -5,30 +5,24 @@ and a clock of its own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from milvus_cdc.catalog import CatalogueWatcher, Layout
-from milvus_cdc.errors import CdcError, RetryableError
+from milvus_cdc.errors import CdcError
 from milvus_cdc.model import Drift
 from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.selection import Selection
 from milvus_cdc.sink import Sink
 from milvus_cdc.source import LogSource
-from milvus_cdc_controller.catalogues import Catalogues, Closable, Watcher
-from milvus_cdc_controller.core import effects as fx
+from milvus_cdc_controller.catalogues import Closable, Watcher
+from milvus_cdc_controller.config import Config
 from milvus_cdc_controller.core import events as ev
-from milvus_cdc_controller.core.controller import Controller
-from milvus_cdc_controller.core.liveness import Leases
 from milvus_cdc_controller.core.task import StartAt, TaskSpec
-from milvus_cdc_controller.loop import ControlLoop
-from milvus_cdc_controller.metrics import Metrics
-from milvus_cdc_controller.replication_service import ReplicationService, Streams
-from milvus_cdc_controller.store import LeadershipLost
-from milvus_cdc_controller.store.election import Election, Member
-from milvus_cdc_controller.store.etcd import EtcdStore
-from milvus_cdc_controller.store.records import decode
+from milvus_cdc_controller.front import Front
+from milvus_cdc_controller.loop import ControlLoop, Refused
+from milvus_cdc_controller.server import Elected
 from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.runner import CollectionRunner
 from milvus_cdc_replicator.session import Replicator, run_until
@@ -44,14 +38,15 @@ from tests.sim.streams import Channel
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-LEASES = Leases(ttl_ms=15_000, heartbeat_ms=3_000, margin_ms=2_000)
-PROGRESS_MS = 2_000
-LEADER_SECONDS = 5
-SILENCE_MS = 10_000
+CONFIG = {
+    "metrics": None,
+    "store": {"etcd": {"endpoints": ["etcd:2379"], "leaseSeconds": 5}},
+    # Reports are rarer than by default: a run is mostly waiting, and each costs real time.
+    "lease": {"ttl": 15.0, "heartbeat": 3.0, "clockMargin": 2.0, "progress": 2.0},
+}
 TASK = "tasks/copy"
 SOURCE = task_pb2.Source(nats=task_pb2.NatsQueue(url="nats://queue:4222"))
 SINK = task_pb2.Sink(milvus=task_pb2.MilvusEndpoint(uri="http://sink:19530"))
-_METRICS = Metrics()
 
 
 class Host:
@@ -146,19 +141,15 @@ class ReplicatorHost(Host):
         assert self.loop is not None
         loop = self.loop
         settings = Settings(
-            controller=("controllers",),
+            controller=tuple(f"{host}:7070" for host in self.world.front.hosts),
             name=self.host,
             writes=WriteSettings(rows_per_request=6, in_flight_per_collection=3),
         )
         self.in_flight = InFlight()
         connections = SimConnections(self, loop)
-        attempts = 0
 
-        def dial(_address: str) -> Any:
-            nonlocal attempts
-            attempts += 1
-            hosts = self.world.front.hosts
-            return Channel(self.world.front, loop, self.host, hosts[attempts % len(hosts)])
+        def dial(address: str) -> Any:
+            return Channel(self.world.front, loop, self.host, address.partition(":")[0])
 
         self.replicator = Replicator(settings, "1", connections, dial=dial)
         try:
@@ -220,126 +211,77 @@ class SimConnections(Connections):
         return SinkClient(world.network, self._loop, host.host, world.sink, host.in_flight, writer)
 
 
-@dataclass(slots=True)
-class Outward:
-    """Where a controller's effects go; nobody watches tasks here."""
+class Ear:
+    """In place of what listens: the front is reached through the made-up network."""
 
-    streams: Streams
-    catalogues: Catalogues
+    def __init__(self, world: World, front: Front) -> None:
+        self._world = world
+        self._front = front
+        loop = world.clockwork.running
+        assert loop is not None
+        self._loop = loop
+        self.port = 0
 
-    def send(self, stream: int, message: fx.StreamMessage) -> None:
-        self.streams.send(stream, message)
+    async def open(self) -> None:
+        self._world.front.serving[self._loop.name] = self._loop, self._front
 
-    def close_stream(self, effect: fx.CloseStream) -> None:
-        self.streams.close(effect)
+    async def tell(self) -> None:
+        """Who leads has changed. The first one to do so finds that there is no task."""
+        reign = self._front.reign
+        if reign is not None and not reign.tasks:
+            self._loop.create_task(create_task(reign.loop))
 
-    def publish(self, effect: fx.Publish) -> None:
-        pass
+    async def stop_serving(self) -> None:
+        self._world.front.serving.pop(self._loop.name, None)
 
-    def source(
-        self, effect: fx.OpenSource | fx.CloseSource | fx.RefreshSource | fx.ReadPartition
-    ) -> None:
-        self.catalogues.handle(effect)
+    async def close(self) -> None:
+        self._world.front.serving.pop(self._loop.name, None)
+
+
+async def create_task(loop: ControlLoop) -> None:
+    spec = TaskSpec(
+        TASK,
+        (),
+        Selection(("*.*",)),
+        SOURCE.SerializeToString(),
+        "source",
+        SINK.SerializeToString(),
+        "sink",
+        StartAt.EARLIEST,
+        drift=Drift.REPAIR,
+    )
+    with contextlib.suppress(CdcError, Refused):
+        await loop.call(lambda at, call: ev.CreateTask(at, call, "uid", spec, "r", "f", True))
 
 
 class ControllerHost(Host):
-    """Runs a controller on the shared etcd: leads, or waits for its turn."""
+    """Runs a controller on the shared etcd, as elected or not."""
 
     def __init__(self, world: World, host: str, rate: float) -> None:
         super().__init__(world, host, rate)
-        self.control: ControlLoop | None = None
+        self._elected: Elected | None = None
 
     @property
-    def leads(self) -> bool:
-        return self.control is not None
+    def control(self) -> ControlLoop | None:
+        """While it leads."""
+        if self._elected is None or self.loop is None or self.loop.frozen:
+            return None
+        reign = self._elected._front.reign
+        return reign.loop if reign is not None and reign.leads else None
 
     async def _main(self, stop: asyncio.Event) -> None:
-        stopping = asyncio.create_task(stop.wait())
-        election = Election(["etcd:2379"], "milvus-cdc", LEADER_SECONDS, self._member())
-        election.join()
-        try:
-            await self._stand(election, stopping)
-        finally:
-            stopping.cancel()
-            if self.loop is not None and not self.loop.dead:
-                await election.leave()
-
-    async def _stand(self, election: Election, stopping: asyncio.Task[bool]) -> None:
-        world = self.world
-        opening = asyncio.create_task(self._open(election))
-        await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not opening.done():
-            opening.cancel()
-            await asyncio.wait({opening})
-            return
-        store = opening.result()
-        records = [decode(key, value) for key, value in (await store.load()).items()]
-        controller = Controller(LEASES, records)
-        controller.world.inherited_ttl_ms = store.inherited_ms
-        streams = Streams()
-        loop = ControlLoop(controller, store, _METRICS)
-        catalogues = Catalogues(loop.post, controller.world.source_records.get, self._connect)
-        service = ReplicationService(loop, streams, self.host, LEASES, PROGRESS_MS, SILENCE_MS)
-        done = asyncio.create_task(loop.run(Outward(streams, catalogues)))
-        lost = asyncio.create_task(store.lost())
-        assert self.loop is not None
-        self.control = loop
-        world.front.serving[self.host] = self.loop, service
-        world.say(self.host, f"leads ({store.incarnation})")
-        creating = asyncio.create_task(self._create_task(loop))
-        await asyncio.wait({stopping, done, lost}, return_when=asyncio.FIRST_COMPLETED)
-        if stopping.done() and not (done.done() or lost.done()):
-            streams.close_all("CONTROLLER_STOPS", "The controller stops; connect anew.")
-            await asyncio.sleep(0.1)
-            world.front.serving.pop(self.host, None)
-            await catalogues.close()
-            await loop.drain(5.0)
-        world.front.serving.pop(self.host, None)
-        creating.cancel()
-        done.cancel()
-        lost.cancel()
-        await asyncio.wait({done})
-        if not done.cancelled() and (broken := done.exception()) is not None:
-            # A group of the loop's tasks; a deposed leader is one thing, a bug is another.
-            assert isinstance(broken, BaseExceptionGroup)
-            if broken.split(CdcError)[1] is not None:
-                raise broken
-        await store.close()
-
-    def _member(self) -> Member:
-        return Member(f"{self.host}-{self.starts}", f"{self.host}:7070", "1", self.host, 0)
-
-    async def _open(self, election: Election) -> EtcdStore:
-        while True:
-            term = await election.win()
-            try:
-                return await EtcdStore.open(
-                    election, term, ["etcd:2379"], "milvus-cdc", LEASES.ttl_ms
-                )
-            except (RetryableError, LeadershipLost):
-                await asyncio.sleep(1)
-
-    async def _create_task(self, loop: ControlLoop) -> None:
-        if loop.controller.world.tasks:
-            return
-        spec = TaskSpec(
-            TASK,
-            (),
-            Selection(("*.*",)),
-            SOURCE.SerializeToString(),
-            "source",
-            SINK.SerializeToString(),
-            "sink",
-            StartAt.EARLIEST,
-            drift=Drift.REPAIR,
-        )
-        await loop.call(lambda at, call: ev.CreateTask(at, call, "uid", spec, "r", "f", True))
+        config = Config.model_validate({**CONFIG, "listen": f"{self.host}:7070"})
+        fault = config.fault()
+        assert fault is None, fault
+        self._elected = Elected(config, self._connect)
+        if not await self._elected.run(stop):
+            raise AssertionError("a reign broke")
 
     def _connect(self, _source: task_pb2.Source) -> tuple[Closable, Watcher]:
         client: Any = Client(self.world.network, self.host, self.world.source_etcd)
         return client, CatalogueWatcher(client, Layout("by-dev"))
 
     def _gone(self, loop: Loop) -> None:
-        self.control = None
+        self._elected = None
         self.world.front.serving.pop(self.host, None)
         super()._gone(loop)

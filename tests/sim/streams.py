@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -19,8 +20,9 @@ from tests.sim.clockwork import Loop
 from tests.sim.network import RETRANSMIT_SECONDS, Network
 
 if TYPE_CHECKING:
-    from milvus_cdc_controller.replication_service import ReplicationService
+    from milvus_cdc_controller.front import Front as ServerFront
 
+_CONNECT: Any = SimpleNamespace(method="/milvuscdc.v1.ReplicationService/Connect")
 KEEPALIVE_SECONDS = 15.0
 LOOK_SECONDS = 5.0
 
@@ -150,7 +152,7 @@ class Front:
 
     def __init__(self, network: Network) -> None:
         self.network = network
-        self.serving: dict[str, tuple[Loop, ReplicationService]] = {}
+        self.serving: dict[str, tuple[Loop, ServerFront]] = {}
         """By host, in the order in which they are tried."""
         self.hosts: list[str] = []
         self.streams: list[Stream] = []
@@ -169,26 +171,30 @@ class Front:
         found = self.serving.get(host)
         if found is None:
             return None
-        loop, service = found
+        loop, front = found
         server = End(loop, host)
         stream = Stream(self.network, client, server)
         self.streams = [each for each in self.streams if not each.over]
         self.streams.append(stream)
-        stream._transmit(lambda: self._accept(stream, service), up=True)
+        stream._transmit(lambda: self._accept(stream, front), up=True)
         return stream
 
-    def _accept(self, stream: Stream, service: ReplicationService) -> None:
+    def _accept(self, stream: Stream, front: ServerFront) -> None:
         loop = stream.server.loop
         if not loop.dead:
-            stream.serving = loop.create_task(self._serve(stream, service))
+            stream.serving = loop.create_task(self._serve(stream, front))
 
-    async def _serve(self, stream: Stream, service: ReplicationService) -> None:
+    async def _serve(self, stream: Stream, front: ServerFront) -> None:
         context: Any = Context(stream.client.host)
         why, clean = "", True
         try:
+            # Passing calls on is not made up here: who does not lead refuses.
+            reign = front.reign if front.leads else None
+            handler: Any = reign.handlers.find(_CONNECT) if reign is not None else None
+            if handler is None:
+                raise Aborted("UNAVAILABLE: this controller does not lead")
             async with aclosing(_requests(stream.server)) as requests:
-                connected: Any = service.Connect(requests, context)
-                async with aclosing(connected) as responses:
+                async with aclosing(handler.stream_stream(requests, context)) as responses:
                     async for response in responses:
                         self.on_response(response)
                         stream.send(response.SerializeToString(), up=False)
@@ -209,11 +215,11 @@ async def _requests(server: End) -> AsyncGenerator[pb.ConnectRequest, None]:
 class Context:
     """As far as the handler uses grpc.aio.ServicerContext."""
 
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
     def __init__(self, peer: str) -> None:
         self._peer = peer
-
-    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        return ()
 
     def peer(self) -> str:
         return self._peer

@@ -13,8 +13,10 @@ from typing import Any
 from unittest import mock
 
 import structlog
+from milvus_cdc.errors import CdcError
 from milvus_cdc.source.positions import decode as decode_position
 from milvus_cdc_controller import loop as control_loop
+from milvus_cdc_controller import server
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.store import election
 from milvus_cdc_controller.store import etcd as etcd_store
@@ -24,7 +26,7 @@ from tests.sim import faults
 from tests.sim.clockwork import Clockwork, Loop, virtual
 from tests.sim.etcd import Client, Etcd
 from tests.sim.network import Network, Server
-from tests.sim.processes import ControllerHost, Host, ReplicatorHost
+from tests.sim.processes import ControllerHost, Ear, Host, ReplicatorHost
 from tests.sim.queue import Queue
 from tests.sim.referee import Referee
 from tests.sim.sink import InFlight, SinkServer
@@ -152,8 +154,8 @@ class World:
     def _make_peace(self) -> None:
         self.peace, self._paused = True, False
         self.say("FAULT", "peace: nothing goes wrong any more")
-        for server in self.servers:
-            server.down, server.slow = False, 0.0
+        for each in self.servers:
+            each.down, each.slow = False, 0.0
         self.network.heal()
         for host in self.hosts:
             host.thaw()
@@ -261,10 +263,22 @@ class World:
         task = self.referee.tasks.get("uid")
         if task is not None and task.paused is not self._paused:
             kind = ev.PauseTask if self._paused else ev.ResumeTask
-            for host in self.controllers:
-                if host.control is not None and host.loop is not None and not host.frozen:
-                    host.loop.create_task(_call(host.control, kind))
+            self.ask(lambda at, call: kind(at, call, "tasks/copy", ""))
+        if self.peace:
+            for host in self.replicators:
+                self.let_back(host.host)
         self.clockwork.after(2.0, self._mind_pause)
+
+    def ask(self, command: Callable[[Any, Any], Any]) -> None:
+        """Once, of whoever leads; nobody may, and it may be refused."""
+        for host in self.controllers:
+            if host.control is not None and host.loop is not None:
+                host.loop.create_task(_call(host.control, command))
+
+    def let_back(self, name: str) -> None:
+        """The replicator may have assignments again."""
+        self.ask(lambda at, call: ev.CancelDrain(at, call, name))
+        self.ask(lambda at, call: ev.UncordonReplicator(at, call, name))
 
     def restart(self, host: Host, seconds: float) -> None:
         """Whoever minds the processes starts it again."""
@@ -283,11 +297,9 @@ class World:
             loop.bury()
 
 
-async def _call(control: Any, kind: Any) -> None:
-    from milvus_cdc_controller.loop import Refused
-
-    with contextlib.suppress(Refused):
-        await control.call(lambda at, call: kind(at, call, "tasks/copy", ""))
+async def _call(control: Any, command: Callable[[Any, Any], Any]) -> None:
+    with contextlib.suppress(CdcError, control_loop.Refused):
+        await control.call(command)
 
 
 @contextlib.contextmanager
@@ -295,9 +307,10 @@ def _made_up(world: World) -> Iterator[None]:
     """Time, chance and logs are the world's."""
     ids = random.Random(f"ids {world.seed}")
 
-    def own_etcd(_endpoints: list[str], **_: Any) -> Client:
+    def own_etcd(_endpoints: list[str], *, call_seconds: float = 5.0, **_: Any) -> Client:
         assert world.clockwork.running is not None
-        return Client(world.network, world.clockwork.running.name, world.own_etcd)
+        name = world.clockwork.running.name
+        return Client(world.network, name, world.own_etcd, call_seconds, stray=True)
 
     def new_id() -> uuid.UUID:
         return uuid.UUID(int=ids.getrandbits(128))
@@ -315,6 +328,7 @@ def _made_up(world: World) -> Iterator[None]:
             mock.patch.object(uuid, "uuid4", new_id),
             mock.patch.object(etcd_store, "EtcdClient", own_etcd),
             mock.patch.object(election, "EtcdClient", own_etcd),
+            mock.patch.object(server, "_Ear", lambda _, front, __: Ear(world, front)),
             # Coarser than shipped: a run is mostly waiting, and every wake-up costs real time.
             mock.patch.object(control_loop, "TICK_SECONDS", 1.0),
             mock.patch.object(session, "HOUSEKEEPING_SECONDS", 1.0),
