@@ -130,6 +130,8 @@ class Load:
     def __post_init__(self) -> None:
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._drives: dict[str, tuple[random.Random, list[Any], list[int]]] = {}
+        """Of each collection: chance, the keys that live, how many calls there were."""
 
     def create(self) -> None:
         if self.database != "default":
@@ -142,29 +144,30 @@ class Load:
         client.close()
 
     def start(self) -> None:
+        """Goes on where it was stopped."""
+        self._stop.clear()
         for index, shape in enumerate(self.shapes):
-            thread = threading.Thread(
-                target=self._drive, args=(shape, random.Random(f"{self.seed}/{index}")), daemon=True
-            )
+            rng = random.Random(f"{self.seed}/{index}")
+            self._drives.setdefault(shape.name, (rng, [], [0]))
+            thread = threading.Thread(target=self._drive, args=(shape,), daemon=True)
             self._threads.append(thread)
             thread.start()
 
     def stop(self) -> None:
         """Ends it, and raises what went wrong at the source."""
         self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        while self._threads:
+            self._threads.pop().join()
         if self.errors:
             raise self.errors[0]
 
-    def _drive(self, shape: Shape, rng: random.Random) -> None:
+    def _drive(self, shape: Shape) -> None:
         client = MilvusClient(uri=self.uri, db_name=self.database)
+        rng, known, steps = self._drives[shape.name]
         try:
-            known: list[Any] = []
-            step = 0
             while not self._stop.is_set():
-                step += 1
-                self._one_call(client, shape, rng, known, step)
+                steps[0] += 1
+                self._one_call(client, shape, rng, known, steps[0])
                 self._stop.wait(self.pause_seconds)
         except BaseException as error:
             self.errors.append(error)
