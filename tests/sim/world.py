@@ -18,6 +18,7 @@ from milvus_cdc.source.positions import decode as decode_position
 from milvus_cdc_controller import loop as control_loop
 from milvus_cdc_controller import server
 from milvus_cdc_controller.core import events as ev
+from milvus_cdc_controller.metrics import Metrics as ControllerMetrics
 from milvus_cdc_controller.store import election
 from milvus_cdc_controller.store import etcd as etcd_store
 from milvus_cdc_replicator import reader, session
@@ -329,6 +330,8 @@ def _made_up(world: World) -> Iterator[None]:
             mock.patch.object(etcd_store, "EtcdClient", own_etcd),
             mock.patch.object(election, "EtcdClient", own_etcd),
             mock.patch.object(server, "_Ear", lambda _, front, __: Ear(world, front)),
+            # Nobody reads figures here.
+            mock.patch.object(ControllerMetrics, "observe", return_value=None),
             # Coarser than shipped: a run is mostly waiting, and every wake-up costs real time.
             mock.patch.object(control_loop, "TICK_SECONDS", 1.0),
             mock.patch.object(session, "HOUSEKEEPING_SECONDS", 1.0),

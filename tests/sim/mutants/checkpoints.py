@@ -71,18 +71,6 @@ def read_from_is_the_tick(stack: ExitStack) -> None:
     put(stack, lanes.Lane, "_push", at_tick)
 
 
-@mutant("an entry that a reader meets again is given again")
-def entries_given_twice(stack: ExitStack) -> None:
-    deliver = reader.PchannelHub._deliver
-
-    def again(self: Any, cursor: Any, entries: Any) -> None:
-        for subscription in cursor.subscribers:
-            subscription.last_order = -1
-        deliver(self, cursor, entries)
-
-    put(stack, reader.PchannelHub, "_deliver", again)
-
-
 # The horizon and the replay window.
 
 

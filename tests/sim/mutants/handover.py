@@ -9,10 +9,8 @@ from typing import Any
 
 from milvus_cdc.catalog import watch as catalogue_watch
 from milvus_cdc.order.ops import Rank
-from milvus_cdc_controller import catalogues
 from milvus_cdc_controller.core import (
     assigning,
-    collection,
     events,
     granting,
     moves,
@@ -23,7 +21,7 @@ from milvus_cdc_controller.core import (
 from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_controller.core.granting import let_go
 from milvus_cdc_replicator import runner, session
-from milvus_cdc_replicator.core import assignment, holdings
+from milvus_cdc_replicator.core import assignment
 
 from tests.sim.mutants import handle, mutant, put
 
@@ -87,17 +85,6 @@ def stop_does_not_wait(stack: ExitStack) -> None:
     put(stack, runner.CollectionRunner, "stop", stop)
 
 
-@mutant("an epoch that was let go runs again when it is assigned again")
-def spent_epoch_runs_again(stack: ExitStack) -> None:
-    assign = holdings.Holdings.assign
-
-    def again(self: Any, assignment_id: str, epoch: int, version: int) -> Any:
-        self._spent.pop(assignment_id, None)
-        return assign(self, assignment_id, epoch, version)
-
-    put(stack, holdings.Holdings, "assign", again)
-
-
 @mutant("who comes back with an epoch that is over is not told")
 def stale_holder_not_told(stack: ExitStack) -> None:
     handler = sessions.hello
@@ -129,16 +116,6 @@ def relist_skipped(stack: ExitStack) -> None:
     put(stack, catalogue_watch.CatalogueWatcher, "_read_after", read_after)
 
 
-@mutant("an older reading of the metadata may come after a newer one")
-def older_reading_accepted(stack: ExitStack) -> None:
-    async def deliver(
-        self: Any, source_id: str, opened: Any, catalogue: Any, *, confirmed: bool = False
-    ) -> None:
-        await self._post(self._judged(source_id, catalogue, confirmed))
-
-    put(stack, catalogues.Catalogues, "_deliver", deliver)
-
-
 @mutant("a dropped partition's marker is passed without dropping it")
 def partition_drop_passed(stack: ExitStack) -> None:
     put(stack, assignment.AssignmentCore, "_ready_drop", _pass_marker)
@@ -149,16 +126,6 @@ def _pass_marker(self: Any) -> list[Any]:
         if lane.staged and lane.staged[0].rank is Rank.MARKER:
             self._leave_out(lane)
     return []
-
-
-@mutant("a collection is dropped as soon as one shard has come to its end")
-def drop_before_all_shards(stack: ExitStack) -> None:
-    put(
-        stack,
-        collection.CollectionProgress,
-        "closed",
-        property(lambda self: any(point.closed for point in self.checkpoints)),
-    )
 
 
 @mutant("a name at the sink goes to the next one while it is still held")

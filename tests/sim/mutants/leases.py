@@ -7,10 +7,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from milvus_cdc.errors import RetryableError
-from milvus_cdc_controller import outbox
-from milvus_cdc_controller.core import effects, events, liveness, sessions
+from milvus_cdc_controller.core import events, liveness, sessions
 from milvus_cdc_controller.core.granting import let_go
-from milvus_cdc_controller.store import election
 from milvus_cdc_controller.store import etcd as etcd_store
 from milvus_cdc_replicator import gate, session
 from milvus_cdc_replicator.core import lease
@@ -26,15 +24,6 @@ def lease_margin_dropped(stack: ExitStack) -> None:
     put(stack, liveness.Leases, "end_ms", lambda self, ms: ms + self.ttl_ms)
 
 
-@mutant("the lease runs from the acknowledgement")
-def lease_from_the_acknowledgement(stack: ExitStack) -> None:
-    def acked(self: Any, seq: int) -> None:
-        if self._sent.pop(seq, None) is not None:
-            self._expires_at = max(self._expires_at, gate.boottime() + self._ttl)
-
-    put(stack, lease.Lease, "heartbeat_acked", acked)
-
-
 @mutant("the lease runs from every heartbeat, answered or not")
 def lease_without_acknowledgement(stack: ExitStack) -> None:
     def sent(self: Any, seq: int, now: float) -> None:
@@ -46,16 +35,6 @@ def lease_without_acknowledgement(stack: ExitStack) -> None:
 @mutant("a write may start without a lease")
 def write_without_lease(stack: ExitStack) -> None:
     put(stack, lease.Lease, "write_timeout", lambda self, now, wanted, least: wanted)
-
-
-@mutant("a write's deadline may lie behind the lease's end")
-def deadline_behind_the_lease(stack: ExitStack) -> None:
-    put(
-        stack,
-        lease.Lease,
-        "write_timeout",
-        lambda self, now, wanted, least: wanted if self.remaining(now) >= least else None,
-    )
 
 
 @mutant("the lease's clock stands still while the process is frozen")
@@ -109,26 +88,6 @@ def restart_forgets_leases(stack: ExitStack) -> None:
             known.lease_end_ms = world.now.mono_ms
 
     put(stack, sessions, "started", forgetful)
-
-
-@mutant("heartbeats are answered before the replicator has heard what it may not hold")
-def heartbeat_before_synced(stack: ExitStack) -> None:
-    put_message = outbox.Outbox.put
-
-    def early(self: Any, message: Any) -> Any:
-        if isinstance(message, effects.HeartbeatAck) and not self._synced:
-            self._count += 1
-            self._messages[self._count] = message
-            self._ready.set()
-            return True
-        return put_message(self, message)
-
-    put(stack, outbox.Outbox, "put", early)
-
-
-@mutant("a leader that etcd does not answer goes on renewing leases")
-def never_uncertain(stack: ExitStack) -> None:
-    put(stack, election.Term, "certain", property(lambda self: not self._over.is_set()))
 
 
 @mutant("commits do not compare the leader's key")
