@@ -231,8 +231,12 @@ async def test_every_controller_answers_whatever_it_is_asked(trio: Trio) -> None
                 pass
         assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         unknown: Any = first.channel.unary_unary("/milvuscdc.v1.TaskService/NoSuchMethod")
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await unknown(b"")
+        for _ in range(5):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await unknown(b"")
+            # A call refused while it is still being sent may come back as one to try again.
+            if refused.value.code() is not grpc.StatusCode.UNAVAILABLE:
+                break
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
         # A half-closed stream ends as at the leader.
@@ -260,8 +264,8 @@ async def test_every_controller_answers_whatever_it_is_asked(trio: Trio) -> None
     # The fake replicator has gone without a word, and the leader knows.
     async with asyncio.timeout(10):
         while True:
-            [gone] = (await leader.fleet.ListReplicators(listing)).replicators
-            if gone.state == fleet_service_pb2.REPLICATOR_STATE_SUSPECT:
+            known = (await leader.fleet.ListReplicators(listing)).replicators
+            if fleet_service_pb2.REPLICATOR_STATE_SUSPECT in [each.state for each in known]:
                 break
             await asyncio.sleep(0.05)
 
@@ -313,7 +317,12 @@ async def test_another_one_leads_and_what_replicators_hold_stays(trio: Trio, how
         if how == "kill":
             await asyncio.to_thread(leader.process.start)
             assert len({c.name for c in await other.controllers()}) == 3
-            assert (await leader.task()).state == task_pb2.TASK_STATE_PAUSED
+            await until_task(leader, "tasks/copy", task_pb2.TASK_STATE_PAUSED)
+
+
+def _but_sources(stored: dict[str, bytes]) -> dict[str, bytes]:
+    """What the one that leads sees of a source, it stores at any time."""
+    return {key: value for key, value in stored.items() if "/records/sources/" not in key}
 
 
 async def test_a_leader_that_wakes_up_after_its_lease_changes_nothing(trio: Trio) -> None:
@@ -335,15 +344,15 @@ async def test_a_leader_that_wakes_up_after_its_lease_changes_nothing(trio: Trio
         following = await trio.leader(but=zombie)
         pause = task_service_pb2.PauseTaskRequest(name="tasks/copy")
         paused = await following.tasks.PauseTask(pause, timeout=10)
-        before = await trio.stored()
+        before = _but_sources(await trio.stored())
 
         zombie.process.resume()
-        await until(lambda: replicator.ended is not None)
+        await until(lambda: replicator.ended is not None, 30)
         assert replicator.ended is not None
         assert replicator.ended.code() in BROKEN
         assert replicator.beats_acked <= acked + 1, "no lease is renewed by a zombie"
         assert await trio.leader() is following
-        assert await trio.stored() == before
+        assert _but_sources(await trio.stored()) == before
         # It has become a follower that answers as the leader does.
         assert (await zombie.task()).generation == paused.task.generation
         assert not zombie.leads_by_metric()
@@ -373,7 +382,7 @@ async def test_without_etcd_nobody_leads_and_that_is_said(
 
         async with asyncio.timeout(20):
             said = await asyncio.gather(*(reason(at) for at in trio.at))
-        reasons = ("NO_LEADER", "LEADERSHIP_LOST", "LEADER_CHANGED")
+        reasons = ("NO_LEADER", "LEADERSHIP_LOST", "LEADER_CHANGED", "LEADER_UNREACHABLE")
         assert set(said) <= {f"UNAVAILABLE {reason}" for reason in reasons}
         for at in trio.at:
             assert at.process.running
