@@ -273,8 +273,8 @@ class World:
     def ask(self, command: Callable[[Any, Any], Any]) -> None:
         """Once, of whoever leads; nobody may, and it may be refused."""
         for host in self.controllers:
-            if host.control is not None and host.loop is not None:
-                host.loop.create_task(_call(host.control, command))
+            if host.loop is not None and not host.loop.frozen:
+                host.loop.create_task(_ask(host, command))
 
     def let_back(self, name: str) -> None:
         """The replicator may have assignments again."""
@@ -298,9 +298,12 @@ class World:
             loop.bury()
 
 
-async def _call(control: Any, command: Callable[[Any, Any], Any]) -> None:
-    with contextlib.suppress(CdcError, control_loop.Refused):
-        await control.call(command)
+async def _ask(host: ControllerHost, command: Callable[[Any, Any], Any]) -> None:
+    """In the controller's own loop: only by its own clock may it say whether it leads."""
+    control = host.control
+    if control is not None:
+        with contextlib.suppress(CdcError, control_loop.Refused):
+            await control.call(command)
 
 
 @contextlib.contextmanager
