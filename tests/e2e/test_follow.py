@@ -106,4 +106,21 @@ def test_objects_made_and_dropped_in_the_stream_are_made_and_dropped_at_the_sink
         pair.wait("index", lambda: sink.list_indexes(shape.name) == ["vector"])
         assert sink.describe_index(shape.name, "vector")["index_type"] == "HNSW"
         assert pair.prove() == 30
+
+        # One partition of a collection that was loaded as a whole.
+        def loaded() -> set[str]:
+            states = {
+                name: sink.get_load_state(shape.name, partition_name=name)["state"]
+                for name in sink.list_partitions(shape.name)
+            }
+            return {name for name, state in states.items() if "Loaded" in str(state)}
+
+        whole = set(source.list_partitions(shape.name))
+        source.release_partitions(shape.name, ["_default"])
+        pair.wait("one partition released", lambda: loaded() == whole - {"_default"})
+        source.create_partition(shape.name, "served")
+        pair.wait("a new one serves", lambda: loaded() == whole - {"_default"} | {"served"})
+        source.load_partitions(shape.name, ["_default"])
+        pair.wait("all of it loaded again", lambda: loaded() == whole | {"served"})
+        assert pair.prove() == 30
         pair.quiet()

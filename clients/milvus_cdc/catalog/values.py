@@ -35,6 +35,8 @@ M = TypeVar("M", bound=Message)
 _CREATED, _CREATING, _DROPPING, _DROPPED = 0, 1, 2, 3
 # milvus.proto.etcd.DatabaseState: unknown, created, creating, dropping, dropped.
 _DATABASE_CREATING, _DATABASE_STATES = 2, 5
+_LOADED = 2
+"""`LoadStatus.Loaded` of Milvus' query_coord.proto; 1 while it loads."""
 _LOAD_KINDS = {0: LoadKind.COLLECTION, 1: LoadKind.PARTITIONS, 2: LoadKind.COLLECTION}
 
 
@@ -293,7 +295,12 @@ def _unfolded(params: dict[str, str]) -> dict[str, str]:
 
 
 def _load(parts: Parts, partitions: Iterable[Partition]) -> Load:
-    """2.2 writes no load type, and for loaded partitions no key of the collection (seen)."""
+    """2.2 writes no load type, and for loaded partitions no key of the collection (seen).
+
+    Of a collection that was loaded as a whole, 2.3.5 tells by the missing key alone that a
+    partition is released; a new one has its key before it is created. Keys come one by one while
+    it loads (all seen).
+    """
     loads = {}
     for partition_id, entry in sorted(parts.partition_loads.items()):
         loads[partition_id] = parse(meta_pb.PartitionLoadInfo, entry)
@@ -304,11 +311,13 @@ def _load(parts: Parts, partitions: Iterable[Partition]) -> Load:
     info = parse(meta_pb.CollectionLoadInfo, parts.load)
     if info.load_type not in _LOAD_KINDS:
         raise undecodable(parts.load.key, f"unknown load type {info.load_type}")
+    alive = {each.partition_id for each in partitions if each.state is ObjectState.CREATED}
     if info.released_partitions:
-        alive = {each.partition_id for each in partitions if each.state is ObjectState.CREATED}
         left = tuple(sorted(alive.difference(info.released_partitions)))
         return Load(LoadKind.PARTITIONS, left, info.replica_number)
     kind = _LOAD_KINDS[info.load_type]
+    if loads and info.status == _LOADED and alive - loads.keys():
+        kind = LoadKind.PARTITIONS
     return Load(kind, tuple(loads) if kind is LoadKind.PARTITIONS else (), info.replica_number)
 
 

@@ -290,6 +290,27 @@ class TestIndexAndLoad:
         load = decode_catalogue(keys, LAYOUT).collections[0].load
         assert (load.kind, load.partition_ids, load.replicas) == (LoadKind.PARTITIONS, (45,), 2)
 
+    @pytest.mark.parametrize(
+        ("status", "loaded", "wanted"),
+        [
+            (2, (45,), Load(LoadKind.COLLECTION, (), 1)),
+            (2, (46,), Load(LoadKind.PARTITIONS, (46,), 1)),
+            (1, (46,), Load(LoadKind.COLLECTION, (), 1)),
+            (2, (), Load(LoadKind.COLLECTION, (), 1)),
+        ],
+        ids=["whole", "one released", "still loading", "keys to come"],
+    )
+    def test_a_partition_released_of_a_whole(
+        self, status: int, loaded: tuple[int, ...], wanted: Load
+    ) -> None:
+        info = pb.CollectionLoadInfo(collection_id=44, replica_number=1, load_type=2, status=status)
+        keys = {**LEGACY, f"{META}querycoord-collection-loadinfo/44": info.SerializeToString()}
+        for each in loaded:
+            part = pb.PartitionLoadInfo(collection_id=44, partition_id=each, status=2)
+            key = f"{META}querycoord-partition-loadinfo/44/{each}"
+            keys[key] = part.SerializeToString()
+        assert decode_catalogue(keys, LAYOUT).collections[0].load == wanted
+
     def test_loads_of_22(self) -> None:
         part = pb.PartitionLoadInfo(collection_id=44, partition_id=45, replica_number=3)
         key = f"{META}querycoord-partition-loadinfo/44/45"
