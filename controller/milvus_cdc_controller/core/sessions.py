@@ -125,7 +125,8 @@ def _detach(world: World, session: Session) -> None:
         lost = JobFailed("REPLICATOR_LOST", "The replicator doing it was lost.", transient=True)
         if job.task_uid:
             job_done(world, job, lost)
-            world.work[job.task_uid].not_before_ms = 0
+            if job.task_uid in world.work:  # else its task was deleted meanwhile
+                world.work[job.task_uid].not_before_ms = 0
         else:
             del world.jobs[job.job_id]
             world.effects.append(JobOutput(job.job_id, lost, last=True))

@@ -204,3 +204,19 @@ def test_low_is_a_part_of_either_limit() -> None:
     assert not Retention().low(0.2)
     both = least((Retention(50, 10, 100, 100), Retention(30, 40, 100, 100), Retention()))
     assert (both.left_ms, both.left_bytes) == (30, 10)
+
+
+def test_a_replicator_is_lost_that_looks_at_places_of_a_task_just_deleted() -> None:
+    script = Script()
+    script.hello(1, "a")
+    script.create()
+    script.see(collection(11))
+    script.ask(ev.PauseTask, name="tasks/copy", etag="")
+    for key in ("uid-copy.11", "uid-copy.metadata"):
+        script.take(ev.Released(script.now, 1, key, 1))
+    script.pass_time(1_000, beating=(1,))
+    assert [job.task_uid for job in script.core.world.jobs.values()] == ["uid-copy"]
+    script.ask(ev.DeleteTask, name="tasks/copy", etag="")
+    assert not script.core.world.tasks
+    script.take(ev.StreamLost(script.now, 1))
+    assert not script.core.world.jobs
