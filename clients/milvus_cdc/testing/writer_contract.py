@@ -45,7 +45,7 @@ __all__ = ["Seen", "State", "WriterContract"]
 KEYS = pytest.mark.parametrize("key", [samples.KEY, samples.TEXT_KEY], ids=["int64", "varchar"])
 STATM = Path("/proc/self/statm")
 LARGE_BYTES = 16 * 2**20
-FIRST_ATTEMPTS, MORE_ATTEMPTS = 4, 10
+FIRST_ATTEMPTS, MORE_ATTEMPTS = 4, 16
 FREED_CHECKS = 50
 """An allocator keeps what it once had: memory counts from the second number of attempts on."""
 
