@@ -170,6 +170,31 @@ async def test_a_commit_without_an_answer(database: Database, committed: bool) -
         await writer.close()
 
 
+async def test_cancelled_while_its_commit_is_under_way(database: Database) -> None:
+    """It is committed all the same, and whatever is written next goes on from there."""
+    table = table_of()
+    batch = Batch((put(table, plain([1], 1)),), (upto(1),))
+    other = Batch((put(table, plain([1, 2], 2), op=UPDATE, at=2),), (upto(2),))
+    async with PostgresProxy(database.server.port) as proxy:
+        writer = database.writer(port=proxy.port)
+        await opened(writer, table)
+        for again, expected in ((batch, {1: 1}), (other, {1: 2, 2: 2})):
+            under_way = asyncio.create_task(writer.write(table, batch, 10))
+
+            def cancel(data: bytes, task: asyncio.Task[None] = under_way) -> None:
+                if b"COMMIT\0" in data:
+                    task.cancel()
+
+            proxy.on_request = cancel
+            await asyncio.wait({under_way})
+            assert under_way.cancelled()
+            proxy.on_request = lambda data: None
+            await until(lambda: database.numbers()[1] == 1)
+            await writer.write(table, again, 10)
+            assert database.numbers() == expected
+        await writer.close()
+
+
 async def test_every_change_takes_effect_once_over_many_crashes(database: Database) -> None:
     """Connections break after any number of messages, and every other time the process with them; a
     trigger of the table keeps a list of what happened.

@@ -244,7 +244,8 @@ class PostgresWriter:
 
         try:
             await self._run(doing, deadline, work)
-        except UnknownOutcomeError:
+        except (UnknownOutcomeError, asyncio.CancelledError):
+            # Cancelled while COMMIT was under way, it may be committed all the same.
             opened.unknown = (batch, token)
             opened.known.add(token)
             raise
