@@ -219,7 +219,8 @@ class Replicator:
             stub = pb_grpc.ReplicationServiceStub(channel)
             self._outbox.clear()
             self._patience = WELCOME_SECONDS
-            call = stub.Connect(self._requests())
+            self._connects += 1
+            call = stub.Connect(self._requests(self._connects))
             responses = aiter(call)
             try:
                 while True:
@@ -242,8 +243,7 @@ class Replicator:
                 details=failure,
             )
 
-    async def _requests(self) -> AsyncIterator[pb.ConnectRequest]:
-        self._connects += 1
+    async def _requests(self, stream: int) -> AsyncIterator[pb.ConnectRequest]:
         hello = pb.Hello(
             name=self._settings.name,
             instance_id=self._instance_id,
@@ -252,7 +252,7 @@ class Replicator:
             protocol_min=PROTOCOL,
             capacity=self._settings.capacity,
             cluster=self._settings.cluster,
-            connects=self._connects,
+            connects=stream,
             labels=self._settings.labels,
             held=[
                 pb.HeldAssignment(assignment_id=a, epoch=h.epoch, version=h.version)
@@ -260,20 +260,26 @@ class Replicator:
             ],
         )
         yield pb.ConnectRequest(hello=hello)
-        while True:
-            while self._outbox:
-                yield self._outbox.popleft()
-            for assignment_id in list(self._due):
-                self._due.discard(assignment_id)
-                runner = self._runners.get(assignment_id)
-                if runner is not None and self.connected.is_set():
-                    yield pb.ConnectRequest(progress=self._progress(runner))
-            if self._closing and not self._outbox:
+        # gRPC still waits here for the next message of a stream that the other side has ended: it
+        # would take that one from its successor, and lose it.
+        while stream == self._connects:
+            if (message := self._next_request()) is not None:
+                yield message
+                continue
+            if self._closing:
                 return
             self._outbox_ready.clear()
-            if not self._outbox and not self._due:
-                self._flushed.set()
-                await self._outbox_ready.wait()
+            self._flushed.set()
+            await self._outbox_ready.wait()
+
+    def _next_request(self) -> pb.ConnectRequest | None:
+        if self._outbox:
+            return self._outbox.popleft()
+        while self._due and self.connected.is_set():
+            runner = self._runners.get(self._due.pop())
+            if runner is not None:
+                return pb.ConnectRequest(progress=self._progress(runner))
+        return None
 
     def _progress(self, runner: Runner) -> pb.Progress:
         self._progress_seq += 1

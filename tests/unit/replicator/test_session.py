@@ -341,6 +341,24 @@ async def test_a_stop_does_not_wait_for_a_controller_that_is_gone() -> None:
         assert not bench.replicator.holds_anything
 
 
+async def test_nothing_is_said_into_a_stream_that_has_ended() -> None:
+    """gRPC goes on asking for messages of a stream that the other side has refused."""
+    async with running() as bench:
+        bench.controller.refusal = "CLUSTER_MISMATCH"
+        bench.controller.break_stream()
+        await until(lambda: bench.controller.streams == 5)
+        bench.controller.refusal = ""
+        heartbeats = len(bench.controller.of("heartbeat"))
+        await asyncio.wait_for(bench.replicator.connected.wait(), 10)
+        await until(lambda: len(bench.controller.of("heartbeat")) > heartbeats)
+        asked = [f"job {n}" for n in range(8)]
+        for job_id in asked:
+            bench.controller.say(job_request=pb.JobRequest(job_id=job_id))
+            await bench.heartbeats_answered()
+        answered = [m.job_update.job_id for m in bench.controller.of("job_update")]
+        assert answered == asked
+
+
 async def test_streams_are_counted_and_a_twin_ends_by_itself() -> None:
     async with running() as bench:
         bench.controller.break_stream()
