@@ -21,6 +21,7 @@ from milvuscdc.v1 import (
     task_service_pb2_grpc,
     verify_pb2,
 )
+from pymilvus import MilvusClient
 
 from tests.e2e.versions import Route
 from tests.servers import Stack
@@ -183,6 +184,22 @@ class Pair:
             assert result.equal, result
             assert result.rows_source == result.rows_sink, result
         return sum(result.rows_source for result in results)
+
+    def prove_after_crash_of_sink(self) -> int:
+        """As `prove`. A Milvus 2.3.5 that is loaded within seconds of its crash now and then serves
+        rows that it has already replaced, beside the new ones (about one time in fifteen): what it
+        stored is right, which a release and load shows. That and nothing else is looked at again.
+        """
+        for result in self.verify():
+            wrong = (result.missing, result.extra)
+            if result.doubled and result.doubled == result.different and wrong == (0, 0):
+                database, _, name = result.collection.partition(".")
+                print(f"{result.collection}: loaded anew, {result.doubled} keys were served twice")
+                sink = MilvusClient(uri=self.stack.sink.uri, db_name=database)
+                sink.release_collection(name)
+                sink.load_collection(name)
+                sink.close()
+        return self.prove()
 
     def quiet(self, *allowed: str) -> None:
         """No unexpected warning or error in any log of ours."""

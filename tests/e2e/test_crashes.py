@@ -198,7 +198,7 @@ def test_servers_that_go_away_and_come_back(own_stack: Stack, tmp_path: Path) ->
         )
         own_stack.source.start()
         pair.wait_running(*names, seconds=120)
-        assert pair.prove()
+        assert pair.prove_after_crash_of_sink()
 
         pair.controller.kill()
         again = Load(own_stack.source.uri, "crash_servers", seed=7, pause_seconds=0.02)
