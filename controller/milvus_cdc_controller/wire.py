@@ -237,8 +237,9 @@ def response(
             )
         case fx.Synced():
             return pb.ConnectResponse(synced=pb.Synced())
-        case fx.HeartbeatAck(seq=seq):
-            return pb.ConnectResponse(heartbeat_ack=pb.HeartbeatAck(seq=seq))
+        case fx.HeartbeatAck(seq=seq, resting_ms=resting_ms):
+            ack = pb.HeartbeatAck(seq=seq, resting_interval=duration(resting_ms))
+            return pb.ConnectResponse(heartbeat_ack=ack)
         case fx.ProgressAck():
             return pb.ConnectResponse(
                 progress_ack=pb.ProgressAck(

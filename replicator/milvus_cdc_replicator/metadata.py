@@ -29,6 +29,7 @@ log = structlog.get_logger()
 
 RETRY_SECONDS = 2.0
 RESTING_SECONDS = 60.0
+"""Without news it is reported this seldom at least."""
 CREDENTIAL_SECONDS = 10.0
 """How often a sink without a user is looked at, so that its roles follow soon."""
 _NEVER = frozenset({"SINK_UNSUPPORTED", "SINK_ROLE_IN_USE"})
@@ -54,6 +55,7 @@ class MetadataRunner:
         self._notify = notify
         self._reconcile_seconds = reconcile_seconds
         self._halt = asyncio.Event()
+        self.resting_seconds = RESTING_SECONDS
         self._changed = asyncio.Event()
         self._applied_version = 0
         self._aliases_version = 0
@@ -86,10 +88,9 @@ class MetadataRunner:
         if self._operations is not None:
             await self._operations.stop()
 
-    @property
-    def resting_seconds(self) -> float:
-        """Without news it reports this often."""
-        return RESTING_SECONDS
+    def rest(self, seconds: float) -> None:
+        """How often it is to be reported while nothing happens."""
+        self.resting_seconds = max(RESTING_SECONDS, seconds)
 
     @property
     def has_news(self) -> bool:

@@ -47,8 +47,6 @@ log = structlog.get_logger()
 
 HOUSEKEEPING_SECONDS = 1.0
 REST_SECONDS = 0.1
-RESTING_SECONDS = 3.0
-"""A checkpoint that skips no row may be this much older."""
 PARTITION_UNKNOWN_SECONDS = 30.0
 
 
@@ -109,6 +107,7 @@ class CollectionRunner:
         self._asked_horizons: tuple[int, ...] = ()
         self._told_ts = 0
         self._said: object = None
+        self.resting_seconds = 0.0
         self._waiting_since: float | None = None
         self._log = log.bind(
             task=assignment.task, collection=want.full_name, epoch=assignment.epoch
@@ -195,6 +194,11 @@ class CollectionRunner:
         """Horizons are to reach so far that rows go on while no controller leads."""
         self._post(lambda: setattr(self._core, "silence_ms", silence_ms))
 
+    def rest(self, seconds: float) -> None:
+        """How often it is reported while nothing happens; horizons are to reach so far."""
+        self.resting_seconds = seconds
+        self._post(lambda: setattr(self._core, "rest_ms", int(seconds * 1000)))
+
     def grant(self, horizons: list[tuple[str, int]]) -> None:
         def apply() -> None:
             for vchannel, horizon_ts in horizons:
@@ -218,11 +222,6 @@ class CollectionRunner:
     @property
     def failed(self) -> bool:
         return self._failure is not None
-
-    @property
-    def resting_seconds(self) -> float:
-        """Without news it reports this often."""
-        return RESTING_SECONDS
 
     @property
     def has_news(self) -> bool:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
 from functools import partial
 
 import grpc
@@ -53,6 +55,8 @@ PATIENCE = 0.7
 """Part of the grace period for it: the rest is for letting go without the controller's help."""
 AFTER_BREAK_SECONDS = 10.0
 """Sinks are compared again within it: who was away may have missed something."""
+RESTING_SECONDS = 3.0
+"""Where nothing happens, a checkpoint may be this much older; the controller may ask for more."""
 RECONNECT_SECONDS = (0.1, 0.3, 1.0)
 WELCOME_SECONDS = 5.0
 SILENT_PART = 0.6
@@ -116,6 +120,7 @@ class Replicator:
         self._progress_seconds = 1.0
         self._patience = WELCOME_SECONDS
         self._silence_ms = 0
+        self._resting_seconds = RESTING_SECONDS
         self._dialled = 0
         self._draining = False
         self._closing = False
@@ -310,6 +315,8 @@ class Replicator:
             case "heartbeat_ack":
                 self._patience = max(SILENT_PART * self._lease.ttl, 2 * self._heartbeat_seconds + 1)
                 self._lease.heartbeat_acked(response.heartbeat_ack.seq)
+                if response.heartbeat_ack.HasField("resting_interval"):
+                    self._rest(response.heartbeat_ack.resting_interval.ToTimedelta())
                 self._gate.renewed()
             case "progress_ack":
                 ack = response.progress_ack
@@ -353,6 +360,13 @@ class Replicator:
                 runner.outlast(self._silence_ms)
                 runner.compare_soon(random.uniform(0, AFTER_BREAK_SECONDS))
 
+    def _rest(self, interval: timedelta) -> None:
+        seconds = max(RESTING_SECONDS, interval.total_seconds())
+        if seconds != self._resting_seconds:
+            self._resting_seconds = seconds
+            for runner in self._runners.values():
+                runner.rest(seconds)
+
     def _heartbeat(self) -> None:
         self._heartbeat_seq += 1
         self._lease.heartbeat_sent(self._heartbeat_seq, boottime())
@@ -383,12 +397,16 @@ class Replicator:
 
     def _report_news(self) -> None:
         now = time.monotonic()
-        due = [
-            assignment_id
-            for assignment_id, runner in self._runners.items()
-            if runner.has_news
-            or now - self._reported_at.get(assignment_id, 0) >= runner.resting_seconds
-        ]
+        due, resting = [], []
+        for assignment_id, runner in self._runners.items():
+            age = now - self._reported_at.get(assignment_id, 0)
+            if runner.has_news:
+                due.append(assignment_id)
+            elif age >= runner.resting_seconds / 2:
+                resting.append((age, assignment_id))
+        # So many a round that all have their turn in time, and not all of them at once.
+        turns = math.ceil(len(self._runners) * self._progress_seconds / self._resting_seconds)
+        due += [assignment_id for _, assignment_id in sorted(resting, reverse=True)[:turns]]
         if due:
             self._due.update(due)
             self._outbox_ready.set()
@@ -491,6 +509,7 @@ class Replicator:
                 notify=self._notify,
                 reconcile_seconds=self._settings.reconcile_seconds,
             )
+        runner.rest(self._resting_seconds)
         self._runners[assignment_id] = runner
         runner.start()
 

@@ -1312,15 +1312,23 @@ class HeartbeatAck(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQ_FIELD_NUMBER: _builtins.int
+    RESTING_INTERVAL_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
+    @_builtins.property
+    def resting_interval(self) -> _duration_pb2.Duration:
+        """While only source time goes on, send progress of an assignment about this often; it grows with the number of
+        assignments. Ask for horizons that outlast it.
+        """
+
     def __init__(
         self,
         *,
         seq: _builtins.int = ...,
+        resting_interval: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["resting_interval", b"resting_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["seq", b"seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["resting_interval", b"resting_interval", "seq", b"seq"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

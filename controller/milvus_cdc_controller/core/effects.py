@@ -72,6 +72,8 @@ class Synced:
 @dataclass(frozen=True, slots=True)
 class HeartbeatAck:
     seq: int
+    resting_ms: int
+    """How often an assignment in which nothing happens is to report."""
 
 
 @dataclass(frozen=True, slots=True)

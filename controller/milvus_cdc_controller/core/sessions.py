@@ -43,7 +43,7 @@ from milvus_cdc_controller.core.placing import held_by
 from milvus_cdc_controller.core.positions import note
 from milvus_cdc_controller.core.presence import arrive, depart, look
 from milvus_cdc_controller.core.progress import apply_applied, apply_opened, apply_renamed, merge
-from milvus_cdc_controller.core.rates import Rate
+from milvus_cdc_controller.core.rates import Rate, resting_ms
 from milvus_cdc_controller.core.recount import log_is_gone, owner_lost, recounted
 from milvus_cdc_controller.core.replicator import ReplicatorState
 from milvus_cdc_controller.core.sources import adopt_catalogue, job_done, send_job
@@ -151,7 +151,7 @@ def heartbeat(world: World, event: Heartbeat) -> None:
     was = session.state(world.leases, world.now.mono_ms)
     session.heard(world.leases, world.now.mono_ms, world.now.wall_ms)
     session.draining = session.draining or event.draining
-    world.send(event.stream, HeartbeatAck(event.seq))
+    world.send(event.stream, HeartbeatAck(event.seq, resting_ms(len(world.grants))))
     session.look(world.leases, world.now.mono_ms)
     if session.shown is not was:
         world.touch_all()

@@ -23,9 +23,9 @@ from milvus_cdc_replicator.core.tally import Tally
 HORIZON_STEP_MIN_MS = 2_000
 """Source time granted ahead at least: a quiet collection asks about once a second."""
 HORIZON_STEP_MAX_MS = 30_000
-HORIZON_RESTING_MS = 8_000
-"""Granted ahead where nothing happens: twice as long and more as such a one says nothing, so that
-its next row finds it.
+HORIZON_REST_SLACK_MS = 1_000
+"""Where nothing happens, twice as long is granted ahead as such a one says nothing and this: so
+its next row finds a grant.
 """
 HORIZON_REPORTS_MS = 3_000
 """At most this much source time passes between two reports."""
@@ -103,6 +103,8 @@ class AssignmentCore:
         """Nothing new is begun: what is under way comes to its end."""
         self.silence_ms = 0
         """So long nobody may be there to grant a horizon, and rows are to go on."""
+        self.rest_ms = 3_000
+        """So much time passes between two reports while nothing happens."""
         self.still = False
         """Nothing more is taken: what was goes out and comes to its end."""
         self.tally: Tally | None = None
@@ -279,7 +281,9 @@ class AssignmentCore:
             step = 2 * step  # it had to wait: ask further ahead
         else:
             step = front - asked_at
-        least = HORIZON_RESTING_MS if self.resting else HORIZON_STEP_MIN_MS
+        least = HORIZON_STEP_MIN_MS
+        if self.resting:
+            least = 2 * (self.rest_ms + HORIZON_REST_SLACK_MS)
         if self.silence_ms:
             # Asked for anew when half of it is left, at the next report.
             least = max(least, 2 * (self.silence_ms + HORIZON_REPORTS_MS))

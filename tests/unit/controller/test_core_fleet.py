@@ -446,3 +446,14 @@ def test_busy_collections_weigh_more() -> None:
     settled(script, (1, 2), 10)
     # The busy one is alone: all others together weigh less.
     assert held(script, "b") == {BOOKS}
+
+
+def test_assignments_at_rest_report_the_more_seldom_the_more_there_are() -> None:
+    few, many = Script(), Script()
+    for script, number in ((few, 3), (many, 3_000)):
+        script.hello(1, "a", capacity=10_000)
+        script.create()
+        script.see(*(collection(n, f"c{n}") for n in range(1, number + 1)))
+        script.take(ev.Heartbeat(script.now, 1, 1, False))
+    assert few.sent(fx.HeartbeatAck)[-1].resting_ms == 3_000
+    assert many.sent(fx.HeartbeatAck)[-1].resting_ms > 15_000

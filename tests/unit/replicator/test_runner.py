@@ -29,7 +29,8 @@ from milvus_cdc_replicator.core.source_clock import SourceClock
 from milvus_cdc_replicator.gate import WriteGate, boottime
 from milvus_cdc_replicator.reader import PchannelHub, Subscription
 from milvus_cdc_replicator.report import Report
-from milvus_cdc_replicator.runner import RESTING_SECONDS, CollectionRunner
+from milvus_cdc_replicator.runner import CollectionRunner
+from milvus_cdc_replicator.session import RESTING_SECONDS
 from milvus_cdc_replicator.settings import Limits
 from milvus_cdc_replicator.spec import CollectionAssignment, LaneStart
 from milvuscdc.internal import milvus_log_pb2 as log_pb2
@@ -525,8 +526,13 @@ async def test_a_row_after_a_rest_finds_its_horizon_granted() -> None:
     async with running(horizon_ts=START + ms_to_tso(1_000)) as bench:
         bench.append(tick(START + 9))
         await until(lambda: bench.resolved_ts == START + 9)
-        wanted = bench.runner.report().lanes[0].wanted_horizon_ts
-        assert wanted > START + 9 + 2 * ms_to_tso(int(RESTING_SECONDS * 1000))
+
+        def wanted() -> int:
+            return bench.runner.report().lanes[0].wanted_horizon_ts - START - 9
+
+        assert wanted() > 2 * ms_to_tso(int(RESTING_SECONDS * 1000))
+        bench.runner.rest(60)
+        await until(lambda: wanted() > 2 * ms_to_tso(60_000))
 
 
 pytestmark = pytest.mark.timeout(60)

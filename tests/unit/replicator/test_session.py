@@ -42,6 +42,7 @@ class FakeController(rpc.ReplicationServiceServicer):
     def __init__(self) -> None:
         self.heard: list[pb.ConnectRequest] = []
         self.refusal = ""
+        self.resting_seconds = 0
         self.streams = 0
         self._out: asyncio.Queue[pb.ConnectResponse | None] = asyncio.Queue()
         self.port = 0
@@ -89,6 +90,8 @@ class FakeController(rpc.ReplicationServiceServicer):
                 self.heard.append(request)
                 if request.WhichOneof("message") == "heartbeat":
                     ack = pb.HeartbeatAck(seq=request.heartbeat.seq)
+                    if self.resting_seconds:
+                        ack.resting_interval.FromSeconds(self.resting_seconds)
                     out.put_nowait(pb.ConnectResponse(heartbeat_ack=ack))
 
     def say(self, **message: object) -> None:
@@ -339,6 +342,27 @@ async def test_a_stop_does_not_wait_for_a_controller_that_is_gone() -> None:
         bench.controller.break_stream()
         await asyncio.wait_for(draining, 10)
         assert not bench.replicator.holds_anything
+
+
+@pytest.mark.parametrize("resting_seconds", [0, 60])
+async def test_an_assignment_at_rest_reports_as_seldom_as_it_is_asked_to(
+    resting_seconds: int,
+) -> None:
+    async with running() as bench:
+        bench.controller.resting_seconds = resting_seconds
+        bench.replicator._heartbeat()
+        bench.assign(1)
+        bench.source.append(PCHANNEL, insert(START + 5, [1]))
+        bench.source.append(PCHANNEL, tick(START + 9))
+        await asyncio.wait_for(bench.writing.wait(), 10)
+        await asyncio.sleep(1)  # what that was news of is told
+        told = len(bench.controller.of("progress"))
+        await asyncio.sleep(3)
+        assert (len(bench.controller.of("progress")) > told) == (not resting_seconds)
+        # What happens is told at once.
+        bench.source.append(PCHANNEL, insert(START + 15, [2]))
+        bench.source.append(PCHANNEL, tick(START + 19))
+        await until(lambda: bench.controller.of("progress")[-1].progress.rows_upserted == 2)
 
 
 async def test_nothing_is_said_into_a_stream_that_has_ended() -> None:

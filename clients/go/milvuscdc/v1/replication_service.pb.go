@@ -2887,10 +2887,13 @@ func (x *Heartbeat) GetDraining() bool {
 }
 
 type HeartbeatAck struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Seq           int64                  `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Seq   int64                  `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
+	// While only source time goes on, send progress of an assignment about this often; it grows with the number of
+	// assignments. Ask for horizons that outlast it.
+	RestingInterval *durationpb.Duration `protobuf:"bytes,2,opt,name=resting_interval,json=restingInterval,proto3" json:"resting_interval,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *HeartbeatAck) Reset() {
@@ -2928,6 +2931,13 @@ func (x *HeartbeatAck) GetSeq() int64 {
 		return x.Seq
 	}
 	return 0
+}
+
+func (x *HeartbeatAck) GetRestingInterval() *durationpb.Duration {
+	if x != nil {
+		return x.RestingInterval
+	}
+	return nil
 }
 
 // What an assignment has done. Sent at most once per progress interval, and at state changes and release.
@@ -5444,9 +5454,10 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\"9\n" +
 	"\tHeartbeat\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x03R\x03seq\x12\x1a\n" +
-	"\bdraining\x18\x02 \x01(\bR\bdraining\" \n" +
+	"\bdraining\x18\x02 \x01(\bR\bdraining\"f\n" +
 	"\fHeartbeatAck\x12\x10\n" +
-	"\x03seq\x18\x01 \x01(\x03R\x03seq\"\x8f\b\n" +
+	"\x03seq\x18\x01 \x01(\x03R\x03seq\x12D\n" +
+	"\x10resting_interval\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x0frestingInterval\"\x8f\b\n" +
 	"\bProgress\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x10\n" +
@@ -5797,60 +5808,61 @@ var file_milvuscdc_v1_replication_service_proto_depIdxs = []int32{
 	27,  // 54: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
 	25,  // 55: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
 	26,  // 56: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
-	5,   // 57: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
-	38,  // 58: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
-	75,  // 59: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
-	37,  // 60: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
-	16,  // 61: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
-	36,  // 62: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
-	1,   // 63: milvuscdc.v1.Progress.recounted:type_name -> milvuscdc.v1.Recounted
-	39,  // 64: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
-	67,  // 65: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
-	67,  // 66: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
-	41,  // 67: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
-	44,  // 68: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
-	45,  // 69: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
-	46,  // 70: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
-	48,  // 71: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
-	49,  // 72: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
-	69,  // 73: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
-	70,  // 74: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
-	14,  // 75: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	74,  // 76: milvuscdc.v1.ProbeJob.dead_letters:type_name -> milvuscdc.v1.DeadLetters
-	69,  // 77: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
-	69,  // 78: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
-	70,  // 79: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
-	47,  // 80: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
-	69,  // 81: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
-	70,  // 82: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
-	14,  // 83: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	21,  // 84: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	71,  // 85: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
-	69,  // 86: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
-	50,  // 87: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
-	53,  // 88: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
-	54,  // 89: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
-	55,  // 90: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
-	57,  // 91: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
-	59,  // 92: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
-	61,  // 93: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
-	56,  // 94: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
-	76,  // 95: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
-	77,  // 96: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
-	78,  // 97: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
-	58,  // 98: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
-	79,  // 99: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
-	80,  // 100: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
-	60,  // 101: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
-	62,  // 102: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
-	39,  // 103: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
-	6,   // 104: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
-	7,   // 105: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
-	105, // [105:106] is the sub-list for method output_type
-	104, // [104:105] is the sub-list for method input_type
-	104, // [104:104] is the sub-list for extension type_name
-	104, // [104:104] is the sub-list for extension extendee
-	0,   // [0:104] is the sub-list for field type_name
+	67,  // 57: milvuscdc.v1.HeartbeatAck.resting_interval:type_name -> google.protobuf.Duration
+	5,   // 58: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
+	38,  // 59: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
+	75,  // 60: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
+	37,  // 61: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
+	16,  // 62: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
+	36,  // 63: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
+	1,   // 64: milvuscdc.v1.Progress.recounted:type_name -> milvuscdc.v1.Recounted
+	39,  // 65: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
+	67,  // 66: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
+	67,  // 67: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
+	41,  // 68: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
+	44,  // 69: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
+	45,  // 70: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
+	46,  // 71: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
+	48,  // 72: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
+	49,  // 73: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
+	69,  // 74: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
+	70,  // 75: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
+	14,  // 76: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	74,  // 77: milvuscdc.v1.ProbeJob.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	69,  // 78: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
+	69,  // 79: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
+	70,  // 80: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
+	47,  // 81: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
+	69,  // 82: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
+	70,  // 83: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
+	14,  // 84: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	21,  // 85: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	71,  // 86: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
+	69,  // 87: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
+	50,  // 88: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
+	53,  // 89: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
+	54,  // 90: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
+	55,  // 91: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
+	57,  // 92: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
+	59,  // 93: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
+	61,  // 94: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
+	56,  // 95: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
+	76,  // 96: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
+	77,  // 97: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
+	78,  // 98: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
+	58,  // 99: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
+	79,  // 100: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
+	80,  // 101: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
+	60,  // 102: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
+	62,  // 103: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
+	39,  // 104: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
+	6,   // 105: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
+	7,   // 106: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
+	106, // [106:107] is the sub-list for method output_type
+	105, // [105:106] is the sub-list for method input_type
+	105, // [105:105] is the sub-list for extension type_name
+	105, // [105:105] is the sub-list for extension extendee
+	0,   // [0:105] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_replication_service_proto_init() }
