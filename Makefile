@@ -9,13 +9,16 @@ TYPED := $(wildcard tests examples benchmarks)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check fmt protos protos-go check-protos bench soak sim clean
+.PHONY: help demo secure test check fmt protos protos-go check-protos bench soak sim clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## replicate between two real Milvus servers on this machine, with everything shown
 	@$(BIN)/python -m examples.demo $(ARGS)
+
+secure: $(INSTALLED) ## the same in short with mutual TLS on all connections of the services, by deploy/examples/secure
+	@$(BIN)/python -m examples.secure
 
 test: $(INSTALLED) ## all tests, on real servers (ARGS='-k name' for some; Kafka needs Java and Maven)
 	@$(BIN)/python -m pytest -m 'not soak' -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -27,6 +27,7 @@ from milvuscdc.v1 import (
 )
 
 from milvus_cdc.errors import CdcError
+from milvus_cdc.trust.dialing import Credentials, Line
 
 DEFAULT_ADDRESS = "127.0.0.1:7070"
 PAGE_SIZE = 1000
@@ -116,16 +117,46 @@ def task_name(name: str) -> str:
     return name if name.startswith("tasks/") else f"tasks/{name}"
 
 
+class _Showing:
+    """A stub whose calls carry the credentials of the moment."""
+
+    def __init__(self, stub: Any, line: Line, credentials: Credentials) -> None:
+        self._stub = stub
+        self._line = line
+        self._credentials = credentials
+
+    def __getattr__(self, method: str) -> Any:
+        call = getattr(self._stub(self._line.channel), method)
+        return lambda request, **more: call(request, metadata=self._credentials.metadata(), **more)
+
+
 class ControlClient:
     """One connection to a controller; every unary call ends within `timeout_seconds`."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_seconds: float = 30.0) -> None:
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_seconds: float = 30.0,
+        credentials: Credentials | None = None,
+    ) -> None:
+        """`credentials`: TLS and a token, see `milvus_cdc.trust`; plaintext without. Raises
+        UserError TOKEN_IN_CLEAR.
+        """
         self.address = address
         self._timeout = timeout_seconds
-        self._channel = grpc.aio.insecure_channel(address)
-        # The generated stubs are typed for synchronous channels.
-        self._tasks: Any = task_service_pb2_grpc.TaskServiceStub(self._channel)
-        self._fleet: Any = fleet_service_pb2_grpc.FleetServiceStub(self._channel)
+        self._credentials = credentials or Credentials()
+        self._line = Line(address, self._credentials)
+
+    # The generated stubs are typed for synchronous channels. A new channel comes when certificates
+    # have changed, so they are made for each call; that costs microseconds.
+    @property
+    def _tasks(self) -> Any:
+        return _Showing(task_service_pb2_grpc.TaskServiceStub, self._line, self._credentials)
+
+    @property
+    def _fleet(self) -> Any:
+        return _Showing(fleet_service_pb2_grpc.FleetServiceStub, self._line, self._credentials)
 
     async def __aenter__(self) -> Self:
         return self
@@ -139,7 +170,7 @@ class ControlClient:
         await self.close()
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self._line.close()
 
     async def _call(self, method: Any, request: Any) -> Any:
         try:

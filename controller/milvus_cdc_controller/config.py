@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import yaml
 from milvus_cdc.errors import UserError
+from milvus_cdc.trust import settings as trust
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
@@ -133,6 +134,15 @@ class Config(_Part):
     cluster: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,63}$")] = ""
     """Replicators that name another one are refused."""
     log: LogConfig = LogConfig()
+    tls: trust.ServerTls | None = None
+    """Of what listens."""
+    auth: trust.AuthSettings | None = None
+    """Who may call; without it everybody who can connect."""
+    insecure: bool = False
+    """What is open to everybody, or readable on its way, beyond loopback is meant to be so."""
+    controller_tls: trust.ClientTls | None = None
+    """Towards the controller that leads, as is the next one."""
+    controller_token: trust.TokenFrom | None = None
 
     @property
     def advertised(self) -> str:
@@ -147,6 +157,34 @@ class Config(_Part):
 
     def fault(self) -> tuple[str, str] | None:
         """What does not fit together: the key to blame, and why."""
+        return self._fault_of_leases() or self._fault_of_trust()
+
+    def _fault_of_trust(self) -> tuple[str, str] | None:
+        fault = trust.fault(
+            self.listen, self.tls, self.auth, self.insecure, needs_callers=True
+        ) or trust.dialing_fault(
+            (self.advertised,), self.controller_tls, self.controller_token, self.insecure
+        )
+        if fault is not None or self.store.etcd is None:
+            return fault
+        if self.tls is not None and self.controller_tls is None:
+            return "controllerTls", (
+                "is needed because tls is set: the other controllers listen like this one, and "
+                "calls are passed on to the one that leads"
+            )
+        shown = self.controller_tls is not None and self.controller_tls.certificate_file is not None
+        if self.tls is not None and self.tls.client_ca_file is not None and not shown:
+            return "controllerTls.certificateFile", (
+                "is needed because tls.clientCaFile is set: the other controllers ask for it, too"
+            )
+        if self.auth is not None and self.controller_token is None and not shown:
+            return "controllerToken", (
+                "(or controllerTls.certificateFile) is needed because auth is set: this controller "
+                "has to say who it is when it passes calls on"
+            )
+        return None
+
+    def _fault_of_leases(self) -> tuple[str, str] | None:
         if self.store.etcd is None:
             return None
         least = self.lease.heartbeat + self.silence_seconds + LEAST_WRITE_SECONDS

@@ -3,7 +3,8 @@
 Laws: a call is bytes in both directions, so every method of every version can be passed on; what
 the caller sent reaches the leader (messages, half-close, metadata, the time left), what the leader
 answers reaches the caller (metadata, messages, status with details); one message of each direction
-is held at a time; a call is passed on once, never again; it ends with the leader's term.
+is held at a time; a call is passed on once, never again; it ends with the leader's term. The
+caller's credential stays here: the leader is told who he is, and believes it because of ours.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 import grpc
 import structlog
+from milvus_cdc.trust import caller
+from milvus_cdc.trust.dialing import Credentials, Line
 
 from milvus_cdc_controller.api_errors import ApiError, abort
 from milvus_cdc_controller.store.election import Member
@@ -26,13 +29,15 @@ HOP = "milvus-cdc-hop"
 """Metadata of a call that was passed on: by whom."""
 PEER = "milvus-cdc-peer"
 """And where it came from."""
+CALLER = "milvus-cdc-caller-bin"
+"""And who asked."""
 CALLS_MAX = 5_000
 MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 _DETAILS_KEY = "grpc-status-details-bin"
 _NOT_PASSED_ON = frozenset(
     (
         *("user-agent", "content-type", "te", "grpc-timeout"),
-        *("grpc-encoding", "grpc-accept-encoding", HOP, PEER),
+        *("grpc-encoding", "grpc-accept-encoding", "authorization", HOP, PEER, CALLER),
     )
 )
 _OPTIONS = (
@@ -57,7 +62,7 @@ class _Route:
 
     leader: Member
     term: int
-    channel: grpc.aio.Channel
+    line: Line
     calls: set[grpc.aio.StreamStreamCall[bytes, bytes]] = field(default_factory=set)
     over: bool = False
 
@@ -65,8 +70,9 @@ class _Route:
 class Forwarder:
     """Told by `aim` who leads."""
 
-    def __init__(self, me: str) -> None:
+    def __init__(self, me: str, credentials: Credentials | None = None) -> None:
         self._me = me
+        self._credentials = credentials or Credentials()
         self._route: _Route | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -82,13 +88,13 @@ class Forwarder:
             return
         self._route = None
         if leader is not None:
-            channel = grpc.aio.insecure_channel(leader.address, options=_OPTIONS)
-            self._route = _Route(leader, term, channel)
+            line = Line(leader.address, self._credentials, _OPTIONS)
+            self._route = _Route(leader, term, line)
         if route is not None:
             route.over = True
             for call in tuple(route.calls):
                 call.cancel()
-            closing = asyncio.create_task(route.channel.close())
+            closing = asyncio.create_task(route.line.close())
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
 
@@ -125,8 +131,9 @@ class Forwarder:
                 f"{route.leader.address}, or try again.",
             )
         metadata = [(key, value) for key, value in given if key not in _NOT_PASSED_ON]
-        metadata += [(HOP, self._me), (PEER, context.peer())]
-        stub: Any = route.channel.stream_stream(method)
+        metadata += [(HOP, self._me), (PEER, context.peer()), (CALLER, caller.current().told())]
+        metadata += self._credentials.metadata()
+        stub: Any = route.line.channel.stream_stream(method)
         call = stub(timeout=context.time_remaining(), metadata=metadata)
         route.calls.add(call)
         sending = asyncio.create_task(_send(requests, call))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import structlog
+from milvus_cdc.trust import caller
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import replication_service_pb2_grpc as rpc
 
@@ -139,6 +140,14 @@ class ReplicationService(rpc.ReplicationServiceServicer):
                 "HELLO_MISSING",
                 "The first message must be a Hello with a name and an instance_id.",
             )
+        bound = caller.current().replicator
+        if bound and hello.name != bound:
+            raise ApiError(
+                "PERMISSION_DENIED",
+                "REPLICATOR_NAME",
+                f"The credential is of the replicator {bound!r}; {hello.name!r} needs its own.",
+                metadata={"replicator": bound},
+            )
         begin = wire.hello(stream, peer_of(context), hello)
         if begin is None:
             raise ApiError(
@@ -158,7 +167,11 @@ class ReplicationService(rpc.ReplicationServiceServicer):
                 metadata={"controller": self._cluster, "replicator": hello.cluster},
             )
         log.info(
-            "replicator connects", replicator=hello.name, instance=hello.instance_id, stream=stream
+            "replicator connects",
+            replicator=hello.name,
+            instance=hello.instance_id,
+            stream=stream,
+            principal=caller.current().name,
         )
         return begin
 

@@ -20,7 +20,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 from milvus_cdc.errors import RetryableError, UserError
+from milvus_cdc.trust.dialing import Credentials
+from milvus_cdc.trust.listening import add_port
 
+from milvus_cdc_controller.access import ControllerGuard, authenticator
 from milvus_cdc_controller.catalogues import Connect, connect_etcd
 from milvus_cdc_controller.config import Config
 from milvus_cdc_controller.forwarding import MESSAGE_BYTES_MAX, Forwarder
@@ -75,7 +78,9 @@ class _Ear:
         self._front = front
         self._metrics = metrics
         self._health = health_aio.HealthServicer()
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._authenticator = authenticator(config)
+        guard = ControllerGuard(self._authenticator)
+        self._server = grpc.aio.server(options=_OPTIONS, interceptors=(guard,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (*SERVICES, reflection.SERVICE_NAME, "grpc.health.v1.Health"), self._server
@@ -83,14 +88,11 @@ class _Ear:
         self._server.add_generic_rpc_handlers([front])
         self._stop_exporter: Callable[[], None] = lambda: None
         self._stopping = False
-        try:
-            self.port = self._server.add_insecure_port(config.listen)
-        except RuntimeError as error:
-            raise UserError(
-                "ADDRESS_UNUSABLE", f"listen: {config.listen}: {error}", field="listen"
-            ) from error
+        self.port = add_port(self._server, config.listen, config.tls)
 
     async def open(self) -> None:
+        if self._authenticator is not None:
+            self._authenticator.start()
         self._stop_exporter = _export(self._config, self._metrics)
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -112,6 +114,8 @@ class _Ear:
 
     async def close(self) -> None:
         await self._server.stop(STOP_SECONDS)
+        if self._authenticator is not None:
+            await self._authenticator.close()
         await asyncio.to_thread(self._stop_exporter)
 
 
@@ -152,7 +156,15 @@ class Elected:
         self._connect = connect
         self._metrics = Metrics()
         self.me = _member(config.advertised)
-        self._forwarder = Forwarder(self.me.id)
+        self._forwarder = Forwarder(
+            self.me.id,
+            Credentials(
+                tls=config.controller_tls,
+                token_from=config.controller_token,
+                insecure=config.insecure,
+                prefix="controller",
+            ),
+        )
         self._election = Election(
             self._etcd.endpoints, self._etcd.prefix, self._etcd.lease_seconds, self.me
         )

@@ -19,6 +19,9 @@ from grpc_reflection.v1alpha import reflection
 from milvus_cdc import logs
 from milvus_cdc.errors import UserError
 from milvus_cdc.secrets import SecretResolver
+from milvus_cdc.trust.authentication import Authenticator
+from milvus_cdc.trust.guard import EVERYWHERE, Guard
+from milvus_cdc.trust.listening import add_port
 from prometheus_client import start_http_server
 
 from milvus_cdc_replicator.connections import Connections
@@ -92,7 +95,8 @@ async def _serve(settings: Settings) -> int:
         raise UserError(
             "ADDRESS_IN_USE", f"metrics: cannot listen on {settings.metrics}: {error.strerror}"
         ) from error
-    server, health_servicer = await _health_server(settings.listen)
+    authenticator = Authenticator(settings.auth) if settings.auth is not None else None
+    server, health_servicer = await _health_server(settings, authenticator)
     connections = Connections(
         SecretResolver(env_prefix=settings.secrets.env_prefix, folders=settings.secrets.folders)
     )
@@ -111,23 +115,26 @@ async def _serve(settings: Settings) -> int:
         watcher.cancel()
         await connections.close()
         await server.stop(0.5)
+        if authenticator is not None:
+            await authenticator.close()
         metrics_server.shutdown()
         log.info("replicator stopped")
     return 0
 
 
-async def _health_server(listen: str) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
-    server = grpc.aio.server()
+async def _health_server(
+    settings: Settings, authenticator: Authenticator | None
+) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
+    server = grpc.aio.server(interceptors=(Guard(EVERYWHERE, authenticator),))
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection(
         (health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
         server,
     )
-    try:
-        server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise UserError("ADDRESS_IN_USE", f"listen: cannot listen on {listen}") from error
+    add_port(server, settings.listen, settings.tls)
+    if authenticator is not None:
+        authenticator.start()
     await server.start()
     return server, servicer
 

@@ -24,6 +24,7 @@ import structlog
 from milvus_cdc.control import api_error
 from milvus_cdc.errors import UserError
 from milvus_cdc.model import RateLimits, split_assignment_id
+from milvus_cdc.trust.dialing import Credentials
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import replication_service_pb2_grpc as pb_grpc
 
@@ -58,6 +59,8 @@ AFTER_BREAK_SECONDS = 10.0
 RESTING_SECONDS = 3.0
 """Where nothing happens, a checkpoint may be this much older; the controller may ask for more."""
 RECONNECT_SECONDS = (0.1, 0.3, 1.0)
+REFUSED_SECONDS = 5.0
+"""Before it is tried again by one whose credential was refused: a person has to mend that."""
 WELCOME_SECONDS = 5.0
 SILENT_PART = 0.6
 """Of the lease: a controller that has acknowledged nothing for so long is given up, so that another
@@ -74,11 +77,9 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 
+_REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+
 Runner = CollectionRunner | MetadataRunner
-
-
-def _dial(address: str) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
 class Replicator:
@@ -90,10 +91,18 @@ class Replicator:
         version: str,
         connections: Connections,
         *,
-        dial: Callable[[str], grpc.aio.Channel] = _dial,
+        dial: Callable[[str], grpc.aio.Channel] | None = None,
     ) -> None:
-        """`dial` opens a channel to the controller's address."""
-        self._dial = dial
+        """`dial` opens a channel to the controller's address, instead of one with the settings'
+        credentials. Raises UserError for files of theirs that cannot be used.
+        """
+        self._credentials = Credentials(
+            tls=settings.controller_tls,
+            token_from=settings.controller_token,
+            insecure=settings.insecure,
+            prefix="controller",
+        )
+        self._dial = dial or partial(self._credentials.channel, options=CHANNEL_OPTIONS)
         self._settings = settings
         self._version = version
         self._connections = connections
@@ -140,6 +149,7 @@ class Replicator:
         housekeeping = asyncio.create_task(self._housekeeping())
         try:
             while not self._closing:
+                refused = False
                 try:
                     await self._serve()
                     attempt = 0
@@ -150,12 +160,15 @@ class Replicator:
                         attempt = 0
                     self._say_lost(error)
                     self._dialled += 1
+                    refused = error.code() in _REFUSED
                 finally:
                     self.connected.clear()
                     self._fewer.set()
                     metrics.CONNECTED.set(0)
                 if not self._closing:
                     delay = RECONNECT_SECONDS[min(attempt, len(RECONNECT_SECONDS) - 1)]
+                    if refused:
+                        delay = REFUSED_SECONDS
                     attempt += 1
                     await asyncio.sleep(delay * (0.5 + random.random()))
         finally:
@@ -168,7 +181,7 @@ class Replicator:
     def _say_lost(self, error: grpc.aio.AioRpcError) -> None:
         """Raises UserError where connecting anew would do harm."""
         refusal = api_error(error)
-        if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+        if error.code() in (grpc.StatusCode.FAILED_PRECONDITION, *_REFUSED):
             log.error(
                 "the controller refuses this replicator",
                 controller=self._address,
@@ -225,7 +238,9 @@ class Replicator:
             self._outbox.clear()
             self._patience = WELCOME_SECONDS
             self._connects += 1
-            call = stub.Connect(self._requests(self._connects))
+            call = stub.Connect(
+                self._requests(self._connects), metadata=self._credentials.metadata()
+            )
             responses = aiter(call)
             try:
                 while True:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import yaml
 from milvus_cdc.errors import UserError
+from milvus_cdc.trust import settings as trust
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
@@ -92,6 +93,23 @@ class Settings(_Strict):
     writes: WriteSettings = WriteSettings()
     secrets: SecretSettings = SecretSettings()
     log: LogSettings = LogSettings()
+    tls: trust.ServerTls | None = None
+    """Of what listens."""
+    auth: trust.AuthSettings | None = None
+    """Who may ask for reflection; health is open."""
+    insecure: bool = False
+    """What is readable on its way beyond loopback is meant to be so."""
+    controller_tls: trust.ClientTls | None = None
+    """Towards the controllers, as is the next one."""
+    controller_token: trust.TokenFrom | None = None
+
+    def fault(self) -> tuple[str, str] | None:
+        """What does not fit together: the key to blame, and why."""
+        return trust.fault(
+            self.listen, self.tls, self.auth, self.insecure, needs_callers=False
+        ) or trust.dialing_fault(
+            self.controller, self.controller_tls, self.controller_token, self.insecure
+        )
 
     def limits(self) -> Limits:
         return Limits(
@@ -120,8 +138,13 @@ def load(path: Path | None) -> Settings:
     if not isinstance(data, dict):
         raise UserError("CONFIG_INVALID", f"{path} must hold keys and values")
     try:
-        return Settings.model_validate(data)
+        settings = Settings.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError("CONFIG_INVALID", f"{path}: {key}: {first['msg']}", field=key) from error
+    fault = settings.fault()
+    if fault is not None:
+        key, why = fault
+        raise UserError("CONFIG_INVALID", f"{path}: {key}: {why}", field=key)
+    return settings

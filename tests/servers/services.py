@@ -23,9 +23,15 @@ ELECTED_LEASE_SECONDS = 10
 """Of replicators where controllers are elected: it outlasts an election."""
 
 
-def _healthy(address: str, service: str) -> bool:
+def _healthy(
+    address: str, service: str, credentials: grpc.ChannelCredentials | None = None
+) -> bool:
     try:
-        with grpc.insecure_channel(address) as channel:
+        with (
+            grpc.secure_channel(address, credentials)
+            if credentials is not None
+            else grpc.insecure_channel(address)
+        ) as channel:
             answer = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(service=service), timeout=1
             )
@@ -35,7 +41,9 @@ def _healthy(address: str, service: str) -> bool:
 
 
 class ControllerProcess(ManagedProcess):
-    """`milvus-cdc-controller`, on SQLite below `folder` unless `store` says otherwise."""
+    """`milvus-cdc-controller`, on SQLite below `folder` unless `store` says otherwise.
+    `credentials` are for asking about its health where it listens with TLS.
+    """
 
     def __init__(
         self,
@@ -43,6 +51,7 @@ class ControllerProcess(ManagedProcess):
         *,
         store: Mapping[str, Any] | None = None,
         name: str = "controller",
+        credentials: grpc.ChannelCredentials | None = None,
         **settings: Any,
     ) -> None:
         port, metrics_port = free_port(), free_port()
@@ -72,7 +81,7 @@ class ControllerProcess(ManagedProcess):
             folder,
             ports=[port, metrics_port],
             # Not "": without a leader it is alive and answers nothing.
-            ready=lambda: _healthy(self.address, "milvuscdc.v1.TaskService"),
+            ready=lambda: _healthy(self.address, "milvuscdc.v1.TaskService", credentials),
         )
 
 
@@ -88,6 +97,7 @@ class ReplicatorProcess(ManagedProcess):
         env: Mapping[str, str] | None = None,
         wait_connected: bool = True,
         program: Sequence[str | Path] = ("-m", "milvus_cdc_replicator.app"),
+        credentials: grpc.ChannelCredentials | None = None,
         **settings: Any,
     ) -> None:
         port, metrics_port = free_port(), free_port()
@@ -114,6 +124,6 @@ class ReplicatorProcess(ManagedProcess):
             folder,
             env={**os.environ, **(env or {})},
             ports=[port, metrics_port],
-            ready=lambda: _healthy(self.address, service),
+            ready=lambda: _healthy(self.address, service, credentials),
             stop_grace=30.0,
         )

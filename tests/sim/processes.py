@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 CONFIG = {
     "metrics": None,
+    "insecure": True,
     "store": {"etcd": {"endpoints": ["etcd:2379"], "leaseSeconds": 5}},
     # Reports are rarer than by default: a run is mostly waiting, and each costs real time.
     "lease": {"ttl": 15.0, "heartbeat": 3.0, "clockMargin": 2.0, "progress": 2.0},

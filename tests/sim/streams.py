@@ -250,7 +250,7 @@ class Channel:
             await call.ended()
 
     def stream_stream(self, *_: Any, **__: Any) -> Callable[[AsyncIterator[Any]], Call]:
-        def begin(requests: AsyncIterator[Any]) -> Call:
+        def begin(requests: AsyncIterator[Any], **_: Any) -> Call:
             call = Call(self._front, self._loop, self._host, self._address, requests)
             self._calls.append(call)
             return call

@@ -13,7 +13,8 @@ from typing import NoReturn
 import grpc
 from milvuscdc.v1 import task_pb2
 
-from milvus_cdc.cli import commands, fleet
+from milvus_cdc import logs
+from milvus_cdc.cli import access, commands, fleet
 from milvus_cdc.cli.diff import diff
 from milvus_cdc.cli.positions import positions, set_positions
 from milvus_cdc.cli.restore import restore
@@ -21,6 +22,7 @@ from milvus_cdc.cli.sink import create_user
 from milvus_cdc.cli.task_file import InputError
 from milvus_cdc.cli.verify import verify
 from milvus_cdc.control import DEFAULT_ADDRESS, ApiError, ControlClient
+from milvus_cdc.errors import UserError
 
 Command = Callable[[ControlClient, argparse.Namespace], Awaitable[int]]
 
@@ -36,6 +38,8 @@ exit codes:
 
 NAME is a task's name, with or without `tasks/` before it; REPLICATOR and ASSIGNMENT likewise.
 The controller's address comes from --controller, else MILVUS_CDC_CONTROLLER, else %s.
+Instead of --tls, --ca-file, --certificate-file, --key-file, --server-name, --token-file and
+--insecure there are MILVUS_CDC_TLS=true, MILVUS_CDC_CA_FILE and so on; MILVUS_CDC_TOKEN is a token.
 """
 _ADVICE = {
     grpc.StatusCode.NOT_FOUND: "`milvus-cdc task list` shows what there is",
@@ -46,6 +50,10 @@ _ADVICE = {
     grpc.StatusCode.UNAVAILABLE: "try again in a moment",
     grpc.StatusCode.DEADLINE_EXCEEDED: "raise --timeout and try again",
     grpc.StatusCode.OUT_OF_RANGE: "begin the watch anew",
+    grpc.StatusCode.UNAUTHENTICATED: (
+        "say who you are with --token-file, or --certificate-file and --key-file"
+    ),
+    grpc.StatusCode.PERMISSION_DENIED: "ask somebody who has such a role, or for the role",
     grpc.StatusCode.UNIMPLEMENTED: "this address serves another version, or is no controller",
 }
 _ADVICE_BY_REASON = {
@@ -71,6 +79,7 @@ def _shared() -> _Parser:
     shared = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     shared.add_argument("--controller", metavar="ADDR", help="host:port of the controller")
     shared.add_argument("-o", "--output", choices=("table", "json", "yaml"), help="default: table")
+    access.add_options(shared)
     shared.add_argument("--timeout", type=float, metavar="SECONDS", help="per call; default: 30")
     return shared
 
@@ -258,11 +267,12 @@ def _fail(what: str, advice: str, code: int) -> int:
     return code
 
 
-def _api_failure(err: ApiError, address: str) -> int:
+def _api_failure(err: ApiError, address: str, tls: bool) -> int:
     if err.unreachable:
         return _fail(
             f"no answer from a controller at {address}: {err.message}",
-            "start it, or say where it is with --controller or MILVUS_CDC_CONTROLLER",
+            access.advice(err.message, tls)
+            or "start it, or say where it is with --controller or MILVUS_CDC_CONTROLLER",
             UNREACHABLE,
         )
     field = f", field {err.field}" if err.field else ""
@@ -285,11 +295,16 @@ async def _run(args: argparse.Namespace) -> int:
     timeout = getattr(args, "timeout", 30.0)
     if timeout <= 0:
         return _fail("--timeout must be positive", "give seconds, for example 30", USAGE)
-    async with ControlClient(address, timeout_seconds=timeout) as client:
+    try:
+        credentials, tls = access.credentials(args, os.environ)
+        line = ControlClient(address, timeout_seconds=timeout, credentials=credentials)
+    except UserError as err:
+        return _fail(f"{err.message} ({err.reason})", "see docs/security.md", USAGE)
+    async with line as client:
         try:
             code: int = await args.run(client, args)
         except ApiError as err:
-            return _api_failure(err, address)
+            return _api_failure(err, address, tls)
         except InputError as err:
             path = getattr(args, "file", "")
             return _input_failure(err, "stdin" if path == "-" else path)
@@ -302,6 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.run is None:
         print(importlib.metadata.version("milvus-cdc"))
         return OK
+    logs.configure(level="warning")
     try:
         return asyncio.run(_run(args))
     except KeyboardInterrupt:

@@ -47,9 +47,77 @@ def test_leases_of_replicators_outlast_an_election(tmp_path: Path) -> None:
 
 def test_others_must_be_able_to_reach_it(tmp_path: Path) -> None:
     for address in ("0.0.0.0:7070", "[::]:7070"):
-        assert load(tmp_path, listen=address).listen == address
+        assert load(tmp_path, listen=address, insecure=True).listen == address
         with pytest.raises(UserError) as refused:
-            load(tmp_path, **ETCD, listen=address)
+            load(tmp_path, **ETCD, listen=address, insecure=True)
         assert (refused.value.reason, refused.value.field) == ("CONFIG_INVALID", "advertise")
-        named = load(tmp_path, **ETCD, listen=address, advertise="cdc-1:7070")
+        named = load(tmp_path, **ETCD, listen=address, advertise="cdc-1:7070", insecure=True)
         assert named.advertised == "cdc-1:7070"
+
+
+TLS = {"certificateFile": "server.crt", "keyFile": "server.key"}
+MUTUAL = {**TLS, "clientCaFile": "ca.pem"}
+TOKENS = {"tokensFile": "tokens.yaml"}
+ISSUER = {"issuer": "https://issuer.test", "audience": "milvus-cdc"}
+SHOWN = {"caFile": "ca.pem", "certificateFile": "client.crt", "keyFile": "client.key"}
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"listen": "0.0.0.0:7070"}, "tls"),
+        ({"listen": "[::]:7070"}, "tls"),
+        ({"listen": "cdc.internal:7070"}, "tls"),
+        ({"listen": "0.0.0.0:7070", "auth": TOKENS}, "tls"),
+        ({"listen": "0.0.0.0:7070", "tls": TLS}, "auth"),
+        ({"auth": {"certificates": [{"name": "a", "roles": ["admin"]}]}}, "tls.clientCaFile"),
+        ({"tls": {"certificateFile": "server.crt"}}, "tls.keyFile"),
+        ({"auth": {}}, "auth"),
+        ({"auth": {"certificates": [{"name": "a", "roles": ["king"]}]}},
+         "auth.certificates.0.roles.0"),
+        ({**ETCD, "tls": TLS}, "controllerTls"),
+        ({**ETCD, "tls": MUTUAL, "controllerTls": {"caFile": "ca.pem"}},
+         "controllerTls.certificateFile"),
+        ({**ETCD, "auth": TOKENS}, "controllerToken"),
+        ({"controllerTls": {"keyFile": "client.key"}}, "controllerTls"),
+        ({"controllerToken": {}}, "controllerToken"),
+        ({"auth": {"jwt": {**ISSUER, "jwksFile": "k", "algorithms": ["HS256"]}}},
+         "auth.jwt.algorithms.0"),
+        ({"auth": {"jwt": {**ISSUER, "jwksUrl": "http://example.com/keys"}}}, "auth.jwt.jwksUrl"),
+    ],
+)  # fmt: skip
+def test_what_is_open_or_does_not_fit_is_refused(
+    tmp_path: Path, body: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, **body)
+    assert (refused.value.reason, refused.value.field) == ("CONFIG_INVALID", field)
+
+
+def test_what_others_can_reach_is_trusted_or_meant(tmp_path: Path) -> None:
+    beyond = {"listen": "0.0.0.0:7070"}
+    assert load(tmp_path, **beyond, tls=TLS, auth=TOKENS).tls is not None
+    assert load(tmp_path, **beyond, tls=MUTUAL).auth is None
+    assert load(tmp_path, **beyond, insecure=True).insecure
+    several = {**ETCD, **beyond, "advertise": "cdc-1:7070", "auth": TOKENS, "tls": MUTUAL}
+    assert load(tmp_path, **several, controllerTls=SHOWN).controller_tls is not None
+    for address in ("127.0.0.1:7070", "[::1]:7070", "localhost:7070"):
+        assert load(tmp_path, listen=address).listen == address
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"listen": "0.0.0.0:7080"}, "tls"),
+        ({"controller": "cdc:7070", "controllerToken": {"file": "token"}}, "controllerTls"),
+        ({"controllerToken": {"file": "token", "env": "TOKEN"}}, "controllerToken"),
+    ],
+)
+def test_a_replicator_is_as_careful(tmp_path: Path, body: dict[str, Any], field: str) -> None:
+    path = tmp_path / "replicator.yaml"
+    path.write_text(yaml.safe_dump(body))
+    with pytest.raises(UserError) as refused:
+        settings.load(path)
+    assert (refused.value.reason, refused.value.field) == ("CONFIG_INVALID", field)
+    path.write_text(yaml.safe_dump({**body, "controllerToken": None, "insecure": True}))
+    assert settings.load(path).insecure
