@@ -137,10 +137,9 @@ class JobRunner:
         return result
 
     async def _verify(self, job_id: str, job: pb.VerifyJob) -> None:
-        sink_token = self._connections.token(job.sink.milvus, "sink.milvus.token")
         async with (
             self._source_client(job.source) as source,
-            MilvusClient(job.sink.milvus.uri, sink_token) as sink,
+            self._connections.milvus(job.sink.milvus, who="sink") as sink,
         ):
             await verify_targets(
                 source,
@@ -150,11 +149,7 @@ class JobRunner:
             )
 
     def _source_client(self, source: task_pb2.Source) -> MilvusClient:
-        return MilvusClient(
-            source.milvus.uri,
-            self._connections.token(source.milvus, "source.milvus.token"),
-            who="source",
-        )
+        return self._connections.milvus(source.milvus, who="source")
 
 
 async def _check_planned(sink: Sink, job: pb.ProbeJob) -> None:
