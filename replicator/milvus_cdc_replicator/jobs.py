@@ -115,6 +115,7 @@ class JobRunner:
                 async with self._source_client(job.source) as client:
                     answer = await client.call("GetVersion", milvus_pb2.GetVersionRequest())
                     source_version = answer.version
+                    await _check_token(client)
         return pb.ProbeResult(
             source_version=source_version,
             sink_version=sink_version,
@@ -150,6 +151,17 @@ class JobRunner:
 
     def _source_client(self, source: task_pb2.Source) -> MilvusClient:
         return self._connections.milvus(source.milvus, who="source")
+
+
+async def _check_token(source: MilvusClient) -> None:
+    """Raises UserError SOURCE_UNAUTHENTICATED: a version is told to anybody. What the user may read
+    shows when it is read.
+    """
+    try:
+        await source.call("ShowCollections", milvus_pb2.ShowCollectionsRequest())
+    except UserError as error:
+        if error.reason != "SOURCE_PERMISSION_DENIED":
+            raise
 
 
 async def _check_planned(sink: Sink, job: pb.ProbeJob) -> None:
