@@ -13,6 +13,7 @@ import pytest
 
 from tests.e2e.carries import Carries
 from tests.servers import (
+    Authority,
     EtcdServer,
     KafkaServer,
     PostgresServer,
@@ -21,6 +22,8 @@ from tests.servers import (
     kafka_unavailable_reason,
     postgres_unavailable_reason,
 )
+
+PASSWORD = "correct horse"
 
 collect_ignore = ["plugin_package"]
 """A package of its own, whose tests run where it is installed (tests/contract)."""
@@ -47,6 +50,22 @@ def carries(request: pytest.FixtureRequest) -> Carries:
 def etcd_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
     """An etcd no Milvus uses; each test takes a key prefix of its own."""
     with EtcdServer(tmp_path_factory.mktemp("etcd")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def secured_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    """One that wants a client's certificate and a login, and whose tokens end after a second; each
+    test takes a key prefix of its own.
+    """
+    folder = tmp_path_factory.mktemp("secured-etcd")
+    with EtcdServer(
+        folder,
+        authority=Authority(folder / "authority"),
+        client_certificates=True,
+        options={"--auth-token-ttl": "1"},
+    ) as server:
+        server.enable_login(cdc=PASSWORD)
         yield server
 
 

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 import grpc
 
-from milvus_cdc.errors import CdcError, UserError
+from milvus_cdc.channels import Channels
+from milvus_cdc.errors import CdcError, UnknownOutcomeError, UserError
 from milvus_cdc.milvus_protos import common_pb2, milvus_pb2
 from milvus_cdc.milvus_status import (
     MilvusStatusError,
@@ -24,12 +25,14 @@ from milvus_cdc.milvus_status import (
     from_rpc,
     too_large,
 )
+from milvus_cdc.tls import Fields, TlsFiles, diagnose
 
 __all__ = ["CALL_SECONDS", "MessageTooLargeError", "MilvusClient", "MilvusStatusError", "Refusal"]
 
 CALL_SECONDS = 10.0
 _MAX_RECEIVE_BYTES = 256 * 2**20
 _DEFAULT_PORT = 19530
+_DIAGNOSIS_SECONDS = 3.0
 _SERVICE = "milvus.proto.milvus.MilvusService"
 
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -56,23 +59,38 @@ class MessageTooLargeError(Exception):
 class MilvusClient:
     """One HTTP/2 connection; `close()` it, or use it as an async context manager."""
 
-    def __init__(self, uri: str, token: str | None = None, *, who: str = "sink") -> None:
-        """`who` begins the reasons of errors: SINK_UNAVAILABLE, SOURCE_UNAVAILABLE, ..."""
+    def __init__(
+        self,
+        uri: str,
+        token: str | None = None,
+        *,
+        who: str = "sink",
+        tls: TlsFiles | None = None,
+    ) -> None:
+        """`who` begins the reasons of errors: SINK_UNAVAILABLE, SOURCE_UNAVAILABLE, ... Without
+        `tls` an https server is checked by the system's authorities. Raises UserError.
+        """
         self.uri = uri
         self._who = who.upper()
-        target, tls = _parse(uri, self._who)
-        self.channel = (
-            grpc.aio.secure_channel(
-                target, grpc.ssl_channel_credentials(), options=_CHANNEL_OPTIONS
+        self._address, secure = _parse(uri, self._who)
+        self._tls_fields = Fields(f"{who}.milvus.tls") if tls is None else tls.fields
+        if tls is None and secure:
+            tls = TlsFiles(fields=self._tls_fields)
+        if tls is not None and not secure:
+            raise UserError(
+                f"{self._who}_URI_INVALID",
+                f"{self._tls_fields.path or 'TLS'} needs an address of the form "
+                f"https://host:port, not {uri}",
+                field=self._tls_fields.path,
             )
-            if tls
-            else grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
-        )
+        self._tls = tls
+        self._channels = Channels(self._address, _CHANNEL_OPTIONS, tls)
         self.metadata: tuple[tuple[str, str], ...] = ()
         if token:
             encoded = base64.b64encode(token.encode()).decode()
             self.metadata = (("authorization", encoded),)
         self._methods: dict[str, Any] = {}
+        self._methods_of: grpc.aio.Channel | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -86,12 +104,13 @@ class MilvusClient:
         await self.close()
 
     async def close(self) -> None:
-        await self.channel.close()
+        await self._channels.close()
 
     async def call(
         self, method: str, request: Any, *, timeout: float = CALL_SECONDS, database: str = ""
     ) -> Any:
-        """Any method but a write. Raises RetryableError, MilvusStatusError, UserError.
+        """Any method but a write. Raises RetryableError, MilvusStatusError, UserError (TLS_* with
+        the field for a connection that cannot come about so).
 
         `database` is the one whose rights count: Milvus looks for grants in the database that a
         header names, not in the request's (`proxy/privilege_interceptor.go`).
@@ -114,11 +133,13 @@ class MilvusClient:
         usual ones.
         """
         try:
-            answer = await self._method(method)(
-                request, timeout=timeout, metadata=(*self._headers(database), *headers)
-            )
+            with self._channels.use() as channel:
+                answer = await self._method(channel, method)(
+                    request, timeout=timeout, metadata=(*self._headers(database), *headers)
+                )
         except grpc.aio.AioRpcError as error:
-            raise from_rpc(self._who, self.uri, method, error, writes=False) from error
+            failure = from_rpc(self._who, self.uri, method, error, writes=False)
+            raise await self._blame(error, failure) from error
         check(method, answer if isinstance(answer, common_pb2.Status) else answer.status)
         return answer
 
@@ -134,19 +155,18 @@ class MilvusClient:
         Raises MessageTooLargeError, UnknownOutcomeError when the rows may or may not be there,
         RetryableError when they are certainly not, UserError.
         """
-        call = self._methods.get(f"{method} bytes")
-        if call is None:
-            call = self._methods[f"{method} bytes"] = self.channel.unary_unary(
-                f"/{_SERVICE}/{method}",
-                request_serializer=None,
-                response_deserializer=milvus_pb2.MutationResult.FromString,
-            )
         try:
-            answer = await call(request, timeout=timeout, metadata=self._headers(database))
+            with self._channels.use() as channel:
+                answer = await self._write_method(channel, method)(
+                    request, timeout=timeout, metadata=self._headers(database)
+                )
         except grpc.aio.AioRpcError as error:
             if too_large(error):
                 raise MessageTooLargeError(error.details()) from error
-            raise from_rpc(self._who, self.uri, method, error, writes=True) from error
+            failure = from_rpc(self._who, self.uri, method, error, writes=True)
+            if not isinstance(failure, UnknownOutcomeError):
+                failure = await self._blame(error, failure)
+            raise failure from error
         try:
             check(method, answer.status)
         except Refusal as refusal:
@@ -156,10 +176,34 @@ class MilvusClient:
     def _headers(self, database: str) -> tuple[tuple[str, str], ...]:
         return (*self.metadata, ("dbname", database)) if database else self.metadata
 
-    def _method(self, method: str) -> Any:
-        call = self._methods.get(method)
+    async def _blame(self, error: grpc.aio.AioRpcError, failure: CdcError) -> CdcError:
+        """The same, or what a person has to mend before a connection can come about."""
+        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+            return failure
+        fault = await diagnose(self._address, self._tls, self._tls_fields, _DIAGNOSIS_SECONDS)
+        return fault or failure
+
+    def _known_methods(self, channel: grpc.aio.Channel) -> dict[str, Any]:
+        if channel is not self._methods_of:
+            self._methods_of, self._methods = channel, {}
+        return self._methods
+
+    def _write_method(self, channel: grpc.aio.Channel, method: str) -> Any:
+        known = self._known_methods(channel)
+        call = known.get(f"{method} bytes")
         if call is None:
-            call = self._methods[method] = self.channel.unary_unary(
+            call = known[f"{method} bytes"] = channel.unary_unary(
+                f"/{_SERVICE}/{method}",
+                request_serializer=None,
+                response_deserializer=milvus_pb2.MutationResult.FromString,
+            )
+        return call
+
+    def _method(self, channel: grpc.aio.Channel, method: str) -> Any:
+        known = self._known_methods(channel)
+        call = known.get(method)
+        if call is None:
+            call = known[method] = channel.unary_unary(
                 f"/{_SERVICE}/{method}",
                 request_serializer=_serialize,
                 response_deserializer=_ANSWERS[method]._concrete_class.FromString,

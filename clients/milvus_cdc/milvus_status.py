@@ -187,7 +187,11 @@ def _never_sent(details: str) -> bool:
 
 
 def _unauthenticated(who: str, text: str) -> UserError:
-    return UserError(f"{who}_UNAUTHENTICATED", f"{text}; check the token (user:password or key)")
+    return UserError(
+        f"{who}_UNAUTHENTICATED",
+        f"{text}; check the token (user:password or key)",
+        field=f"{who.lower()}.milvus.token",
+    )
 
 
 def _denied(who: str, text: str) -> UserError:

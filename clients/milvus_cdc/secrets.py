@@ -26,10 +26,13 @@ class SecretResolver:
         env_prefix: str,
         folders: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
+        who: str = "replicator",
     ) -> None:
+        """`who` resolves: errors name the process whose configuration and files it is about."""
         if not env_prefix:
             raise ValueError("an empty prefix would allow every variable")
         self._env_prefix = env_prefix
+        self._who = who
         self._folders = tuple(Path(folder).resolve() for folder in folders)
         self._environ = os.environ if environ is None else environ
 
@@ -39,7 +42,7 @@ class SecretResolver:
             raise UserError(
                 "SECRET_NOT_ALLOWED",
                 f"{field}: the environment variable {name} may not be used as a secret; this "
-                f"replicator allows names that begin with {self._env_prefix} "
+                f"{self._who} allows names that begin with {self._env_prefix} "
                 "(secrets.envPrefix in its configuration)",
                 field=field,
             )
@@ -47,8 +50,8 @@ class SecretResolver:
         if not value:
             raise UserError(
                 "SECRET_MISSING",
-                f"{field}: the environment variable {name} is not set at this replicator; "
-                "set it there and start the replicator again",
+                f"{field}: the environment variable {name} is not set at this {self._who}; "
+                f"set it there and start the {self._who} again",
                 field=field,
             )
         return value
@@ -69,7 +72,7 @@ class SecretResolver:
             allowed = ", ".join(map(str, self._folders)) or "none"
             raise UserError(
                 "SECRET_NOT_ALLOWED",
-                f"{field}: the file {path} may not be used as a secret; this replicator allows "
+                f"{field}: the file {path} may not be used as a secret; this {self._who} allows "
                 f"absolute paths below: {allowed} (secrets.folders in its configuration)",
                 field=field,
             )
@@ -81,7 +84,7 @@ class SecretResolver:
             what = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(
                 "SECRET_MISSING",
-                f"{field}: the file {path} cannot be read at this replicator: {what}",
+                f"{field}: the file {path} cannot be read at this {self._who}: {what}",
                 field=field,
             ) from error
         if not value or len(content) > _MAX_BYTES:

@@ -13,8 +13,10 @@ from typing import Protocol
 import structlog
 from milvus_cdc.catalog import CatalogueWatcher, Doubt, KnownSource, Layout, judge
 from milvus_cdc.errors import CdcError
-from milvus_cdc.etcd import EtcdClient
+from milvus_cdc.etcd import EtcdClient, EtcdSecurity
 from milvus_cdc.model import Catalogue
+from milvus_cdc.secrets import SecretResolver, resolve
+from milvus_cdc.tls import Fields, TlsFiles
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc_controller.core import effects as fx
@@ -44,6 +46,7 @@ Connect = Callable[[task_pb2.Source], tuple[Closable, Watcher]]
 PROBE_SECONDS = 30.0
 """Ten thousand collections take seconds to read; an etcd that is not there is found out sooner."""
 REREAD_SECONDS = 1.0
+_FIELDS = Fields("source.etcd")
 
 
 @dataclass(slots=True)
@@ -103,7 +106,9 @@ class Catalogues:
             ) from None
         except CdcError as error:
             raise CdcError(
-                error.reason, error.message, field="task.source.etcd.endpoints"
+                error.reason,
+                error.message,
+                field=f"task.{error.field}" if error.field else "task.source.etcd.endpoints",
             ) from error
         finally:
             await client.close()
@@ -198,11 +203,26 @@ class Catalogues:
         task.add_done_callback(self._errands.discard)
 
 
-def connect_etcd(source: task_pb2.Source) -> tuple[Closable, Watcher]:
-    etcd = source.etcd
-    client = EtcdClient(list(etcd.endpoints))
-    layout = Layout(etcd.root_path or "by-dev", etcd.meta_sub_path or "meta")
-    return client, CatalogueWatcher(client, layout)
+def etcd_connector(secrets: SecretResolver) -> Connect:
+    """Makes what reads a source's etcd. What is wrong with files or secrets is raised by readings,
+    so that it is told like any other trouble, and mended without a restart.
+    """
+
+    def connect(source: task_pb2.Source) -> tuple[Closable, Watcher]:
+        etcd = source.etcd
+        client = EtcdClient(list(etcd.endpoints), security=_security(etcd, secrets))
+        layout = Layout(etcd.root_path or "by-dev", etcd.meta_sub_path or "meta")
+        return client, CatalogueWatcher(client, layout)
+
+    return connect
+
+
+def _security(etcd: task_pb2.EtcdMetadata, secrets: SecretResolver) -> EtcdSecurity:
+    def password() -> str:
+        return resolve(secrets, etcd.password, _FIELDS.name("password")) or ""
+
+    tls = TlsFiles.of(etcd.tls, Fields(_FIELDS.name("tls"))) if etcd.HasField("tls") else None
+    return EtcdSecurity(tls, etcd.username, password, _FIELDS)
 
 
 async def _shut(opened: _Open) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
 from milvus_cdc.errors import UserError
+from milvus_cdc.etcd import EtcdSecurity
+from milvus_cdc.secrets import SecretResolver
+from milvus_cdc.tls import Fields, TlsFiles
 from milvus_cdc.trust import settings as trust
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
@@ -30,6 +34,67 @@ class _Part(BaseModel):
     )
 
 
+class TlsConfig(_Part):
+    """Files in PEM, read when a connection is made, and again once they have changed."""
+
+    ca_file: str = ""
+    """Authorities to trust; the system's when empty."""
+    certificate_file: str = ""
+    key_file: str = ""
+    server_name: str = ""
+    """That the server's certificate must have; that of its address when empty."""
+
+    @model_validator(mode="after")
+    def _both(self) -> TlsConfig:
+        if bool(self.certificate_file) != bool(self.key_file):
+            raise ValueError("certificateFile and keyFile go together")
+        return self
+
+    def files(self, fields: Fields) -> TlsFiles:
+        return TlsFiles(
+            self.ca_file, self.certificate_file, self.key_file, self.server_name, fields
+        )
+
+
+class SecretConfig(_Part):
+    """Where a secret is: exactly one of them. White space around it is not part of it."""
+
+    env: str = ""
+    file: str = ""
+
+    @model_validator(mode="after")
+    def _one(self) -> SecretConfig:
+        if bool(self.env) == bool(self.file):
+            raise ValueError("needs exactly one of env and file")
+        return self
+
+    def read(self, field: str) -> str:
+        """Raises UserError SECRET_MISSING. Whoever writes this file may name any place."""
+        try:
+            value = Path(self.file).read_text() if self.file else os.environ.get(self.env, "")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                "SECRET_MISSING", f"{field}: the file {self.file} cannot be read", field=field
+            ) from error
+        if not value.strip():
+            where = f"the file {self.file}" if self.file else f"the variable {self.env}"
+            raise UserError("SECRET_MISSING", f"{field}: {where} is empty", field=field)
+        return value.strip()
+
+
+class SecretsConfig(_Part):
+    """Which secrets a task may name here (`source.etcd.password`): anything else could send any
+    variable or file of the controller to any address.
+    """
+
+    env_prefix: Annotated[str, Field(min_length=1)] = "MILVUS_CDC_SECRET_"
+    folders: tuple[str, ...] = ()
+
+    @property
+    def resolver(self) -> SecretResolver:
+        return SecretResolver(env_prefix=self.env_prefix, folders=self.folders, who="controller")
+
+
 class SqliteConfig(_Part):
     """One file, one controller."""
 
@@ -43,6 +108,29 @@ class EtcdConfig(_Part):
     prefix: str = "milvus-cdc"
     lease_seconds: Annotated[int, Field(ge=2, le=300)] = 5
     """The leader's. Another one leads at most FAILOVER_SECONDS after its end."""
+    tls: TlsConfig | None = None
+    """Without it connections are plaintext."""
+    username: str = ""
+    password: SecretConfig | None = None
+
+    @model_validator(mode="after")
+    def _login(self) -> EtcdConfig:
+        if bool(self.username) != (self.password is not None):
+            raise ValueError("username and password go together")
+        return self
+
+    @property
+    def security(self) -> EtcdSecurity:
+        tls = self.tls
+        return EtcdSecurity(
+            tls=None if tls is None else tls.files(Fields("store.etcd.tls", to_camel)),
+            username=self.username,
+            password=self._password,
+            fields=Fields("store.etcd", to_camel),
+        )
+
+    def _password(self) -> str:
+        return "" if self.password is None else self.password.read("store.etcd.password")
 
 
 class StoreConfig(_Part):
@@ -133,6 +221,7 @@ class Config(_Part):
     placement: PlacementConfig = PlacementConfig()
     cluster: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,63}$")] = ""
     """Replicators that name another one are refused."""
+    secrets: SecretsConfig = SecretsConfig()
     log: LogConfig = LogConfig()
     tls: trust.ServerTls | None = None
     """Of what listens."""

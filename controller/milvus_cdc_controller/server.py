@@ -24,7 +24,7 @@ from milvus_cdc.trust.dialing import Credentials
 from milvus_cdc.trust.listening import add_port
 
 from milvus_cdc_controller.access import ControllerGuard, authenticator
-from milvus_cdc_controller.catalogues import Connect, connect_etcd
+from milvus_cdc_controller.catalogues import Connect, etcd_connector
 from milvus_cdc_controller.config import Config
 from milvus_cdc_controller.forwarding import MESSAGE_BYTES_MAX, Forwarder
 from milvus_cdc_controller.front import Front
@@ -121,7 +121,7 @@ class _Ear:
 
 @asynccontextmanager
 async def serve(
-    config: Config, store: Store, connect: Connect = connect_etcd
+    config: Config, store: Store, connect: Connect | None = None
 ) -> AsyncIterator[Running]:
     """Leads on a store that only this process has, until the block is left. The store is the
     caller's to close; `connect` opens sources.
@@ -129,7 +129,9 @@ async def serve(
     Raises UserError ADDRESS_UNUSABLE, and what decoding the store's records raises.
     """
     metrics = Metrics()
-    reign = await Reign.prepare(config, store, metrics, connect)
+    reign = await Reign.prepare(
+        config, store, metrics, connect or etcd_connector(config.secrets.resolver)
+    )
     me = _member(config.advertised)
     front = Front(lambda: [(me, True)], Forwarder(me.id))
     ear = _Ear(config, front, metrics)
@@ -149,11 +151,11 @@ async def serve(
 class Elected:
     """One of several controllers on one etcd: leads when elected, else passes calls on."""
 
-    def __init__(self, config: Config, connect: Connect = connect_etcd) -> None:
+    def __init__(self, config: Config, connect: Connect | None = None) -> None:
         assert config.store.etcd is not None
         self._config = config
         self._etcd = config.store.etcd
-        self._connect = connect
+        self._connect = connect or etcd_connector(config.secrets.resolver)
         self._metrics = Metrics()
         self.me = _member(config.advertised)
         self._forwarder = Forwarder(
@@ -166,7 +168,11 @@ class Elected:
             ),
         )
         self._election = Election(
-            self._etcd.endpoints, self._etcd.prefix, self._etcd.lease_seconds, self.me
+            self._etcd.endpoints,
+            self._etcd.prefix,
+            self._etcd.lease_seconds,
+            self.me,
+            self._etcd.security,
         )
         self._election.on_change = self._changed
         self._front = Front(self._roster, self._forwarder)
@@ -212,6 +218,7 @@ class Elected:
                 self._etcd.endpoints,
                 self._etcd.prefix,
                 self._config.lease.leases.ttl_ms,
+                self._etcd.security,
             )
         except (RetryableError, LeadershipLost) as error:
             log.warning("leadership could not begin", reason=error.reason, error=error.message)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import protovalidate
 from google.protobuf.message import Message
-from milvuscdc.v1 import task_pb2
+from milvuscdc.v1 import task_pb2, tls_pb2
 from milvuscdc.v1 import task_service_pb2 as pb
 
 from milvus_cdc_controller.api_errors import ApiError
@@ -62,7 +62,32 @@ def check_create(request: pb.CreateTaskRequest) -> None:
             "Source and sink are the same Milvus: the task would feed itself.",
             field="task.sink.milvus.uri",
         )
+    _check_trust(task)
     check_batching(task)
+
+
+def _check_trust(task: task_pb2.Task) -> None:
+    """Raises ApiError INVALID_FIELD for TLS and logins that cannot be meant so."""
+    etcd = task.source.etcd
+    if bool(etcd.username) != etcd.HasField("password"):
+        missing = "password" if etcd.username else "username"
+        field = f"task.source.etcd.{missing}"
+        raise invalid(((field, "username and password go together"),))
+    for field, endpoint in (
+        ("task.source.milvus", task.source.milvus),
+        ("task.sink.milvus", task.sink.milvus),
+    ):
+        if endpoint.HasField("tls") and not endpoint.uri.startswith("https://"):
+            raise invalid(((f"{field}.tls", f"needs {field}.uri to be https://host:port"),))
+        _check_tls(f"{field}.tls", endpoint.tls)
+    _check_tls("task.source.etcd.tls", etcd.tls)
+
+
+def _check_tls(field: str, tls: tls_pb2.Tls) -> None:
+    if bool(tls.certificate_file) != bool(tls.key_file):
+        missing = "key_file" if tls.certificate_file else "certificate_file"
+        text = "a client's certificate and its key go together"
+        raise invalid(((f"{field}.{missing}", text),))
 
 
 def check_batching(task: task_pb2.Task) -> None:

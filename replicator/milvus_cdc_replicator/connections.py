@@ -12,7 +12,8 @@ from milvus_cdc.dead_letters import Place
 from milvus_cdc.dead_letters.opening import open_place
 from milvus_cdc.errors import CdcError
 from milvus_cdc.milvus_client import MilvusClient
-from milvus_cdc.secrets import SecretResolver, resolve
+from milvus_cdc.milvus_endpoint import open_endpoint
+from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.sink import Sink
 from milvus_cdc.sink.registry import open_milvus, open_writer
 from milvus_cdc.sink.writer import Writer
@@ -62,17 +63,18 @@ class Connections:
             place = self._places[key] = open_place(spec, self._secrets)
         return place
 
-    def token(self, endpoint: task_pb2.MilvusEndpoint, field: str) -> str | None:
-        """The endpoint's resolved token."""
-        return resolve(self._secrets, endpoint.token, field)
+    def milvus(self, endpoint: task_pb2.MilvusEndpoint, *, who: str) -> MilvusClient:
+        """A client of the caller's own; `who` is `sink` or `source`. Raises UserError for a secret
+        that cannot be resolved.
+        """
+        return open_endpoint(endpoint, self._secrets, who=who)
 
     async def source_client(self, spec: task_pb2.MilvusEndpoint) -> MilvusClient:
         """The source's public API. Raises UserError for a secret that cannot be resolved."""
         key = spec.SerializeToString(deterministic=True)
         client = self._source_clients.get(key)
         if client is None:
-            token = self.token(spec, "source.milvus.token")
-            client = self._source_clients[key] = MilvusClient(spec.uri, token, who="source")
+            client = self._source_clients[key] = self.milvus(spec, who="source")
         return client
 
     async def source(self, spec: task_pb2.Source) -> LogSource:

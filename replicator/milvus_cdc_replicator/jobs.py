@@ -115,6 +115,7 @@ class JobRunner:
                 async with self._source_client(job.source) as client:
                     answer = await client.call("GetVersion", milvus_pb2.GetVersionRequest())
                     source_version = answer.version
+                    await _check_token(client)
         return pb.ProbeResult(
             source_version=source_version,
             sink_version=sink_version,
@@ -137,10 +138,9 @@ class JobRunner:
         return result
 
     async def _verify(self, job_id: str, job: pb.VerifyJob) -> None:
-        sink_token = self._connections.token(job.sink.milvus, "sink.milvus.token")
         async with (
             self._source_client(job.source) as source,
-            MilvusClient(job.sink.milvus.uri, sink_token) as sink,
+            self._connections.milvus(job.sink.milvus, who="sink") as sink,
         ):
             await verify_targets(
                 source,
@@ -150,11 +150,18 @@ class JobRunner:
             )
 
     def _source_client(self, source: task_pb2.Source) -> MilvusClient:
-        return MilvusClient(
-            source.milvus.uri,
-            self._connections.token(source.milvus, "source.milvus.token"),
-            who="source",
-        )
+        return self._connections.milvus(source.milvus, who="source")
+
+
+async def _check_token(source: MilvusClient) -> None:
+    """Raises UserError SOURCE_UNAUTHENTICATED: a version is told to anybody. What the user may read
+    shows when it is read.
+    """
+    try:
+        await source.call("ShowCollections", milvus_pb2.ShowCollectionsRequest())
+    except UserError as error:
+        if error.reason != "SOURCE_PERMISSION_DENIED":
+            raise
 
 
 async def _check_planned(sink: Sink, job: pb.ProbeJob) -> None:

@@ -22,11 +22,13 @@ from tests.servers import EtcdServer
 
 Stand = Callable[[str], Candidate]
 MANY: dict[str, bytes | None] = {f"collections/{i:03d}": b"new" for i in range(250)}
+BOTH = pytest.mark.parametrize("stand", ["etcd_server", "secured_etcd"], indirect=True)
 
 
 @pytest.fixture
-async def stand(etcd_server: EtcdServer) -> AsyncIterator[Stand]:
-    """Makes candidates for one leadership."""
+async def stand(request: pytest.FixtureRequest) -> AsyncIterator[Stand]:
+    """Makes candidates for one leadership; on a secured etcd for tests that say so."""
+    etcd_server: EtcdServer = request.getfixturevalue(getattr(request, "param", "etcd_server"))
     prefix = f"test-{uuid.uuid4()}"
     all_of_them: list[Candidate] = []
 
@@ -45,6 +47,7 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.01)
 
 
+@BOTH
 async def test_one_leads_the_others_know_whom_and_wait_for_its_resignation(stand: Stand) -> None:
     first, second = stand("first"), stand("second")
     store = await first.win()
@@ -68,6 +71,7 @@ async def test_one_leads_the_others_know_whom_and_wait_for_its_resignation(stand
     await following.close()
 
 
+@BOTH
 async def test_a_leader_that_was_frozen_past_its_lease_changes_nothing(stand: Stand) -> None:
     zombie, other = stand("zombie"), stand("other")
     old = await zombie.win()
@@ -178,6 +182,7 @@ def mend(store: EtcdStore) -> None:
     store._client = store._client._client  # type: ignore[attr-defined]
 
 
+@BOTH
 async def test_a_request_that_was_given_up_and_arrives_late_changes_nothing(stand: Stand) -> None:
     store = await stand("one").win()
     late = interrupt(store)

@@ -19,13 +19,15 @@ from tests.servers import EtcdServer
 Open = Callable[[], Awaitable[Store]]
 
 
-@pytest.fixture(params=["sqlite", "etcd"])
+@pytest.fixture(params=["sqlite", "etcd", "secured etcd"])
 def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
     """Opens the same store each time it is called."""
     if request.param == "sqlite":
         path = tmp_path / "folder" / "store.db"
         return lambda: SqliteStore.open(path)
-    server: EtcdServer = request.getfixturevalue("etcd_server")
+    server: EtcdServer = request.getfixturevalue(
+        "etcd_server" if request.param == "etcd" else "secured_etcd"
+    )
     prefix = f"test-{uuid.uuid4()}"
     return lambda: Candidate.lead(server, prefix)
 

@@ -399,6 +399,7 @@ async def test_tokens_and_rights(guarded: MilvusServer) -> None:
         with pytest.raises(UserError) as failed:
             await sink.probe()
         assert failed.value.reason == "SINK_UNAUTHENTICATED"
+        assert failed.value.field == "sink.milvus.token"
         assert "wrong" not in failed.value.message
         await sink.close()
     root = MilvusSink(guarded.uri, "root:Milvus")

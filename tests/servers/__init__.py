@@ -1,5 +1,6 @@
 """Real servers for tests, demo and benchmarks: loopback only, free ports, all below one folder."""
 
+from tests.servers.certificates import Authority, Pair
 from tests.servers.etcd import EtcdServer
 from tests.servers.kafka import KafkaServer, Quorum, kafka_unavailable_reason
 from tests.servers.lite import MilvusLiteServer
@@ -11,11 +12,13 @@ from tests.servers.s3 import S3Server
 from tests.servers.stack import Stack
 
 __all__ = [
+    "Authority",
     "EtcdServer",
     "KafkaServer",
     "ManagedProcess",
     "MilvusLiteServer",
     "MilvusServer",
+    "Pair",
     "PostgresServer",
     "Quorum",
     "S3Server",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import ssl
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+from tests.servers.certificates import Authority
 from tests.servers.ports import free_port
 from tests.servers.process import ManagedProcess
 
@@ -21,17 +24,31 @@ class EtcdServer(ManagedProcess):
     """
 
     def __init__(
-        self, folder: Path, *, name: str = "etcd", peers: Mapping[str, int] | None = None
+        self,
+        folder: Path,
+        *,
+        name: str = "etcd",
+        peers: Mapping[str, int] | None = None,
+        authority: Authority | None = None,
+        client_certificates: bool = False,
+        options: Mapping[str, str] | None = None,
     ) -> None:
-        """`peers`: of a cluster, the peer ports of all members by name, this one's too."""
+        """`peers`: of a cluster, the peer ports of all members by name, this one's too. With an
+        `authority` it speaks TLS, and with `client_certificates` it wants them of its clients;
+        `options` are further ones of its command line.
+        """
         client = free_port()
         peers = peers or {name: free_port()}
         peer = peers[name]
         self.endpoint = f"127.0.0.1:{client}"
-        self.url = f"http://{self.endpoint}"
+        self.url = f"{'http' if authority is None else 'https'}://{self.endpoint}"
+        self.authority = authority
+        self.users: dict[str, str] = {}
+        """Passwords, once logins are enabled."""
+        self._tls: ssl.SSLContext | None = None
         peer_url = f"http://127.0.0.1:{peer}"
-        options = {
-            "--data-dir": str(folder / "data"),
+        flags = {
+            "--data-dir": folder / "data",
             "--listen-client-urls": self.url,
             "--advertise-client-urls": self.url,
             "--listen-peer-urls": peer_url,
@@ -41,24 +58,79 @@ class EtcdServer(ManagedProcess):
                 f"{member}=http://127.0.0.1:{port}" for member, port in peers.items()
             ),
             "--log-level": "warn",
+            **(options or {}),
         }
+        if authority is not None:
+            # With logins its gateway refuses a certificate that has a name.
+            own, asking = authority.server(name), authority.issue("readiness", anonymous=True)
+            flags |= {"--cert-file": own.certificate, "--key-file": own.key}
+            if client_certificates:
+                flags |= {"--client-cert-auth": "true", "--trusted-ca-file": authority.ca_file}
+            self._tls = ssl.create_default_context(cafile=authority.ca_file)
+            self._tls.load_cert_chain(asking.certificate, asking.key)
         # kill -9 keeps the page cache; only a machine's crash would miss the syncs.
-        flags = [f"{option}={value}" for option, value in options.items()]
-        argv = [str(_binary()), *flags, "--unsafe-no-fsync"]
+        argv = [
+            str(_binary()),
+            *(f"{flag}={value}" for flag, value in flags.items()),
+            "--unsafe-no-fsync",
+        ]
         super().__init__(name, argv, folder, ports=(client, peer), ready=self._healthy)
 
     def _healthy(self) -> bool:
-        with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
+        with self._open(f"{self.url}/health") as answer:
             return b'"health":"true"' in answer.read()
+
+    def enable_login(self, **users: str) -> None:
+        """Turns authentication on for the rest of its life: names and passwords. Whoever is named
+        so may do everything.
+        """
+        self.ask("auth/role/add", name="root")
+        for name, password in {"root": "of root", **users}.items():
+            self.ask("auth/user/add", name=name, password=password)
+            self.ask("auth/user/grant", user=name, role="root")
+            self.users[name] = password
+        self.ask("auth/enable")
+
+    def end_tokens(self, user: str) -> None:
+        """As if their time were over: what etcd does when a password is set, here to itself."""
+        login = {"name": "root", "password": self.users["root"]}
+        token = self.ask("auth/authenticate", **login)["token"]
+        self.ask("auth/user/changepw", token, name=user, password=self.users[user])
+
+    @property
+    def logins(self) -> int:
+        """Asked of this member since it started, by whomever."""
+        with self._open(f"{self.url}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        counts = (
+            line.rpartition(" ")[2]
+            for line in lines
+            if line.startswith("grpc_server_handled_total") and '"Authenticate"' in line
+        )
+        return sum(int(float(count)) for count in counts)
+
+    def ask(self, path: str, token: str = "", /, **fields: Any) -> Any:
+        """Its JSON gateway."""
+        request = urllib.request.Request(
+            f"{self.url}/v3/{path}",
+            json.dumps(fields).encode(),
+            {"Authorization": token} if token else {},
+        )
+        try:
+            with self._open(request) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"{path}: {error.read().decode()}") from error
+
+    def _open(self, request: str | urllib.request.Request) -> Any:
+        return urllib.request.urlopen(request, timeout=5, context=self._tls)
 
     @property
     def leads(self) -> bool:
         """Whether it is the leader of its cluster."""
-        asked = urllib.request.Request(f"{self.url}/v3/maintenance/status", b"{}")
         try:
-            with urllib.request.urlopen(asked, timeout=2) as answer:
-                status = json.load(answer)
-        except OSError:
+            status = self.ask("maintenance/status")
+        except (OSError, RuntimeError):
             return False
         return bool(status.get("leader")) and status["leader"] == status["header"]["member_id"]
 

@@ -7,6 +7,7 @@ template and unpacking routine.
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import re
 import shutil
@@ -20,6 +21,7 @@ import yaml
 from pymilvus.grpc_gen import milvus_pb2, milvus_pb2_grpc
 
 from tests.servers.cache import cached_folder
+from tests.servers.certificates import Authority
 from tests.servers.ports import free_port
 from tests.servers.process import ManagedProcess
 from tests.servers.wheels import MILVUS_2_2, unpacked_wheels
@@ -28,6 +30,8 @@ MessageQueue = Literal["rocksmq", "natsmq", "kafka", "pulsar"]
 MilvusVersion = Literal["2.3.5", "2.2.16"]
 Settings = dict[str, object]
 
+_AS_ROOT = (("authorization", base64.b64encode(b"root:Milvus").decode()),)
+"""Taken no notice of unless `authorizationEnabled` is set."""
 _COMPONENT_PORTS = (
     "proxy_port",
     "proxy_internal_port",
@@ -61,11 +65,14 @@ class MilvusServer(ManagedProcess):
         env: Mapping[str, str] | None = None,
         name: str = "milvus",
         version: MilvusVersion = "2.3.5",
+        authority: Authority | None = None,
+        client_certificates: bool = False,
     ) -> None:
         """`root_path` and `cluster` must be this server's alone below the etcd and the queue.
 
         `settings` is laid over milvus.yaml key by key (nested mappings); `env` reaches the process
-        (`PULSAR_ADDRESS`, `COMMON_TTMSGENABLED`, ...) and wins over the file.
+        (`PULSAR_ADDRESS`, `COMMON_TTMSGENABLED`, ...) and wins over the file. With an `authority`
+        it speaks TLS, and with `client_certificates` it wants them of its clients.
         """
         if mq == "kafka" and not kafka_brokers:
             raise ValueError("mq='kafka' needs kafka_brokers, for instance '127.0.0.1:9092'")
@@ -80,7 +87,9 @@ class MilvusServer(ManagedProcess):
         self._metrics_port = free_port()
         self._nats_port = free_port() if mq == "natsmq" else None
         self.address = f"127.0.0.1:{self._holes['proxy_port']}"
-        self.uri = f"http://{self.address}"
+        self.uri = f"{'http' if authority is None else 'https'}://{self.address}"
+        self._authority = authority
+        self._tls_mode = 0 if authority is None else 2 if client_certificates else 1
         self._kafka_brokers = kafka_brokers
         self._settings = dict(settings or {})
         bin_dir = unpacked_binaries(version) / "bin"
@@ -124,14 +133,25 @@ class MilvusServer(ManagedProcess):
             if b"OK" not in answer.read():
                 return False
         # The health page is green before every component has registered; ask a real question.
-        with grpc.insecure_channel(self.address) as channel:
+        with self._channel() as channel:
             try:
                 reply = milvus_pb2_grpc.MilvusServiceStub(channel).ShowCollections(
-                    milvus_pb2.ShowCollectionsRequest(), timeout=5
+                    milvus_pb2.ShowCollectionsRequest(), timeout=5, metadata=_AS_ROOT
                 )
             except grpc.RpcError:
                 return False
         return bool(reply.status.code == 0 and reply.status.error_code == 0)
+
+    def _channel(self) -> grpc.Channel:
+        if self._authority is None:
+            return grpc.insecure_channel(self.address)
+        pair = self._authority.issue("readiness")
+        credentials = grpc.ssl_channel_credentials(
+            self._authority.ca_file.read_bytes(),
+            pair.key.read_bytes(),
+            pair.certificate.read_bytes(),
+        )
+        return grpc.secure_channel(self.address, credentials)
 
     def _write_configuration(self) -> None:
         data, conf, logs = (self.folder / part for part in ("data", "conf", "logs"))
@@ -147,11 +167,24 @@ class MilvusServer(ManagedProcess):
         }
         document = yaml.safe_load(_fill(_template(self.version).read_text(), holes))
         _lay_over(document, self._own_settings(data, logs))
+        if self._authority is not None:
+            _lay_over(document, self._tls_settings(self._authority))
         _lay_over(document, self._settings)
         (conf / "milvus.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
         glog = _package(self.version) / "data" / "glog.conf"
         if glog.exists():
             shutil.copyfile(glog, conf / "glog.conf")
+
+    def _tls_settings(self, authority: Authority) -> Settings:
+        pair = authority.server(self.name)
+        return {
+            "tls": {
+                "serverPemPath": str(pair.certificate),
+                "serverKeyPath": str(pair.key),
+                "caPemPath": str(authority.ca_file),
+            },
+            "common": {"security": {"tlsMode": self._tls_mode}},
+        }
 
     def _own_settings(self, data: Path, logs: Path) -> Settings:
         settings: Settings = {

@@ -18,7 +18,7 @@ from milvus_cdc.cli import access, commands, fleet
 from milvus_cdc.cli.diff import diff
 from milvus_cdc.cli.positions import positions, set_positions
 from milvus_cdc.cli.restore import restore
-from milvus_cdc.cli.sink import create_user
+from milvus_cdc.cli.sink import create_user, milvus_options
 from milvus_cdc.cli.task_file import InputError
 from milvus_cdc.cli.verify import verify
 from milvus_cdc.control import DEFAULT_ADDRESS, ApiError, ControlClient
@@ -119,11 +119,8 @@ def build_parser() -> _Parser:
     user = sink.add_subparsers(metavar="COMMAND", required=True).add_parser(
         "create-user", parents=[shared], help="create a user that CREDENTIAL_NEEDED names"
     )
-    user.add_argument("--uri", required=True, help="of the sink, for example http://host:19530")
+    milvus_options(user)
     user.add_argument("--user", required=True, metavar="NAME")
-    user.add_argument(
-        "--token-env", default="", metavar="VAR", help="variable with user:password or an API key"
-    )
     user.add_argument(
         "--password-file", default="", metavar="FILE", help="instead of asking; - for stdin"
     )
@@ -154,10 +151,7 @@ def _restore_command(
     parser.add_argument(
         "--collection", required=True, metavar="DB.NAME", help="its last name in the files"
     )
-    parser.add_argument("--uri", required=True, help="of the Milvus, for example http://host:19530")
-    parser.add_argument(
-        "--token-env", default="", metavar="VAR", help="variable with user:password or an API key"
-    )
+    milvus_options(parser)
     parser.add_argument("--to", default="", metavar="DB.NAME", help="default: the same name")
     parser.add_argument(
         "--at", default="", metavar="TIME", help="like 2026-11-21T09:30:00Z; default: the newest"

@@ -9,7 +9,7 @@ import time
 
 from milvus_cdc.cli import output
 from milvus_cdc.cli.positions import parse_time
-from milvus_cdc.cli.sink import token_of
+from milvus_cdc.cli.sink import milvus_of, token_of
 from milvus_cdc.cli.task_file import InputError
 from milvus_cdc.control import ControlClient
 from milvus_cdc.errors import CdcError, RetryableError, UserError
@@ -37,14 +37,14 @@ _ADVICE = {
 
 async def restore(client: ControlClient, args: argparse.Namespace) -> int:
     """Talks to the store and the Milvus alone. Raises InputError."""
-    token = token_of(args.token_env)
+    token_of(args.token_env)
     at = time_to_ts(parse_time(args.at)) if args.at else NEWEST
     try:
         history = await asyncio.to_thread(_history, args, at)
         database, name = _split(args.to) if args.to else history.name
         if args.dry_run:
             return _show(args, history, database, name, None)
-        sink = MilvusSink(args.uri, token)
+        sink = MilvusSink(milvus_of(args))
         try:
             done = await restore_rows(
                 history,

@@ -15,6 +15,7 @@ from milvus_cdc.control import ControlClient
 from milvus_cdc.errors import CdcError
 from milvus_cdc.milvus_client import MilvusClient, Refusal
 from milvus_cdc.milvus_protos import milvus_pb2
+from milvus_cdc.tls import Fields, TlsFiles
 
 _REFUSED, _UNREACHABLE = 3, 4
 _SECONDS = 20.0
@@ -22,13 +23,13 @@ _SECONDS = 20.0
 
 async def create_user(client: ControlClient, args: argparse.Namespace) -> int:
     """Makes a user at a sink. Talks to the sink alone. Raises InputError."""
-    token = token_of(args.token_env)
+    token_of(args.token_env)
     password = await asyncio.to_thread(_password, args.password_file, args.user)
     request = milvus_pb2.CreateCredentialRequest(
         username=args.user, password=base64.b64encode(password.encode()).decode()
     )
     try:
-        async with MilvusClient(args.uri, token) as milvus:
+        async with milvus_of(args) as milvus:
             try:
                 await milvus.ask("CreateCredential", request, timeout=_SECONDS)
             except Refusal as refusal:
@@ -43,6 +44,36 @@ async def create_user(client: ControlClient, args: argparse.Namespace) -> int:
         return _UNREACHABLE if error.reason == "SINK_UNAVAILABLE" else _REFUSED
     print(f"user {args.user} created at {args.uri}; its roles follow within seconds")
     return 0
+
+
+def milvus_options(parser: argparse.ArgumentParser) -> None:
+    """How to reach a Milvus with one's own hands."""
+    parser.add_argument("--uri", required=True, help="of the Milvus, for example http://host:19530")
+    parser.add_argument(
+        "--token-env", default="", metavar="VAR", help="variable with user:password or an API key"
+    )
+    for option, text in (
+        ("--ca-file", "authorities to trust, PEM; default: the system's"),
+        ("--certificate-file", "a certificate to show, PEM"),
+        ("--key-file", "its key, PEM"),
+    ):
+        parser.add_argument(option, default="", metavar="FILE", help=text)
+    parser.add_argument(
+        "--server-name", default="", metavar="NAME", help="that the server's certificate must have"
+    )
+
+
+def milvus_of(args: argparse.Namespace) -> MilvusClient:
+    """Raises InputError, UserError."""
+    files = (args.ca_file, args.certificate_file, args.key_file, args.server_name)
+    # Also without any: errors then name options and not the fields of a task.
+    tls = TlsFiles(*files, Fields("", _option))
+    given = any(files) or args.uri.startswith("https://")
+    return MilvusClient(args.uri, token_of(args.token_env), tls=tls if given else None)
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 def token_of(variable: str) -> str | None:

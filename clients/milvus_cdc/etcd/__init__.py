@@ -1,6 +1,7 @@
 """An asyncio client of etcd's v3 API on generated stubs: keys, transactions, leases, watches."""
 
 from milvus_cdc.etcd.client import EtcdClient
+from milvus_cdc.etcd.login import EtcdSecurity
 from milvus_cdc.etcd.records import (
     Answer,
     Compacted,
@@ -33,6 +34,7 @@ __all__ = [
     "DeleteOp",
     "Deleted",
     "EtcdClient",
+    "EtcdSecurity",
     "GetOp",
     "KeyRange",
     "KeyValue",

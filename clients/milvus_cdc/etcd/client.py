@@ -16,6 +16,7 @@ from milvuscdc.internal import etcd_rpc_pb2_grpc as rpc
 
 from milvus_cdc.errors import RetryableError
 from milvus_cdc.etcd.connection import Connection
+from milvus_cdc.etcd.login import EtcdSecurity, Metadata
 from milvus_cdc.etcd.records import (
     Answer,
     Compare,
@@ -50,11 +51,12 @@ class EtcdClient:
         self,
         endpoints: Sequence[str],
         *,
+        security: EtcdSecurity | None = None,
         call_seconds: float = 5.0,
         page_keys: int = 2000,
         watch_idle_seconds: float = 10.0,
     ) -> None:
-        self._connection = Connection(endpoints)
+        self._connection = Connection(endpoints, security or EtcdSecurity())
         self._call_seconds = call_seconds
         self._page_keys = page_keys
         self._watch_idle_seconds = watch_idle_seconds
@@ -76,8 +78,12 @@ class EtcdClient:
     async def version(self) -> str:
         """The version of the etcd server that answers first."""
 
-        async def attempt(channel: grpc.aio.Channel, timeout: float) -> pb.StatusResponse:
-            return await rpc.MaintenanceStub(channel).Status(pb.StatusRequest(), timeout=timeout)
+        async def attempt(
+            channel: grpc.aio.Channel, timeout: float, metadata: Metadata
+        ) -> pb.StatusResponse:
+            return await rpc.MaintenanceStub(channel).Status(
+                pb.StatusRequest(), timeout=timeout, metadata=metadata
+            )
 
         return (await self._connection.call(attempt, self._call_seconds)).version
 
@@ -119,8 +125,10 @@ class EtcdClient:
     async def put(self, key: str, value: bytes, *, lease: int = 0) -> Answer:
         request = pb.PutRequest(key=encode_key(key), value=value, lease=lease)
 
-        async def attempt(channel: grpc.aio.Channel, timeout: float) -> pb.PutResponse:
-            return await rpc.KVStub(channel).Put(request, timeout=timeout)
+        async def attempt(
+            channel: grpc.aio.Channel, timeout: float, metadata: Metadata
+        ) -> pb.PutResponse:
+            return await rpc.KVStub(channel).Put(request, timeout=timeout, metadata=metadata)
 
         header = (await self._connection.call(attempt, self._call_seconds, write=True)).header
         return Answer(header.cluster_id, header.revision)
@@ -128,8 +136,12 @@ class EtcdClient:
     async def delete(self, keys: KeyRange) -> Deleted:
         request = pb.DeleteRangeRequest(key=keys.start, range_end=keys.end)
 
-        async def attempt(channel: grpc.aio.Channel, timeout: float) -> pb.DeleteRangeResponse:
-            return await rpc.KVStub(channel).DeleteRange(request, timeout=timeout)
+        async def attempt(
+            channel: grpc.aio.Channel, timeout: float, metadata: Metadata
+        ) -> pb.DeleteRangeResponse:
+            return await rpc.KVStub(channel).DeleteRange(
+                request, timeout=timeout, metadata=metadata
+            )
 
         response = await self._connection.call(attempt, self._call_seconds, write=True)
         return Deleted(response.header.cluster_id, response.header.revision, response.deleted)
@@ -150,8 +162,10 @@ class EtcdClient:
         )
         write = any(not isinstance(op, GetOp) for op in (*then, *otherwise))
 
-        async def attempt(channel: grpc.aio.Channel, timeout: float) -> pb.TxnResponse:
-            return await rpc.KVStub(channel).Txn(request, timeout=timeout)
+        async def attempt(
+            channel: grpc.aio.Channel, timeout: float, metadata: Metadata
+        ) -> pb.TxnResponse:
+            return await rpc.KVStub(channel).Txn(request, timeout=timeout, metadata=metadata)
 
         response = await self._connection.call(attempt, self._call_seconds, write=write)
         return TxnAnswer(
@@ -169,9 +183,13 @@ class EtcdClient:
         endpoint.
         """
 
-        async def attempt(channel: grpc.aio.Channel, timeout: float) -> pb.LeaseGrantResponse:
+        async def attempt(
+            channel: grpc.aio.Channel, timeout: float, metadata: Metadata
+        ) -> pb.LeaseGrantResponse:
             request = pb.LeaseGrantRequest(TTL=ttl_seconds)
-            return await rpc.LeaseStub(channel).LeaseGrant(request, timeout=timeout)
+            return await rpc.LeaseStub(channel).LeaseGrant(
+                request, timeout=timeout, metadata=metadata
+            )
 
         granted = await self._connection.call(attempt, self._call_seconds)
         return LeaseGrant(
@@ -181,8 +199,8 @@ class EtcdClient:
     async def keep_alive(self, lease: int) -> int:
         """Renews a lease once; its seconds from now, or 0 when it is gone."""
 
-        async def attempt(channel: grpc.aio.Channel, timeout: float) -> int:
-            call = rpc.LeaseStub(channel).LeaseKeepAlive(timeout=timeout)
+        async def attempt(channel: grpc.aio.Channel, timeout: float, metadata: Metadata) -> int:
+            call = rpc.LeaseStub(channel).LeaseKeepAlive(timeout=timeout, metadata=metadata)
             try:
                 await call.write(pb.LeaseKeepAliveRequest(ID=lease))
                 answer = await call.read()
@@ -197,10 +215,12 @@ class EtcdClient:
     async def revoke_lease(self, lease: int) -> None:
         """Ends a lease and deletes its keys; succeeds when it is gone already."""
 
-        async def attempt(channel: grpc.aio.Channel, timeout: float) -> None:
+        async def attempt(channel: grpc.aio.Channel, timeout: float, metadata: Metadata) -> None:
             request = pb.LeaseRevokeRequest(ID=lease)
             try:
-                await rpc.LeaseStub(channel).LeaseRevoke(request, timeout=timeout)
+                await rpc.LeaseStub(channel).LeaseRevoke(
+                    request, timeout=timeout, metadata=metadata
+                )
             except grpc.aio.AioRpcError as error:
                 if error.code() is not grpc.StatusCode.NOT_FOUND:
                     raise
@@ -220,8 +240,10 @@ class EtcdClient:
         )
 
     async def _range(self, request: pb.RangeRequest) -> pb.RangeResponse:
-        async def attempt(channel: grpc.aio.Channel, timeout: float) -> pb.RangeResponse:
-            return await rpc.KVStub(channel).Range(request, timeout=timeout)
+        async def attempt(
+            channel: grpc.aio.Channel, timeout: float, metadata: Metadata
+        ) -> pb.RangeResponse:
+            return await rpc.KVStub(channel).Range(request, timeout=timeout, metadata=metadata)
 
         return await self._connection.call(attempt, self._call_seconds)
 

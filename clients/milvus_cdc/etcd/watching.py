@@ -3,13 +3,16 @@
 Laws: every event after the start revision is delivered once and in order per range, or an error
 says why not; after any RetryableError except Compacted and WatchLost the watch stands where it
 stood and `next` may be called again; a server that has gone silent is noticed by an unanswered
-progress request, because etcd's own progress notifications come only every ten minutes.
+progress request, because etcd's own progress notifications come only every ten minutes. A watch is
+begun only with a token that etcd took just before: etcd before 3.5.6 cancels one with an old token
+as if its user lacked the right, and one that runs goes on when its token ends.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -19,7 +22,8 @@ from milvuscdc.internal import etcd_rpc_pb2 as pb
 from milvuscdc.internal import etcd_rpc_pb2_grpc as rpc
 
 from milvus_cdc.errors import BugError, RetryableError, UserError
-from milvus_cdc.etcd.connection import Connection, to_cdc_error
+from milvus_cdc.etcd.connection import Connection, refused, to_cdc_error
+from milvus_cdc.etcd.login import Metadata
 from milvus_cdc.etcd.records import (
     Compacted,
     KeyRange,
@@ -63,6 +67,8 @@ class Watch:
         self._answer_seconds = answer_seconds
         self._cluster_id = 0
         self._call: _Call | None = None
+        self._holding = ExitStack()
+        """The channel of the call."""
         self._endpoint = ""
         self._reading: asyncio.Task[Any] | None = None
         self._answer_due = False
@@ -83,10 +89,11 @@ class Watch:
                     if batch is not None:
                         return batch
             except grpc.aio.AioRpcError as error:
-                failure = to_cdc_error(error, self._endpoint)
+                failure = to_cdc_error(error, self._endpoint, self._connection.fields)
                 if not isinstance(failure, RetryableError):
                     self._hang_up()
                     raise failure from error
+                failure.__cause__ = error
                 broken = failure
             except (Compacted, WatchLost, UserError, BugError):
                 self._hang_up()
@@ -97,6 +104,9 @@ class Watch:
             if self._connection.endpoint() == self._endpoint:
                 self._connection.next_endpoint()
         assert broken is not None
+        fault = await self._connection.blame(self._endpoint, broken, self._answer_seconds)
+        if fault is not None:
+            raise fault from broken
         raise broken
 
     async def close(self) -> None:
@@ -110,12 +120,17 @@ class Watch:
             self._call.cancel()
         self._call = None
         self._reading = None
+        self._holding.close()
         for watched in self._watched:
             watched.fragments.clear()
 
     async def _connect(self) -> None:
+        if self._connection.logs_in:
+            await self._prove_token()
         self._endpoint = self._connection.endpoint()
-        self._call = rpc.WatchStub(self._connection.channel()).Watch(metadata=_METADATA)
+        channel = self._holding.enter_context(self._connection.use())
+        metadata = await self._connection.metadata(channel, self._answer_seconds)
+        self._call = rpc.WatchStub(channel).Watch(metadata=(*_METADATA, *metadata))
         self._answer_due = True
         for watch_id, watched in enumerate(self._watched, start=1):
             create = pb.WatchCreateRequest(
@@ -127,6 +142,18 @@ class Watch:
                 fragment=True,
             )
             await self._send(pb.WatchRequest(create_request=create))
+
+    async def _prove_token(self) -> None:
+        """Has it replaced if etcd does not take it any more."""
+        request = pb.RangeRequest(key=self._watched[0].keys.start, keys_only=True, limit=1)
+
+        async def attempt(
+            channel: grpc.aio.Channel, timeout: float, metadata: Metadata
+        ) -> pb.RangeResponse:
+            return await rpc.KVStub(channel).Range(request, timeout=timeout, metadata=metadata)
+
+        self._endpoint = self._connection.endpoint()
+        await self._connection.call(attempt, self._answer_seconds)
 
     async def _send(self, request: pb.WatchRequest) -> None:
         assert self._call is not None
@@ -213,9 +240,7 @@ class Watch:
             return Compacted(response.compact_revision)
         reason = response.cancel_reason or "no reason given"
         if "permission denied" in reason or "auth" in reason:
-            return UserError(
-                "ETCD_AUTH", f"etcd at {self._endpoint} refuses a watch ({reason}); grant its role"
-            )
+            return refused(self._endpoint, f"a watch: {reason}", self._connection.fields)
         return RetryableError(
             "ETCD_UNAVAILABLE", f"etcd at {self._endpoint} cancelled a watch: {reason}"
         )

@@ -18,7 +18,7 @@ import structlog
 
 from milvus_cdc.catalog import CatalogueWatcher, KnownSource, Layout, judge, learn
 from milvus_cdc.errors import BugError, CdcError, RetryableError, UserError
-from milvus_cdc.etcd import EtcdClient
+from milvus_cdc.etcd import EtcdClient, EtcdSecurity
 from milvus_cdc.follow.followed import BatchLimits, Followed
 from milvus_cdc.follow.intake import Intake
 from milvus_cdc.follow.items import ChangeBatch, EventKind, Item, SchemaEvent
@@ -57,6 +57,7 @@ class Follower:
         exclude: Sequence[str] = (),
         root_path: str = "by-dev",
         meta_sub_path: str = "meta",
+        etcd_security: EtcdSecurity | None = None,
         positions: Positions | None = None,
         rows_per_batch: int = 10_000,
         bytes_per_batch: int = 8 * 1024 * 1024,
@@ -67,12 +68,13 @@ class Follower:
         (`etcd.rootPath`, `etcd.metaSubPath` of its configuration); `select`, `exclude`: globs over
         `database.collection`; `positions`: saved ones, without them every collection is read from
         its beginning. `memory_bytes` bounds log bytes held, decoded columns come on top.
-        `patience_seconds`: trouble that lasts longer, with nothing left to hand out, is raised.
-        Raises UserError INVALID_FIELD.
+        `etcd_security`: TLS and login where `etcd` are endpoints. `patience_seconds`: trouble that
+        lasts longer, with nothing left to hand out, is raised. Raises UserError INVALID_FIELD.
         """
         self._selection = Selection(_texts(select), _texts(exclude))
         _check(self._selection)
         self._etcd = [etcd] if isinstance(etcd, str) else etcd
+        self._etcd_security = etcd_security
         self._layout = Layout(root_path, meta_sub_path)
         self._queue = queue
         self._start = positions or Positions()
@@ -99,7 +101,9 @@ class Follower:
     async def __aenter__(self) -> Self:
         """Connects in the background; what is wrong is raised by the iteration."""
         if isinstance(self._etcd, Sequence):
-            client = await self._closing.enter_async_context(EtcdClient(self._etcd))
+            client = await self._closing.enter_async_context(
+                EtcdClient(self._etcd, security=self._etcd_security)
+            )
             catalogues: Catalogues = CatalogueWatcher(client, self._layout)
         else:
             catalogues = self._etcd

@@ -5,7 +5,8 @@ from __future__ import annotations
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc.errors import UserError
-from milvus_cdc.secrets import SecretResolver, resolve
+from milvus_cdc.milvus_endpoint import open_endpoint
+from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.sink import Sink
 from milvus_cdc.sink.writer import Writer
 
@@ -14,7 +15,7 @@ def open_milvus(spec: task_pb2.MilvusEndpoint, secrets: SecretResolver) -> Sink:
     """No I/O yet. Raises UserError for a secret that cannot be resolved."""
     from milvus_cdc.sink.milvus import MilvusSink
 
-    return MilvusSink(spec.uri, resolve(secrets, spec.token, "sink.milvus.token"))
+    return MilvusSink(open_endpoint(spec, secrets, who="sink"))
 
 
 def open_writer(spec: task_pb2.Sink, secrets: SecretResolver) -> Writer:

@@ -16,6 +16,7 @@ from milvuscdc.v1 import secret_pb2 as _secret_pb2
 from milvuscdc.v1 import sink_file_pb2 as _sink_file_pb2
 from milvuscdc.v1 import sink_kafka_pb2 as _sink_kafka_pb2
 from milvuscdc.v1 import sink_postgres_pb2 as _sink_postgres_pb2
+from milvuscdc.v1 import tls_pb2 as _tls_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -558,24 +559,38 @@ class EtcdMetadata(_message.Message):
     ENDPOINTS_FIELD_NUMBER: _builtins.int
     ROOT_PATH_FIELD_NUMBER: _builtins.int
     META_SUB_PATH_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
+    USERNAME_FIELD_NUMBER: _builtins.int
+    PASSWORD_FIELD_NUMBER: _builtins.int
     root_path: _builtins.str
     """Milvus' `etcd.rootPath`; `by-dev` when empty."""
     meta_sub_path: _builtins.str
     """Milvus' `etcd.metaSubPath`; `meta` when empty."""
+    username: _builtins.str
+    """Of an etcd with authentication; both or none. The password's reference is resolved on the controller."""
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """`host:port`, without a scheme."""
 
+    @_builtins.property
+    def tls(self) -> _tls_pb2.Tls:
+        """Its files are read on the controller. Without it connections are plaintext."""
+
+    @_builtins.property
+    def password(self) -> _secret_pb2.Secret: ...
     def __init__(
         self,
         *,
         endpoints: _abc.Iterable[_builtins.str] | None = ...,
         root_path: _builtins.str = ...,
         meta_sub_path: _builtins.str = ...,
+        tls: _tls_pb2.Tls | None = ...,
+        username: _builtins.str = ...,
+        password: _secret_pb2.Secret | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["password", b"password", "tls", b"tls"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "meta_sub_path", b"meta_sub_path", "root_path", b"root_path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "meta_sub_path", b"meta_sub_path", "password", b"password", "root_path", b"root_path", "tls", b"tls", "username", b"username"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -635,21 +650,27 @@ class MilvusEndpoint(_message.Message):
 
     URI_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
     uri: _builtins.str
     """`http://host:port` or `https://host:port`."""
     @_builtins.property
     def token(self) -> _secret_pb2.Secret:
         """`user:password` or an API key; none when absent."""
 
+    @_builtins.property
+    def tls(self) -> _tls_pb2.Tls:
+        """Only with `https`. Its files are read on the replicator."""
+
     def __init__(
         self,
         *,
         uri: _builtins.str = ...,
         token: _secret_pb2.Secret | None = ...,
+        tls: _tls_pb2.Tls | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tls", b"tls", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tls", b"tls", "token", b"token", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

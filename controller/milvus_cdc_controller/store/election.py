@@ -19,6 +19,7 @@ from milvus_cdc.etcd import (
     Compare,
     CompareTarget,
     EtcdClient,
+    EtcdSecurity,
     GetOp,
     KeyRange,
     KeyValue,
@@ -108,10 +109,18 @@ class Election:
     Begun with `join`, ended with `leave`.
     """
 
-    def __init__(self, endpoints: list[str], prefix: str, lease_seconds: int, me: Member) -> None:
+    def __init__(
+        self,
+        endpoints: list[str],
+        prefix: str,
+        lease_seconds: int,
+        me: Member,
+        security: EtcdSecurity | None = None,
+    ) -> None:
         # Every wait must end well within the lease, however etcd is silent.
         self._client = EtcdClient(
             endpoints,
+            security=security,
             call_seconds=min(5.0, max(0.6, lease_seconds / 3)),
             watch_idle_seconds=max(0.6, lease_seconds / 3),
         )

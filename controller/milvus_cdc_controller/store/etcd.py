@@ -20,6 +20,7 @@ from milvus_cdc.etcd import (
     CompareValue,
     DeleteOp,
     EtcdClient,
+    EtcdSecurity,
     GetOp,
     KeyRange,
     KeyValue,
@@ -63,13 +64,19 @@ class EtcdStore:
 
     @classmethod
     async def open(
-        cls, election: Election, term: Term, endpoints: list[str], prefix: str, promised_ms: int
+        cls,
+        election: Election,
+        term: Term,
+        endpoints: list[str],
+        prefix: str,
+        promised_ms: int,
+        security: EtcdSecurity | None = None,
     ) -> EtcdStore:
         """`promised_ms`: how long a lease this leader gives to replicators.
 
         Raises RetryableError STORE_UNAVAILABLE, LeadershipLost; the term is then resigned.
         """
-        store = cls(election, term, EtcdClient(endpoints), prefix, promised_ms)
+        store = cls(election, term, EtcdClient(endpoints, security=security), prefix, promised_ms)
         try:
             await store._begin()
         except BaseException:

@@ -958,7 +958,12 @@ type EtcdMetadata struct {
 	// Milvus' `etcd.rootPath`; `by-dev` when empty.
 	RootPath string `protobuf:"bytes,2,opt,name=root_path,json=rootPath,proto3" json:"root_path,omitempty"`
 	// Milvus' `etcd.metaSubPath`; `meta` when empty.
-	MetaSubPath   string `protobuf:"bytes,3,opt,name=meta_sub_path,json=metaSubPath,proto3" json:"meta_sub_path,omitempty"`
+	MetaSubPath string `protobuf:"bytes,3,opt,name=meta_sub_path,json=metaSubPath,proto3" json:"meta_sub_path,omitempty"`
+	// Its files are read on the controller. Without it connections are plaintext.
+	Tls *Tls `protobuf:"bytes,4,opt,name=tls,proto3" json:"tls,omitempty"`
+	// Of an etcd with authentication; both or none. The password's reference is resolved on the controller.
+	Username      string  `protobuf:"bytes,5,opt,name=username,proto3" json:"username,omitempty"`
+	Password      *Secret `protobuf:"bytes,6,opt,name=password,proto3" json:"password,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1012,6 +1017,27 @@ func (x *EtcdMetadata) GetMetaSubPath() string {
 		return x.MetaSubPath
 	}
 	return ""
+}
+
+func (x *EtcdMetadata) GetTls() *Tls {
+	if x != nil {
+		return x.Tls
+	}
+	return nil
+}
+
+func (x *EtcdMetadata) GetUsername() string {
+	if x != nil {
+		return x.Username
+	}
+	return ""
+}
+
+func (x *EtcdMetadata) GetPassword() *Secret {
+	if x != nil {
+		return x.Password
+	}
+	return nil
 }
 
 // NATS JetStream, as embedded in Milvus 2.3 to 2.5 (`mq.type: natsmq`).
@@ -1112,7 +1138,9 @@ type MilvusEndpoint struct {
 	// `http://host:port` or `https://host:port`.
 	Uri string `protobuf:"bytes,1,opt,name=uri,proto3" json:"uri,omitempty"`
 	// `user:password` or an API key; none when absent.
-	Token         *Secret `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`
+	Token *Secret `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`
+	// Only with `https`. Its files are read on the replicator.
+	Tls           *Tls `protobuf:"bytes,3,opt,name=tls,proto3" json:"tls,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1157,6 +1185,13 @@ func (x *MilvusEndpoint) GetUri() string {
 func (x *MilvusEndpoint) GetToken() *Secret {
 	if x != nil {
 		return x.Token
+	}
+	return nil
+}
+
+func (x *MilvusEndpoint) GetTls() *Tls {
+	if x != nil {
+		return x.Tls
 	}
 	return nil
 }
@@ -1890,7 +1925,7 @@ var File_milvuscdc_v1_task_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\n" +
-	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fmilvuscdc/v1/dead_letters.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\"\xa9\r\n" +
+	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fmilvuscdc/v1/dead_letters.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\x1a\x16milvuscdc/v1/tls.proto\"\xa9\r\n" +
 	"\x04Task\x12F\n" +
 	"\x04name\x18\x01 \x01(\tB2\xe2A\x01\b\xbaH+r)2'^tasks/[a-z]([a-z0-9-]{0,61}[a-z0-9])?$R\x04name\x12\x16\n" +
 	"\x03uid\x18\x02 \x01(\tB\x04\xe2A\x01\x03R\x03uid\x12\x12\n" +
@@ -1972,19 +2007,23 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x05kafka\x18\x03 \x01(\v2\x18.milvuscdc.v1.KafkaQueueH\x00R\x05kafka\x124\n" +
 	"\x06milvus\x18\n" +
 	" \x01(\v2\x1c.milvuscdc.v1.MilvusEndpointR\x06milvusB\x0e\n" +
-	"\x05queue\x12\x05\xbaH\x02\b\x01\"\xa7\x01\n" +
+	"\x05queue\x12\x05\xbaH\x02\b\x01\"\xa4\x02\n" +
 	"\fEtcdMetadata\x12B\n" +
 	"\tendpoints\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10\x10\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\tendpoints\x12%\n" +
 	"\troot_path\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\xff\x01R\brootPath\x12,\n" +
-	"\rmeta_sub_path\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\xff\x01R\vmetaSubPath\"A\n" +
+	"\rmeta_sub_path\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\xff\x01R\vmetaSubPath\x12#\n" +
+	"\x03tls\x18\x04 \x01(\v2\x11.milvuscdc.v1.TlsR\x03tls\x12$\n" +
+	"\busername\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\xff\x01R\busername\x120\n" +
+	"\bpassword\x18\x06 \x01(\v2\x14.milvuscdc.v1.SecretR\bpassword\"A\n" +
 	"\tNatsQueue\x124\n" +
 	"\x03url\x18\x01 \x01(\tB\"\xbaH\x1fr\x1d2\x1b^nats://[^/\\s]+:[0-9]{1,5}$R\x03url\"L\n" +
 	"\n" +
 	"KafkaQueue\x12>\n" +
-	"\abrokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10@\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\abrokers\"w\n" +
+	"\abrokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10@\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\abrokers\"\x9c\x01\n" +
 	"\x0eMilvusEndpoint\x129\n" +
 	"\x03uri\x18\x01 \x01(\tB'\xbaH$r\"2 ^https?://[^/\\s]+(:[0-9]{1,5})?$R\x03uri\x12*\n" +
-	"\x05token\x18\x02 \x01(\v2\x14.milvuscdc.v1.SecretR\x05token\"\x98\x02\n" +
+	"\x05token\x18\x02 \x01(\v2\x14.milvuscdc.v1.SecretR\x05token\x12#\n" +
+	"\x03tls\x18\x03 \x01(\v2\x11.milvuscdc.v1.TlsR\x03tls\"\x98\x02\n" +
 	"\x04Sink\x126\n" +
 	"\x06milvus\x18\x01 \x01(\v2\x1c.milvuscdc.v1.MilvusEndpointH\x00R\x06milvus\x12/\n" +
 	"\x05kafka\x18\x02 \x01(\v2\x17.milvuscdc.v1.KafkaSinkH\x00R\x05kafka\x12.\n" +
@@ -2111,11 +2150,12 @@ var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(*DeadLetters)(nil),           // 24: milvuscdc.v1.DeadLetters
 	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
 	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
-	(*Secret)(nil),                // 27: milvuscdc.v1.Secret
-	(*KafkaSink)(nil),             // 28: milvuscdc.v1.KafkaSink
-	(*FileSink)(nil),              // 29: milvuscdc.v1.FileSink
-	(*PostgresSink)(nil),          // 30: milvuscdc.v1.PostgresSink
-	(*Plugin)(nil),                // 31: milvuscdc.v1.Plugin
+	(*Tls)(nil),                   // 27: milvuscdc.v1.Tls
+	(*Secret)(nil),                // 28: milvuscdc.v1.Secret
+	(*KafkaSink)(nil),             // 29: milvuscdc.v1.KafkaSink
+	(*FileSink)(nil),              // 30: milvuscdc.v1.FileSink
+	(*PostgresSink)(nil),          // 31: milvuscdc.v1.PostgresSink
+	(*Plugin)(nil),                // 32: milvuscdc.v1.Plugin
 }
 var file_milvuscdc_v1_task_proto_depIdxs = []int32{
 	22, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
@@ -2142,26 +2182,29 @@ var file_milvuscdc_v1_task_proto_depIdxs = []int32{
 	11, // 21: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
 	12, // 22: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
 	13, // 23: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	27, // 24: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
-	13, // 25: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	28, // 26: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
-	29, // 27: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
-	30, // 28: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
-	31, // 29: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
-	17, // 30: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
-	18, // 31: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
-	2,  // 32: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
-	25, // 33: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
-	25, // 34: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
-	26, // 35: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
-	21, // 36: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
-	20, // 37: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
-	26, // 38: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
-	39, // [39:39] is the sub-list for method output_type
-	39, // [39:39] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	27, // 24: milvuscdc.v1.EtcdMetadata.tls:type_name -> milvuscdc.v1.Tls
+	28, // 25: milvuscdc.v1.EtcdMetadata.password:type_name -> milvuscdc.v1.Secret
+	28, // 26: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
+	27, // 27: milvuscdc.v1.MilvusEndpoint.tls:type_name -> milvuscdc.v1.Tls
+	13, // 28: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	29, // 29: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
+	30, // 30: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
+	31, // 31: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
+	32, // 32: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
+	17, // 33: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
+	18, // 34: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
+	2,  // 35: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
+	25, // 36: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
+	25, // 37: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
+	26, // 38: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
+	21, // 39: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
+	20, // 40: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
+	26, // 41: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
+	42, // [42:42] is the sub-list for method output_type
+	42, // [42:42] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_task_proto_init() }
@@ -2175,6 +2218,7 @@ func file_milvuscdc_v1_task_proto_init() {
 	file_milvuscdc_v1_sink_file_proto_init()
 	file_milvuscdc_v1_sink_kafka_proto_init()
 	file_milvuscdc_v1_sink_postgres_proto_init()
+	file_milvuscdc_v1_tls_proto_init()
 	file_milvuscdc_v1_task_proto_msgTypes[2].OneofWrappers = []any{}
 	file_milvuscdc_v1_task_proto_msgTypes[6].OneofWrappers = []any{
 		(*Source_Nats)(nil),

@@ -42,8 +42,9 @@ __all__ = ["MilvusSink"]
 class MilvusSink:
     """One Milvus; see the Sink protocol for what each call promises."""
 
-    def __init__(self, uri: str, token: str | None = None) -> None:
-        self._client = MilvusClient(uri, token)
+    def __init__(self, to: str | MilvusClient, token: str | None = None) -> None:
+        """`to`: an address, or a client, which is closed with this."""
+        self._client = MilvusClient(to, token) if isinstance(to, str) else to
         self._capabilities: able.Capabilities | None = None
         self._objects = Objects(self._client, self.capabilities)
         self._aliases = Aliases(self._client)
