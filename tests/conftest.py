@@ -16,10 +16,12 @@ from tests.servers import (
     EtcdServer,
     KafkaServer,
     PostgresServer,
+    PulsarServer,
     S3Server,
     Stack,
     kafka_unavailable_reason,
     postgres_unavailable_reason,
+    pulsar_unavailable_reason,
 )
 
 collect_ignore = ["plugin_package"]
@@ -109,6 +111,26 @@ def kafka_broker(
     leaves it running.
     """
     with KafkaServer(tmp_path_factory.mktemp("kafka-sink"), secured=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def pulsar_available() -> None:
+    """Without Java and Maven: skipped, in CI a failure."""
+    if reason := pulsar_unavailable_reason():
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def pulsar_broker(
+    tmp_path_factory: pytest.TempPathFactory, pulsar_available: None
+) -> Iterator[PulsarServer]:
+    """A broker that no Milvus uses, without logins; each test takes topics (for retention, a
+    namespace) of its own and leaves it running.
+    """
+    with PulsarServer(tmp_path_factory.mktemp("pulsar")) as server:
         yield server
 
 

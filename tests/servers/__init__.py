@@ -7,6 +7,7 @@ from tests.servers.milvus import MilvusServer
 from tests.servers.ports import free_port
 from tests.servers.postgres import PostgresServer, postgres_unavailable_reason
 from tests.servers.process import ManagedProcess, ServerStartError
+from tests.servers.pulsar import PulsarServer, pulsar_unavailable_reason
 from tests.servers.s3 import S3Server
 from tests.servers.stack import Stack
 
@@ -17,6 +18,7 @@ __all__ = [
     "MilvusLiteServer",
     "MilvusServer",
     "PostgresServer",
+    "PulsarServer",
     "Quorum",
     "S3Server",
     "ServerStartError",
@@ -24,4 +26,5 @@ __all__ = [
     "free_port",
     "kafka_unavailable_reason",
     "postgres_unavailable_reason",
+    "pulsar_unavailable_reason",
 ]
