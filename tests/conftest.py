@@ -11,16 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract.pulsar_queue import SMALL_LEDGERS
 from tests.e2e.carries import Carries
 from tests.servers import (
     Authority,
     EtcdServer,
     KafkaServer,
     PostgresServer,
+    PulsarServer,
     S3Server,
     Stack,
     kafka_unavailable_reason,
     postgres_unavailable_reason,
+    pulsar_unavailable_reason,
 )
 
 PASSWORD = "correct horse"
@@ -128,6 +131,38 @@ def kafka_broker(
     leaves it running.
     """
     with KafkaServer(tmp_path_factory.mktemp("kafka-sink"), secured=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def pulsar_available() -> None:
+    """Without Java and Maven: skipped, in CI a failure."""
+    if reason := pulsar_unavailable_reason():
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def pulsar_stack(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pulsar_available: None
+) -> Iterator[Stack]:
+    """Like `nats_stack`, on a Pulsar broker whose namespace retains everything."""
+    with Stack(tmp_path_factory.mktemp("pulsar-stack"), mq="pulsar") as stack:
+        assert stack.pulsar is not None
+        stack.pulsar.retain(-1)
+        request.config.stash.setdefault(SHARED_STACKS, []).append(stack)
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def pulsar_broker(
+    tmp_path_factory: pytest.TempPathFactory, pulsar_available: None
+) -> Iterator[PulsarServer]:
+    """A broker that no Milvus uses, without logins, whose ledgers are small; each test takes a
+    namespace of its own and leaves it running.
+    """
+    with PulsarServer(tmp_path_factory.mktemp("pulsar"), settings=SMALL_LEDGERS) as server:
         yield server
 
 

@@ -8,6 +8,7 @@ from tests.servers.milvus import MilvusServer
 from tests.servers.ports import free_port
 from tests.servers.postgres import PostgresServer, postgres_unavailable_reason
 from tests.servers.process import ManagedProcess, ServerStartError
+from tests.servers.pulsar import PulsarServer, pulsar_unavailable_reason
 from tests.servers.s3 import S3Server
 from tests.servers.stack import Stack
 
@@ -20,6 +21,7 @@ __all__ = [
     "MilvusServer",
     "Pair",
     "PostgresServer",
+    "PulsarServer",
     "Quorum",
     "S3Server",
     "ServerStartError",
@@ -27,4 +29,5 @@ __all__ = [
     "free_port",
     "kafka_unavailable_reason",
     "postgres_unavailable_reason",
+    "pulsar_unavailable_reason",
 ]
