@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract.pulsar_queue import SMALL_LEDGERS
 from tests.e2e.carries import Carries
 from tests.servers import (
     EtcdServer,
@@ -127,10 +128,10 @@ def pulsar_available() -> None:
 def pulsar_broker(
     tmp_path_factory: pytest.TempPathFactory, pulsar_available: None
 ) -> Iterator[PulsarServer]:
-    """A broker that no Milvus uses, without logins; each test takes topics (for retention, a
-    namespace) of its own and leaves it running.
+    """A broker that no Milvus uses, without logins, whose ledgers are small; each test takes a
+    namespace of its own and leaves it running.
     """
-    with PulsarServer(tmp_path_factory.mktemp("pulsar")) as server:
+    with PulsarServer(tmp_path_factory.mktemp("pulsar"), settings=SMALL_LEDGERS) as server:
         yield server
 
 

@@ -37,7 +37,7 @@ def retention(source: LogSource, limits: LogLimits, read_from: bytes, ts: int) -
         age_ms = max(int(time.time() * 1000) - tso_to_ms(ts), 0) if ts else 0
         result.left.CopyFrom(_duration(max(limits.max_age_ms - age_ms, 0)))
         result.limit.CopyFrom(_duration(limits.max_age_ms))
-    behind = max(source.order(limits.range.end) - source.order(read_from), 0)
+    behind = source.behind(read_from, limits.range.end)
     for limit_bytes in (limits.max_bytes, limits.max_entries * limits.entry_bytes):
         if not limit_bytes:
             continue

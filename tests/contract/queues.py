@@ -22,7 +22,7 @@ from confluent_kafka.admin import (
 )
 from milvus_cdc.source import KafkaConfig, LogSource, NatsConfig
 from milvus_cdc.source.memory import MemorySource
-from milvus_cdc.source.positions import decode
+from milvus_cdc.source.positions import decode, encode
 from milvus_cdc.source.registry import open_source
 
 from tests.servers import Stack
@@ -31,6 +31,16 @@ from tests.servers import Stack
 class Queue(Protocol):
     source: LogSource
     topic: str
+    place: bytes
+    """A position of this queue, wherever it may be."""
+    foreign: bytes
+    """None of this queue."""
+    repeats: bool
+    """A topic made again has the positions of the old one."""
+
+    def beyond(self, end: bytes) -> list[bytes]:
+        """Positions behind the log's end."""
+        ...
 
     async def create(self) -> None: ...
     async def append(self, *payloads: bytes, streaming: bool = False) -> None: ...
@@ -47,7 +57,16 @@ class Queue(Protocol):
     async def start_server(self) -> None: ...
 
 
-class MemoryQueue:
+class _Numbered:
+    place = encode(1)
+    foreign = b"\x08\x01\x10\x02"
+    repeats = True
+
+    def beyond(self, end: bytes) -> list[bytes]:
+        return [encode(decode(end) + 1), b"\xff" * 8]
+
+
+class MemoryQueue(_Numbered):
     def __init__(self) -> None:
         self._memory = MemorySource()
         self.source: LogSource = self._memory
@@ -77,7 +96,7 @@ class MemoryQueue:
         self._memory.set_down(False)
 
 
-class NatsQueue:
+class NatsQueue(_Numbered):
     """A stream of the test's own beside those of a real Milvus, made the way Milvus makes them."""
 
     def __init__(self, stack: Stack, topic: str = "") -> None:
@@ -125,7 +144,7 @@ class NatsQueue:
         await asyncio.to_thread(self._stack.source.start)
 
 
-class KafkaQueue:
+class KafkaQueue(_Numbered):
     def __init__(self, stack: Stack, topic: str = "") -> None:
         assert stack.kafka is not None
         self._stack = stack

@@ -1,14 +1,15 @@
 """The seam to a source's message queue: positions, entries, readers.
 
 A pchannel is one topic of the queue. A position is the queue's message id exactly as Milvus stores
-it in etcd (NATS: stream sequence, Kafka: offset, both 8 bytes little-endian) and is opaque to
-everyone else. So is an incarnation, which tells a topic from another one made later under the
-same name: a position means something in its own incarnation only.
+it in etcd (NATS: stream sequence, Kafka: offset, both 8 bytes little-endian; Pulsar:
+`MessageIdData`) and is opaque to everyone else. So is an incarnation, which tells a topic from
+another one made later under the same name: a position means something in its own incarnation only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from milvus_cdc.errors import LogResetError
@@ -118,6 +119,10 @@ class LogSource(Protocol):
         """A place at least so many entries earlier; it may lie before the log's first one."""
         ...
 
+    def behind(self, earlier: bytes, later: bytes) -> int:
+        """How many entries lie from one place up to another, so far as is known without asking."""
+        ...
+
     def text(self, position: bytes) -> str:
         """As the queue's own tools show it."""
         ...
@@ -149,4 +154,30 @@ class KafkaConfig:
     brokers: tuple[str, ...]
 
 
-QueueConfig = NatsConfig | KafkaConfig
+@dataclass(frozen=True, slots=True)
+class PulsarTls:
+    """Files in PEM format; the system's authorities and no certificate where they are empty."""
+
+    ca_file: str = ""
+    certificate_file: str = ""
+    key_file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PulsarConfig:
+    """`tenant` and `namespace` as Milvus has them; without `admin_url` less can be told."""
+
+    service_url: str
+    admin_url: str = ""
+    tenant: str = "public"
+    namespace: str = "default"
+    tls: PulsarTls | None = None
+    token_from: str = ""
+    """Where the token comes from: configurations that differ in it are different ones."""
+    token: Callable[[], str] | None = field(default=None, compare=False)
+    """Asked at each connection, so that a new token needs no restart."""
+    held: bool = False
+    """A durable subscription keeps what was not read, whatever the namespace retains."""
+
+
+QueueConfig = NatsConfig | KafkaConfig | PulsarConfig

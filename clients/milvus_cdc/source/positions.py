@@ -40,5 +40,8 @@ class Numbered:
     def back(self, position: bytes, entries: int) -> bytes:
         return back(position, entries)
 
+    def behind(self, earlier: bytes, later: bytes) -> int:
+        return max(decode(later) - decode(earlier), 0)
+
     def text(self, position: bytes) -> str:
         return text(position)

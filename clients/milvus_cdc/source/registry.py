@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from milvus_cdc.errors import BugError
-from milvus_cdc.source import KafkaConfig, LogSource, NatsConfig, QueueConfig, positions
+from milvus_cdc.source import (
+    KafkaConfig,
+    LogSource,
+    NatsConfig,
+    PulsarConfig,
+    QueueConfig,
+    positions,
+    pulsar_positions,
+)
 
 
 def open_source(config: QueueConfig) -> LogSource:
@@ -18,10 +26,16 @@ def open_source(config: QueueConfig) -> LogSource:
             from milvus_cdc.source.kafka import KafkaSource
 
             return KafkaSource(config)
+        case PulsarConfig():
+            from milvus_cdc.source.pulsar import PulsarSource
+
+            return PulsarSource(config)
 
 
 def position_text(position: bytes) -> str:
-    """As the queue's own tools show it; every queue so far numbers its messages in the same way."""
+    """As the queue's own tools show it."""
+    if pulsar_positions.looks_like_one(position):
+        return pulsar_positions.text(position)
     try:
         return positions.text(position)
     except BugError:

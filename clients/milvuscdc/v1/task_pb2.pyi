@@ -16,6 +16,7 @@ from milvuscdc.v1 import secret_pb2 as _secret_pb2
 from milvuscdc.v1 import sink_file_pb2 as _sink_file_pb2
 from milvuscdc.v1 import sink_kafka_pb2 as _sink_kafka_pb2
 from milvuscdc.v1 import sink_postgres_pb2 as _sink_postgres_pb2
+from milvuscdc.v1 import tls_pb2 as _tls_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -86,6 +87,30 @@ TASK_STATE_FAILED: TaskState.ValueType  # 5
 TASK_STATE_DELETING: TaskState.ValueType  # 6
 """Being deleted; gone once every replicator has let go. The sink's objects stay."""
 Global___TaskState: _TypeAlias = TaskState  # noqa: Y015
+
+class _PulsarHold:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PulsarHoldEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PulsarHold.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PULSAR_HOLD_UNSPECIFIED: _PulsarHold.ValueType  # 0
+    """As PULSAR_HOLD_SUBSCRIPTION."""
+    PULSAR_HOLD_SUBSCRIPTION: _PulsarHold.ValueType  # 1
+    """A durable subscription of one's own on each topic, acknowledged only below what every task has done with."""
+    PULSAR_HOLD_NONE: _PulsarHold.ValueType  # 2
+    """Nothing: the namespace's retention must outlast every pause. What it removed is an error (LOG_TRUNCATED)."""
+
+class PulsarHold(_PulsarHold, metaclass=_PulsarHoldEnumTypeWrapper):
+    """Pulsar deletes what every subscription has acknowledged, Milvus' own at once, unless the namespace retains it."""
+
+PULSAR_HOLD_UNSPECIFIED: PulsarHold.ValueType  # 0
+"""As PULSAR_HOLD_SUBSCRIPTION."""
+PULSAR_HOLD_SUBSCRIPTION: PulsarHold.ValueType  # 1
+"""A durable subscription of one's own on each topic, acknowledged only below what every task has done with."""
+PULSAR_HOLD_NONE: PulsarHold.ValueType  # 2
+"""Nothing: the namespace's retention must outlast every pause. What it removed is an error (LOG_TRUNCATED)."""
+Global___PulsarHold: _TypeAlias = PulsarHold  # noqa: Y015
 
 class _CollectionState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -518,6 +543,7 @@ class Source(_message.Message):
     ETCD_FIELD_NUMBER: _builtins.int
     NATS_FIELD_NUMBER: _builtins.int
     KAFKA_FIELD_NUMBER: _builtins.int
+    PULSAR_FIELD_NUMBER: _builtins.int
     MILVUS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def etcd(self) -> Global___EtcdMetadata:
@@ -528,6 +554,8 @@ class Source(_message.Message):
     @_builtins.property
     def kafka(self) -> Global___KafkaQueue: ...
     @_builtins.property
+    def pulsar(self) -> Global___PulsarQueue: ...
+    @_builtins.property
     def milvus(self) -> Global___MilvusEndpoint:
         """Its public API; needed by Verify, and for changed properties of a 2.3, whose metadata hides them."""
 
@@ -537,13 +565,14 @@ class Source(_message.Message):
         etcd: Global___EtcdMetadata | None = ...,
         nats: Global___NatsQueue | None = ...,
         kafka: Global___KafkaQueue | None = ...,
+        pulsar: Global___PulsarQueue | None = ...,
         milvus: Global___MilvusEndpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["etcd", b"etcd", "kafka", b"kafka", "milvus", b"milvus", "nats", b"nats", "queue", b"queue"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["etcd", b"etcd", "kafka", b"kafka", "milvus", b"milvus", "nats", b"nats", "pulsar", b"pulsar", "queue", b"queue"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etcd", b"etcd", "kafka", b"kafka", "milvus", b"milvus", "nats", b"nats", "queue", b"queue"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etcd", b"etcd", "kafka", b"kafka", "milvus", b"milvus", "nats", b"nats", "pulsar", b"pulsar", "queue", b"queue"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_queue: _TypeAlias = _typing.Literal["nats", "kafka"]  # noqa: Y015
+    _WhichOneofReturnType_queue: _TypeAlias = _typing.Literal["nats", "kafka", "pulsar"]  # noqa: Y015
     _WhichOneofArgType_queue: _TypeAlias = _typing.Literal["queue", b"queue"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_queue) -> _WhichOneofReturnType_queue | None: ...
 
@@ -626,6 +655,58 @@ class KafkaQueue(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KafkaQueue: _TypeAlias = KafkaQueue  # noqa: Y015
+
+@_typing.final
+class PulsarQueue(_message.Message):
+    """Apache Pulsar."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_URL_FIELD_NUMBER: _builtins.int
+    ADMIN_URL_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
+    service_url: _builtins.str
+    """`pulsar://host:port`, or with TLS `pulsar+ssl://host:port`; several hosts with commas."""
+    admin_url: _builtins.str
+    """`http://host:port` or `https://host:port` of the brokers' REST API, with the same token and certificates.
+    Without it, what retention removed is found by reading alone, and less of it can be told.
+    """
+    tenant: _builtins.str
+    """Milvus' `pulsar.tenant`; `public` when empty."""
+    namespace: _builtins.str
+    """Milvus' `pulsar.namespace`; `default` when empty."""
+    hold: Global___PulsarHold.ValueType
+    """What keeps the log from being deleted before it was read."""
+    @_builtins.property
+    def tls(self) -> _tls_pb2.Tls:
+        """Authorities and certificate for `pulsar+ssl://` and `https://`."""
+
+    @_builtins.property
+    def token(self) -> _secret_pb2.Secret:
+        """A JWT, sent as it is."""
+
+    def __init__(
+        self,
+        *,
+        service_url: _builtins.str = ...,
+        admin_url: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        namespace: _builtins.str = ...,
+        tls: _tls_pb2.Tls | None = ...,
+        token: _secret_pb2.Secret | None = ...,
+        hold: Global___PulsarHold.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tls", b"tls", "token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin_url", b"admin_url", "hold", b"hold", "namespace", b"namespace", "service_url", b"service_url", "tenant", b"tenant", "tls", b"tls", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PulsarQueue: _TypeAlias = PulsarQueue  # noqa: Y015
 
 @_typing.final
 class MilvusEndpoint(_message.Message):

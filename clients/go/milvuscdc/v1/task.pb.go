@@ -147,6 +147,59 @@ func (TaskState) EnumDescriptor() ([]byte, []int) {
 	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{1}
 }
 
+// Pulsar deletes what every subscription has acknowledged, Milvus' own at once, unless the namespace retains it.
+type PulsarHold int32
+
+const (
+	// As PULSAR_HOLD_SUBSCRIPTION.
+	PulsarHold_PULSAR_HOLD_UNSPECIFIED PulsarHold = 0
+	// A durable subscription of one's own on each topic, acknowledged only below what every task has done with.
+	PulsarHold_PULSAR_HOLD_SUBSCRIPTION PulsarHold = 1
+	// Nothing: the namespace's retention must outlast every pause. What it removed is an error (LOG_TRUNCATED).
+	PulsarHold_PULSAR_HOLD_NONE PulsarHold = 2
+)
+
+// Enum value maps for PulsarHold.
+var (
+	PulsarHold_name = map[int32]string{
+		0: "PULSAR_HOLD_UNSPECIFIED",
+		1: "PULSAR_HOLD_SUBSCRIPTION",
+		2: "PULSAR_HOLD_NONE",
+	}
+	PulsarHold_value = map[string]int32{
+		"PULSAR_HOLD_UNSPECIFIED":  0,
+		"PULSAR_HOLD_SUBSCRIPTION": 1,
+		"PULSAR_HOLD_NONE":         2,
+	}
+)
+
+func (x PulsarHold) Enum() *PulsarHold {
+	p := new(PulsarHold)
+	*p = x
+	return p
+}
+
+func (x PulsarHold) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (PulsarHold) Descriptor() protoreflect.EnumDescriptor {
+	return file_milvuscdc_v1_task_proto_enumTypes[2].Descriptor()
+}
+
+func (PulsarHold) Type() protoreflect.EnumType {
+	return &file_milvuscdc_v1_task_proto_enumTypes[2]
+}
+
+func (x PulsarHold) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use PulsarHold.Descriptor instead.
+func (PulsarHold) EnumDescriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{2}
+}
+
 type CollectionState int32
 
 const (
@@ -194,11 +247,11 @@ func (x CollectionState) String() string {
 }
 
 func (CollectionState) Descriptor() protoreflect.EnumDescriptor {
-	return file_milvuscdc_v1_task_proto_enumTypes[2].Descriptor()
+	return file_milvuscdc_v1_task_proto_enumTypes[3].Descriptor()
 }
 
 func (CollectionState) Type() protoreflect.EnumType {
-	return &file_milvuscdc_v1_task_proto_enumTypes[2]
+	return &file_milvuscdc_v1_task_proto_enumTypes[3]
 }
 
 func (x CollectionState) Number() protoreflect.EnumNumber {
@@ -207,7 +260,7 @@ func (x CollectionState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CollectionState.Descriptor instead.
 func (CollectionState) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{2}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{3}
 }
 
 // A user's replication request: one source, one sink, a selection of collections.
@@ -858,6 +911,7 @@ type Source struct {
 	//
 	//	*Source_Nats
 	//	*Source_Kafka
+	//	*Source_Pulsar
 	Queue isSource_Queue `protobuf_oneof:"queue"`
 	// Its public API; needed by Verify, and for changed properties of a 2.3, whose metadata hides them.
 	Milvus        *MilvusEndpoint `protobuf:"bytes,10,opt,name=milvus,proto3" json:"milvus,omitempty"`
@@ -927,6 +981,15 @@ func (x *Source) GetKafka() *KafkaQueue {
 	return nil
 }
 
+func (x *Source) GetPulsar() *PulsarQueue {
+	if x != nil {
+		if x, ok := x.Queue.(*Source_Pulsar); ok {
+			return x.Pulsar
+		}
+	}
+	return nil
+}
+
 func (x *Source) GetMilvus() *MilvusEndpoint {
 	if x != nil {
 		return x.Milvus
@@ -946,9 +1009,15 @@ type Source_Kafka struct {
 	Kafka *KafkaQueue `protobuf:"bytes,3,opt,name=kafka,proto3,oneof"`
 }
 
+type Source_Pulsar struct {
+	Pulsar *PulsarQueue `protobuf:"bytes,4,opt,name=pulsar,proto3,oneof"`
+}
+
 func (*Source_Nats) isSource_Queue() {}
 
 func (*Source_Kafka) isSource_Queue() {}
+
+func (*Source_Pulsar) isSource_Queue() {}
 
 // Where the source's metadata lives.
 type EtcdMetadata struct {
@@ -1106,6 +1175,107 @@ func (x *KafkaQueue) GetBrokers() []string {
 	return nil
 }
 
+// Apache Pulsar.
+type PulsarQueue struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `pulsar://host:port`, or with TLS `pulsar+ssl://host:port`; several hosts with commas.
+	ServiceUrl string `protobuf:"bytes,1,opt,name=service_url,json=serviceUrl,proto3" json:"service_url,omitempty"`
+	// `http://host:port` or `https://host:port` of the brokers' REST API, with the same token and certificates.
+	// Without it, what retention removed is found by reading alone, and less of it can be told.
+	AdminUrl string `protobuf:"bytes,2,opt,name=admin_url,json=adminUrl,proto3" json:"admin_url,omitempty"`
+	// Milvus' `pulsar.tenant`; `public` when empty.
+	Tenant string `protobuf:"bytes,3,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	// Milvus' `pulsar.namespace`; `default` when empty.
+	Namespace string `protobuf:"bytes,4,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	// Authorities and certificate for `pulsar+ssl://` and `https://`.
+	Tls *Tls `protobuf:"bytes,5,opt,name=tls,proto3" json:"tls,omitempty"`
+	// A JWT, sent as it is.
+	Token *Secret `protobuf:"bytes,6,opt,name=token,proto3" json:"token,omitempty"`
+	// What keeps the log from being deleted before it was read.
+	Hold          PulsarHold `protobuf:"varint,7,opt,name=hold,proto3,enum=milvuscdc.v1.PulsarHold" json:"hold,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PulsarQueue) Reset() {
+	*x = PulsarQueue{}
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PulsarQueue) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PulsarQueue) ProtoMessage() {}
+
+func (x *PulsarQueue) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PulsarQueue.ProtoReflect.Descriptor instead.
+func (*PulsarQueue) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *PulsarQueue) GetServiceUrl() string {
+	if x != nil {
+		return x.ServiceUrl
+	}
+	return ""
+}
+
+func (x *PulsarQueue) GetAdminUrl() string {
+	if x != nil {
+		return x.AdminUrl
+	}
+	return ""
+}
+
+func (x *PulsarQueue) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *PulsarQueue) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *PulsarQueue) GetTls() *Tls {
+	if x != nil {
+		return x.Tls
+	}
+	return nil
+}
+
+func (x *PulsarQueue) GetToken() *Secret {
+	if x != nil {
+		return x.Token
+	}
+	return nil
+}
+
+func (x *PulsarQueue) GetHold() PulsarHold {
+	if x != nil {
+		return x.Hold
+	}
+	return PulsarHold_PULSAR_HOLD_UNSPECIFIED
+}
+
 // The public API of a Milvus.
 type MilvusEndpoint struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1119,7 +1289,7 @@ type MilvusEndpoint struct {
 
 func (x *MilvusEndpoint) Reset() {
 	*x = MilvusEndpoint{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1131,7 +1301,7 @@ func (x *MilvusEndpoint) String() string {
 func (*MilvusEndpoint) ProtoMessage() {}
 
 func (x *MilvusEndpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1144,7 +1314,7 @@ func (x *MilvusEndpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MilvusEndpoint.ProtoReflect.Descriptor instead.
 func (*MilvusEndpoint) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{10}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *MilvusEndpoint) GetUri() string {
@@ -1178,7 +1348,7 @@ type Sink struct {
 
 func (x *Sink) Reset() {
 	*x = Sink{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1190,7 +1360,7 @@ func (x *Sink) String() string {
 func (*Sink) ProtoMessage() {}
 
 func (x *Sink) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1203,7 +1373,7 @@ func (x *Sink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sink.ProtoReflect.Descriptor instead.
 func (*Sink) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{11}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Sink) GetKind() isSink_Kind {
@@ -1309,7 +1479,7 @@ type Selection struct {
 
 func (x *Selection) Reset() {
 	*x = Selection{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1321,7 +1491,7 @@ func (x *Selection) String() string {
 func (*Selection) ProtoMessage() {}
 
 func (x *Selection) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1334,7 +1504,7 @@ func (x *Selection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selection.ProtoReflect.Descriptor instead.
 func (*Selection) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{12}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Selection) GetInclude() []string {
@@ -1365,7 +1535,7 @@ type Start struct {
 
 func (x *Start) Reset() {
 	*x = Start{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1377,7 +1547,7 @@ func (x *Start) String() string {
 func (*Start) ProtoMessage() {}
 
 func (x *Start) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1390,7 +1560,7 @@ func (x *Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Start.ProtoReflect.Descriptor instead.
 func (*Start) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{13}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Start) GetAt() isStart_At {
@@ -1444,7 +1614,7 @@ type Earliest struct {
 
 func (x *Earliest) Reset() {
 	*x = Earliest{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1456,7 +1626,7 @@ func (x *Earliest) String() string {
 func (*Earliest) ProtoMessage() {}
 
 func (x *Earliest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1469,7 +1639,7 @@ func (x *Earliest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Earliest.ProtoReflect.Descriptor instead.
 func (*Earliest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{14}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{15}
 }
 
 type Latest struct {
@@ -1480,7 +1650,7 @@ type Latest struct {
 
 func (x *Latest) Reset() {
 	*x = Latest{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1492,7 +1662,7 @@ func (x *Latest) String() string {
 func (*Latest) ProtoMessage() {}
 
 func (x *Latest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1505,7 +1675,7 @@ func (x *Latest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Latest.ProtoReflect.Descriptor instead.
 func (*Latest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{15}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{16}
 }
 
 // One collection of a task: state, place in the log, counters.
@@ -1549,7 +1719,7 @@ type TaskCollection struct {
 
 func (x *TaskCollection) Reset() {
 	*x = TaskCollection{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1561,7 +1731,7 @@ func (x *TaskCollection) String() string {
 func (*TaskCollection) ProtoMessage() {}
 
 func (x *TaskCollection) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1574,7 +1744,7 @@ func (x *TaskCollection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskCollection.ProtoReflect.Descriptor instead.
 func (*TaskCollection) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{16}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *TaskCollection) GetName() string {
@@ -1736,7 +1906,7 @@ type Condition struct {
 
 func (x *Condition) Reset() {
 	*x = Condition{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1748,7 +1918,7 @@ func (x *Condition) String() string {
 func (*Condition) ProtoMessage() {}
 
 func (x *Condition) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1761,7 +1931,7 @@ func (x *Condition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Condition.ProtoReflect.Descriptor instead.
 func (*Condition) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{17}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Condition) GetType() string {
@@ -1802,7 +1972,7 @@ type VchannelProgress struct {
 
 func (x *VchannelProgress) Reset() {
 	*x = VchannelProgress{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[18]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1814,7 +1984,7 @@ func (x *VchannelProgress) String() string {
 func (*VchannelProgress) ProtoMessage() {}
 
 func (x *VchannelProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[18]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1827,7 +1997,7 @@ func (x *VchannelProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VchannelProgress.ProtoReflect.Descriptor instead.
 func (*VchannelProgress) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{18}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *VchannelProgress) GetVchannel() string {
@@ -1890,7 +2060,7 @@ var File_milvuscdc_v1_task_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\n" +
-	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fmilvuscdc/v1/dead_letters.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\"\xa9\r\n" +
+	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fmilvuscdc/v1/dead_letters.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\x1a\x16milvuscdc/v1/tls.proto\"\xa9\r\n" +
 	"\x04Task\x12F\n" +
 	"\x04name\x18\x01 \x01(\tB2\xe2A\x01\b\xbaH+r)2'^tasks/[a-z]([a-z0-9-]{0,61}[a-z0-9])?$R\x04name\x12\x16\n" +
 	"\x03uid\x18\x02 \x01(\tB\x04\xe2A\x01\x03R\x03uid\x12\x12\n" +
@@ -1965,11 +2135,12 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x03lag\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x03lag\x12#\n" +
 	"\rrows_inserted\x18\x05 \x01(\x03R\frowsInserted\x12#\n" +
 	"\rrows_upserted\x18\x06 \x01(\x03R\frowsUpserted\x12!\n" +
-	"\frows_deleted\x18\a \x01(\x03R\vrowsDeleted\"\xe7\x01\n" +
+	"\frows_deleted\x18\a \x01(\x03R\vrowsDeleted\"\x9c\x02\n" +
 	"\x06Source\x126\n" +
 	"\x04etcd\x18\x01 \x01(\v2\x1a.milvuscdc.v1.EtcdMetadataB\x06\xbaH\x03\xc8\x01\x01R\x04etcd\x12-\n" +
 	"\x04nats\x18\x02 \x01(\v2\x17.milvuscdc.v1.NatsQueueH\x00R\x04nats\x120\n" +
-	"\x05kafka\x18\x03 \x01(\v2\x18.milvuscdc.v1.KafkaQueueH\x00R\x05kafka\x124\n" +
+	"\x05kafka\x18\x03 \x01(\v2\x18.milvuscdc.v1.KafkaQueueH\x00R\x05kafka\x123\n" +
+	"\x06pulsar\x18\x04 \x01(\v2\x19.milvuscdc.v1.PulsarQueueH\x00R\x06pulsar\x124\n" +
 	"\x06milvus\x18\n" +
 	" \x01(\v2\x1c.milvuscdc.v1.MilvusEndpointR\x06milvusB\x0e\n" +
 	"\x05queue\x12\x05\xbaH\x02\b\x01\"\xa7\x01\n" +
@@ -1981,7 +2152,16 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x03url\x18\x01 \x01(\tB\"\xbaH\x1fr\x1d2\x1b^nats://[^/\\s]+:[0-9]{1,5}$R\x03url\"L\n" +
 	"\n" +
 	"KafkaQueue\x12>\n" +
-	"\abrokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10@\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\abrokers\"w\n" +
+	"\abrokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10@\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\abrokers\"\xb6\x03\n" +
+	"\vPulsarQueue\x12j\n" +
+	"\vservice_url\x18\x01 \x01(\tBI\xbaHFrD\x18\x80 2?^pulsar(\\+ssl)?://[^/\\s,@]+:[0-9]{1,5}(,[^/\\s,@]+:[0-9]{1,5})*$R\n" +
+	"serviceUrl\x12N\n" +
+	"\tadmin_url\x18\x02 \x01(\tB1\xbaH.r,\x18\x80 2'^(https?://[^/\\s,@]+(:[0-9]{1,5})?/?)?$R\badminUrl\x12-\n" +
+	"\x06tenant\x18\x03 \x01(\tB\x15\xbaH\x12r\x10\x18\xff\x012\v^[-=:.\\w]*$R\x06tenant\x123\n" +
+	"\tnamespace\x18\x04 \x01(\tB\x15\xbaH\x12r\x10\x18\xff\x012\v^[-=:.\\w]*$R\tnamespace\x12#\n" +
+	"\x03tls\x18\x05 \x01(\v2\x11.milvuscdc.v1.TlsR\x03tls\x12*\n" +
+	"\x05token\x18\x06 \x01(\v2\x14.milvuscdc.v1.SecretR\x05token\x126\n" +
+	"\x04hold\x18\a \x01(\x0e2\x18.milvuscdc.v1.PulsarHoldB\b\xbaH\x05\x82\x01\x02\x10\x01R\x04hold\"w\n" +
 	"\x0eMilvusEndpoint\x129\n" +
 	"\x03uri\x18\x01 \x01(\tB'\xbaH$r\"2 ^https?://[^/\\s]+(:[0-9]{1,5})?$R\x03uri\x12*\n" +
 	"\x05token\x18\x02 \x01(\v2\x14.milvuscdc.v1.SecretR\x05token\"\x98\x02\n" +
@@ -2058,7 +2238,12 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x13TASK_STATE_RETRYING\x10\x03\x12\x15\n" +
 	"\x11TASK_STATE_PAUSED\x10\x04\x12\x15\n" +
 	"\x11TASK_STATE_FAILED\x10\x05\x12\x17\n" +
-	"\x13TASK_STATE_DELETING\x10\x06*\xe7\x01\n" +
+	"\x13TASK_STATE_DELETING\x10\x06*]\n" +
+	"\n" +
+	"PulsarHold\x12\x1b\n" +
+	"\x17PULSAR_HOLD_UNSPECIFIED\x10\x00\x12\x1c\n" +
+	"\x18PULSAR_HOLD_SUBSCRIPTION\x10\x01\x12\x14\n" +
+	"\x10PULSAR_HOLD_NONE\x10\x02*\xe7\x01\n" +
 	"\x0fCollectionState\x12 \n" +
 	"\x1cCOLLECTION_STATE_UNSPECIFIED\x10\x00\x12\x1c\n" +
 	"\x18COLLECTION_STATE_PENDING\x10\x01\x12\x1c\n" +
@@ -2081,87 +2266,94 @@ func file_milvuscdc_v1_task_proto_rawDescGZIP() []byte {
 	return file_milvuscdc_v1_task_proto_rawDescData
 }
 
-var file_milvuscdc_v1_task_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_milvuscdc_v1_task_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(Drift)(0),                    // 0: milvuscdc.v1.Drift
 	(TaskState)(0),                // 1: milvuscdc.v1.TaskState
-	(CollectionState)(0),          // 2: milvuscdc.v1.CollectionState
-	(*Task)(nil),                  // 3: milvuscdc.v1.Task
-	(*NameRule)(nil),              // 4: milvuscdc.v1.NameRule
-	(*Carry)(nil),                 // 5: milvuscdc.v1.Carry
-	(*Batching)(nil),              // 6: milvuscdc.v1.Batching
-	(*Limits)(nil),                // 7: milvuscdc.v1.Limits
-	(*TaskProgress)(nil),          // 8: milvuscdc.v1.TaskProgress
-	(*Source)(nil),                // 9: milvuscdc.v1.Source
-	(*EtcdMetadata)(nil),          // 10: milvuscdc.v1.EtcdMetadata
-	(*NatsQueue)(nil),             // 11: milvuscdc.v1.NatsQueue
-	(*KafkaQueue)(nil),            // 12: milvuscdc.v1.KafkaQueue
-	(*MilvusEndpoint)(nil),        // 13: milvuscdc.v1.MilvusEndpoint
-	(*Sink)(nil),                  // 14: milvuscdc.v1.Sink
-	(*Selection)(nil),             // 15: milvuscdc.v1.Selection
-	(*Start)(nil),                 // 16: milvuscdc.v1.Start
-	(*Earliest)(nil),              // 17: milvuscdc.v1.Earliest
-	(*Latest)(nil),                // 18: milvuscdc.v1.Latest
-	(*TaskCollection)(nil),        // 19: milvuscdc.v1.TaskCollection
-	(*Condition)(nil),             // 20: milvuscdc.v1.Condition
-	(*VchannelProgress)(nil),      // 21: milvuscdc.v1.VchannelProgress
-	nil,                           // 22: milvuscdc.v1.Task.LabelsEntry
-	nil,                           // 23: milvuscdc.v1.Task.ReplicatorLabelsEntry
-	(*DeadLetters)(nil),           // 24: milvuscdc.v1.DeadLetters
-	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
-	(*Secret)(nil),                // 27: milvuscdc.v1.Secret
-	(*KafkaSink)(nil),             // 28: milvuscdc.v1.KafkaSink
-	(*FileSink)(nil),              // 29: milvuscdc.v1.FileSink
-	(*PostgresSink)(nil),          // 30: milvuscdc.v1.PostgresSink
-	(*Plugin)(nil),                // 31: milvuscdc.v1.Plugin
+	(PulsarHold)(0),               // 2: milvuscdc.v1.PulsarHold
+	(CollectionState)(0),          // 3: milvuscdc.v1.CollectionState
+	(*Task)(nil),                  // 4: milvuscdc.v1.Task
+	(*NameRule)(nil),              // 5: milvuscdc.v1.NameRule
+	(*Carry)(nil),                 // 6: milvuscdc.v1.Carry
+	(*Batching)(nil),              // 7: milvuscdc.v1.Batching
+	(*Limits)(nil),                // 8: milvuscdc.v1.Limits
+	(*TaskProgress)(nil),          // 9: milvuscdc.v1.TaskProgress
+	(*Source)(nil),                // 10: milvuscdc.v1.Source
+	(*EtcdMetadata)(nil),          // 11: milvuscdc.v1.EtcdMetadata
+	(*NatsQueue)(nil),             // 12: milvuscdc.v1.NatsQueue
+	(*KafkaQueue)(nil),            // 13: milvuscdc.v1.KafkaQueue
+	(*PulsarQueue)(nil),           // 14: milvuscdc.v1.PulsarQueue
+	(*MilvusEndpoint)(nil),        // 15: milvuscdc.v1.MilvusEndpoint
+	(*Sink)(nil),                  // 16: milvuscdc.v1.Sink
+	(*Selection)(nil),             // 17: milvuscdc.v1.Selection
+	(*Start)(nil),                 // 18: milvuscdc.v1.Start
+	(*Earliest)(nil),              // 19: milvuscdc.v1.Earliest
+	(*Latest)(nil),                // 20: milvuscdc.v1.Latest
+	(*TaskCollection)(nil),        // 21: milvuscdc.v1.TaskCollection
+	(*Condition)(nil),             // 22: milvuscdc.v1.Condition
+	(*VchannelProgress)(nil),      // 23: milvuscdc.v1.VchannelProgress
+	nil,                           // 24: milvuscdc.v1.Task.LabelsEntry
+	nil,                           // 25: milvuscdc.v1.Task.ReplicatorLabelsEntry
+	(*DeadLetters)(nil),           // 26: milvuscdc.v1.DeadLetters
+	(*timestamppb.Timestamp)(nil), // 27: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 28: google.protobuf.Duration
+	(*Tls)(nil),                   // 29: milvuscdc.v1.Tls
+	(*Secret)(nil),                // 30: milvuscdc.v1.Secret
+	(*KafkaSink)(nil),             // 31: milvuscdc.v1.KafkaSink
+	(*FileSink)(nil),              // 32: milvuscdc.v1.FileSink
+	(*PostgresSink)(nil),          // 33: milvuscdc.v1.PostgresSink
+	(*Plugin)(nil),                // 34: milvuscdc.v1.Plugin
 }
 var file_milvuscdc_v1_task_proto_depIdxs = []int32{
-	22, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
-	9,  // 1: milvuscdc.v1.Task.source:type_name -> milvuscdc.v1.Source
-	14, // 2: milvuscdc.v1.Task.sink:type_name -> milvuscdc.v1.Sink
-	15, // 3: milvuscdc.v1.Task.selection:type_name -> milvuscdc.v1.Selection
-	16, // 4: milvuscdc.v1.Task.start:type_name -> milvuscdc.v1.Start
-	4,  // 5: milvuscdc.v1.Task.rename:type_name -> milvuscdc.v1.NameRule
-	5,  // 6: milvuscdc.v1.Task.carry:type_name -> milvuscdc.v1.Carry
+	24, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
+	10, // 1: milvuscdc.v1.Task.source:type_name -> milvuscdc.v1.Source
+	16, // 2: milvuscdc.v1.Task.sink:type_name -> milvuscdc.v1.Sink
+	17, // 3: milvuscdc.v1.Task.selection:type_name -> milvuscdc.v1.Selection
+	18, // 4: milvuscdc.v1.Task.start:type_name -> milvuscdc.v1.Start
+	5,  // 5: milvuscdc.v1.Task.rename:type_name -> milvuscdc.v1.NameRule
+	6,  // 6: milvuscdc.v1.Task.carry:type_name -> milvuscdc.v1.Carry
 	0,  // 7: milvuscdc.v1.Task.drift:type_name -> milvuscdc.v1.Drift
-	6,  // 8: milvuscdc.v1.Task.batching:type_name -> milvuscdc.v1.Batching
-	7,  // 9: milvuscdc.v1.Task.limits:type_name -> milvuscdc.v1.Limits
-	24, // 10: milvuscdc.v1.Task.dead_letters:type_name -> milvuscdc.v1.DeadLetters
-	23, // 11: milvuscdc.v1.Task.replicator_labels:type_name -> milvuscdc.v1.Task.ReplicatorLabelsEntry
+	7,  // 8: milvuscdc.v1.Task.batching:type_name -> milvuscdc.v1.Batching
+	8,  // 9: milvuscdc.v1.Task.limits:type_name -> milvuscdc.v1.Limits
+	26, // 10: milvuscdc.v1.Task.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	25, // 11: milvuscdc.v1.Task.replicator_labels:type_name -> milvuscdc.v1.Task.ReplicatorLabelsEntry
 	1,  // 12: milvuscdc.v1.Task.state:type_name -> milvuscdc.v1.TaskState
-	25, // 13: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
-	25, // 14: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
-	25, // 15: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
-	8,  // 16: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
-	20, // 17: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
-	26, // 18: milvuscdc.v1.Batching.linger:type_name -> google.protobuf.Duration
-	26, // 19: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
-	10, // 20: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
-	11, // 21: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
-	12, // 22: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
-	13, // 23: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	27, // 24: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
-	13, // 25: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	28, // 26: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
-	29, // 27: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
-	30, // 28: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
-	31, // 29: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
-	17, // 30: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
-	18, // 31: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
-	2,  // 32: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
-	25, // 33: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
-	25, // 34: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
-	26, // 35: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
-	21, // 36: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
-	20, // 37: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
-	26, // 38: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
-	39, // [39:39] is the sub-list for method output_type
-	39, // [39:39] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	27, // 13: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
+	27, // 14: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
+	27, // 15: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
+	9,  // 16: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
+	22, // 17: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
+	28, // 18: milvuscdc.v1.Batching.linger:type_name -> google.protobuf.Duration
+	28, // 19: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
+	11, // 20: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
+	12, // 21: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
+	13, // 22: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
+	14, // 23: milvuscdc.v1.Source.pulsar:type_name -> milvuscdc.v1.PulsarQueue
+	15, // 24: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	29, // 25: milvuscdc.v1.PulsarQueue.tls:type_name -> milvuscdc.v1.Tls
+	30, // 26: milvuscdc.v1.PulsarQueue.token:type_name -> milvuscdc.v1.Secret
+	2,  // 27: milvuscdc.v1.PulsarQueue.hold:type_name -> milvuscdc.v1.PulsarHold
+	30, // 28: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
+	15, // 29: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	31, // 30: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
+	32, // 31: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
+	33, // 32: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
+	34, // 33: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
+	19, // 34: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
+	20, // 35: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
+	3,  // 36: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
+	27, // 37: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
+	27, // 38: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
+	28, // 39: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
+	23, // 40: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
+	22, // 41: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
+	28, // 42: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
+	43, // [43:43] is the sub-list for method output_type
+	43, // [43:43] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_task_proto_init() }
@@ -2175,19 +2367,21 @@ func file_milvuscdc_v1_task_proto_init() {
 	file_milvuscdc_v1_sink_file_proto_init()
 	file_milvuscdc_v1_sink_kafka_proto_init()
 	file_milvuscdc_v1_sink_postgres_proto_init()
+	file_milvuscdc_v1_tls_proto_init()
 	file_milvuscdc_v1_task_proto_msgTypes[2].OneofWrappers = []any{}
 	file_milvuscdc_v1_task_proto_msgTypes[6].OneofWrappers = []any{
 		(*Source_Nats)(nil),
 		(*Source_Kafka)(nil),
+		(*Source_Pulsar)(nil),
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[11].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[12].OneofWrappers = []any{
 		(*Sink_Milvus)(nil),
 		(*Sink_Kafka)(nil),
 		(*Sink_Files)(nil),
 		(*Sink_Postgres)(nil),
 		(*Sink_Plugin)(nil),
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[13].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[14].OneofWrappers = []any{
 		(*Start_Earliest)(nil),
 		(*Start_Latest)(nil),
 	}
@@ -2196,8 +2390,8 @@ func file_milvuscdc_v1_task_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_task_proto_rawDesc), len(file_milvuscdc_v1_task_proto_rawDesc)),
-			NumEnums:      3,
-			NumMessages:   21,
+			NumEnums:      4,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
