@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from milvus_cdc_controller.core.jobs import HoldSeen
 
 PREFIX = "milvus-cdc-"
-"""Begins the name of every hold."""
+"""Begins the name of every hold, as the queue's adapter knows it (HOLD_PREFIX)."""
 
 Shard = tuple[str, str]
 """(assignment id, vchannel); the vchannel is empty for a metadata assignment."""
@@ -73,7 +73,7 @@ class Holds:
     before what the others have read, and is in the log before it is seen in the metadata.
     """
     unsettled: dict[str, int] = field(default_factory=dict)
-    """By key, monotonic ms: until then a job that nobody waits for may still do something."""
+    """By key, monotonic ms: until then what failed or got lost may still be carried out."""
     release_after: dict[str, int] = field(default_factory=dict)
 
     def of(self, log_id: str, *, releasing: bool = False) -> dict[str, HoldRecord]:

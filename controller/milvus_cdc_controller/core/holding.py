@@ -278,11 +278,11 @@ def _give_up_late(world: World, known: Round) -> None:
     if session is not None:
         world.send(session.stream, JobCancel(job.job_id))
     late = JobFailed("JOB_TIMEOUT", "The replicator did not answer in time.", transient=True)
-    hold_done(world, job, late, answered=False)
+    hold_done(world, job, late)
 
 
-def hold_done(world: World, job: Job, result: JobResult, *, answered: bool = True) -> None:
-    """The end of a round. Not `answered`: its replicator may still be doing it."""
+def hold_done(world: World, job: Job, result: JobResult) -> None:
+    """The end of a round."""
     world.jobs.pop(job.job_id, None)
     known = world.holds.rounds.get(job.log_id)
     if known is None or known.job_id != job.job_id or not isinstance(job.payload, HoldJob):
@@ -293,9 +293,7 @@ def hold_done(world: World, job: Job, result: JobResult, *, answered: bool = Tru
         if isinstance(result, JobFailed):
             known.reason, known.message = result.reason, result.message
         for place in job.payload.places:
-            if not answered:
-                key = f"{place.name}/{place.pchannel}"
-                world.holds.unsettled[key] = world.now.mono_ms + LATE_MS
+            world.holds.unsettled[f"{place.name}/{place.pchannel}"] = world.now.mono_ms + LATE_MS
         _again_soon(world, known)
     else:
         known.reason = known.message = ""
@@ -317,6 +315,7 @@ def _take(
     holds.seen[record.key] = seen
     if seen.reason not in ("", _NOTHING_TO_HOLD):
         holds.made.discard(record.key)
+        holds.unsettled[record.key] = world.now.mono_ms + LATE_MS
         _again_soon(world, known)
     elif not place.release:
         holds.made.add(record.key)

@@ -125,7 +125,7 @@ def _detach(world: World, session: Session) -> None:
     for job in [j for j in world.jobs.values() if j.instance == session.instance]:
         lost = JobFailed("REPLICATOR_LOST", "The replicator doing it was lost.", transient=True)
         if job.log_id:
-            hold_done(world, job, lost, answered=False)
+            hold_done(world, job, lost)
         elif job.task_uid:
             job_done(world, job, lost)
             if job.task_uid in world.work:  # else its task was deleted meanwhile
