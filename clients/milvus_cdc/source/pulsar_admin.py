@@ -186,7 +186,7 @@ class PulsarAdmin:
     def _content(self, answer: httpx.Response, pchannel: str) -> Any:
         match answer.status_code:
             case 200:
-                return answer.json()
+                return answer.json() if answer.content else None
             case 204:
                 return None
             case 401 | 403:
