@@ -125,6 +125,18 @@ def pulsar_available() -> None:
 
 
 @pytest.fixture(scope="session")
+def pulsar_stack(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pulsar_available: None
+) -> Iterator[Stack]:
+    """Like `nats_stack`, on a Pulsar broker whose namespace retains everything."""
+    with Stack(tmp_path_factory.mktemp("pulsar-stack"), mq="pulsar") as stack:
+        assert stack.pulsar is not None
+        stack.pulsar.retain(-1)
+        request.config.stash.setdefault(SHARED_STACKS, []).append(stack)
+        yield stack
+
+
+@pytest.fixture(scope="session")
 def pulsar_broker(
     tmp_path_factory: pytest.TempPathFactory, pulsar_available: None
 ) -> Iterator[PulsarServer]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 
 from milvus_cdc.dead_letters import Place
 from milvus_cdc.dead_letters.opening import open_place
@@ -17,7 +18,7 @@ from milvus_cdc.sink import Sink
 from milvus_cdc.sink.registry import open_milvus, open_writer
 from milvus_cdc.sink.writer import Writer
 from milvus_cdc.sink.writer_sink import Origin, WriterSink
-from milvus_cdc.source import LogSource
+from milvus_cdc.source import LogSource, PulsarConfig, QueueConfig
 from milvus_cdc.source.registry import open_source
 from milvuscdc.v1 import dead_letters_pb2, task_pb2
 
@@ -80,8 +81,14 @@ class Connections:
         async with self._lock:
             source = self._sources.get(config)
             if source is None:
-                source = self._sources[config] = open_source(config)
+                source = self._sources[config] = open_source(self._with_secrets(config, spec))
             return source
+
+    def _with_secrets(self, config: QueueConfig, spec: task_pb2.Source) -> QueueConfig:
+        if not isinstance(config, PulsarConfig) or not config.token_from:
+            return config
+        token, field = spec.pulsar.token, "source.pulsar.token"
+        return replace(config, token=lambda: resolve(self._secrets, token, field) or "")
 
     async def hub(self, spec: task_pb2.Source, pchannel: str) -> PchannelHub:
         source = await self.source(spec)

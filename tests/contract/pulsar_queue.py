@@ -83,7 +83,7 @@ class PulsarQueue:
                 f"persistent://public/{self.namespace}/{self.topic}",
                 compression_type=self.compression,
                 batching_enabled=batch > 0,
-                batching_max_messages=batch or 1,
+                batching_max_messages=max(batch, 2),
                 batching_max_publish_delay_ms=1000,
             )
             for payload in payloads:

@@ -83,6 +83,10 @@ class Pair:
         )
         if self.stack.kafka is not None:
             source.kafka.brokers.append(self.stack.kafka.brokers)
+        elif self.stack.pulsar is not None:
+            source.pulsar.service_url = self.stack.pulsar.service_url
+            source.pulsar.admin_url = self.stack.pulsar.admin_url
+            source.pulsar.hold = task_pb2.PULSAR_HOLD_NONE
         else:
             source.nats.url = self.stack.source.nats_url
         return source

@@ -86,7 +86,7 @@ WHO = ("replicator", "controller", "both")
 HOW = ("kill", "term")
 
 
-def _crash(who: str, how: str) -> Callable[[Pair, random.Random], None]:
+def ending(who: str, how: str) -> Callable[[Pair, random.Random], None]:
     def crash(pair: Pair, rng: random.Random) -> None:
         if who in ("controller", "both"):
             _restart(pair.controller, how)
@@ -101,7 +101,7 @@ def _each_in_turn() -> Callable[[Pair, random.Random], None]:
     ways = itertools.cycle(itertools.product(WHO, HOW))
 
     def crash(pair: Pair, rng: random.Random) -> None:
-        _crash(*next(ways))(pair, rng)
+        ending(*next(ways))(pair, rng)
 
     return crash
 
@@ -117,7 +117,7 @@ def test_a_killed_controller_on_etcd_finds_everything_again(
 ) -> None:
     store = {"etcd": {"endpoints": [nats_stack.etcd.endpoint], "prefix": "cdc", "leaseSeconds": 3}}
     assert crash_rounds(
-        nats_stack, tmp_path, "crash_etcd_store", 2, _crash("both", "kill"), store=store
+        nats_stack, tmp_path, "crash_etcd_store", 2, ending("both", "kill"), store=store
     )
 
 
@@ -135,7 +135,7 @@ def test_twenty_times(
     request: pytest.FixtureRequest, tmp_path: Path, queue: str, who: str, how: str
 ) -> None:
     stack: Stack = request.getfixturevalue(f"{queue}_stack")
-    assert crash_rounds(stack, tmp_path, f"soak_{queue}_{who}_{how}", SOAK_ROUNDS, _crash(who, how))
+    assert crash_rounds(stack, tmp_path, f"soak_{queue}_{who}_{how}", SOAK_ROUNDS, ending(who, how))
 
 
 @pytest.mark.timeout(300)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.servers import EtcdServer, KafkaServer, MilvusLiteServer, MilvusServer
+from tests.servers import EtcdServer, KafkaServer, MilvusLiteServer, MilvusServer, PulsarServer
 
 
 @dataclass(frozen=True)
@@ -15,3 +15,4 @@ class Route:
     source: MilvusServer
     sink: MilvusServer | MilvusLiteServer
     kafka: KafkaServer | None = None
+    pulsar: PulsarServer | None = None

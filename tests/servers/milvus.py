@@ -57,6 +57,7 @@ class MilvusServer(ManagedProcess):
         cluster: str,
         mq: MessageQueue = "rocksmq",
         kafka_brokers: str | None = None,
+        pulsar: tuple[int, int] | None = None,
         settings: Mapping[str, object] | None = None,
         env: Mapping[str, str] | None = None,
         name: str = "milvus",
@@ -65,10 +66,13 @@ class MilvusServer(ManagedProcess):
         """`root_path` and `cluster` must be this server's alone below the etcd and the queue.
 
         `settings` is laid over milvus.yaml key by key (nested mappings); `env` reaches the process
-        (`PULSAR_ADDRESS`, `COMMON_TTMSGENABLED`, ...) and wins over the file.
+        (`COMMON_TTMSGENABLED`, ...) and wins over the file. `pulsar`: its ports for clients and
+        for its REST API.
         """
         if mq == "kafka" and not kafka_brokers:
             raise ValueError("mq='kafka' needs kafka_brokers, for instance '127.0.0.1:9092'")
+        if mq == "pulsar" and not pulsar:
+            raise ValueError("mq='pulsar' needs the ports of a broker")
         if mq == "natsmq" and version == "2.2.16":
             raise ValueError("Milvus 2.2 has no queue of its own that others can read: mq='kafka'")
         self.version = version
@@ -82,6 +86,7 @@ class MilvusServer(ManagedProcess):
         self.address = f"127.0.0.1:{self._holes['proxy_port']}"
         self.uri = f"http://{self.address}"
         self._kafka_brokers = kafka_brokers
+        self._pulsar = pulsar
         self._settings = dict(settings or {})
         bin_dir = unpacked_binaries(version) / "bin"
         conf = folder / "conf"
@@ -187,6 +192,9 @@ class MilvusServer(ManagedProcess):
             if self.version == "2.2.16":
                 # It takes the first queue that has an address: rocksmq, Pulsar, then Kafka.
                 settings |= {"rocksmq": {"path": ""}, "pulsar": {"address": ""}}
+        if self._pulsar is not None:
+            port, web_port = self._pulsar
+            settings["pulsar"] = {"address": "127.0.0.1", "port": port, "webport": web_port}
         return settings
 
 

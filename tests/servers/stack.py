@@ -11,8 +11,9 @@ from tests.servers.etcd import EtcdServer
 from tests.servers.kafka import KafkaServer
 from tests.servers.milvus import MilvusServer
 from tests.servers.process import ManagedProcess
+from tests.servers.pulsar import PulsarServer
 
-SourceQueue = Literal["natsmq", "kafka"]
+SourceQueue = Literal["natsmq", "kafka", "pulsar"]
 
 
 class Addresses(TypedDict):
@@ -25,6 +26,7 @@ class Addresses(TypedDict):
     source_mq: str
     nats_url: str | None
     kafka_brokers: str | None
+    pulsar_url: str | None
     sink_uri: str
     sink_root_path: str
     sink_cluster: str
@@ -32,7 +34,7 @@ class Addresses(TypedDict):
 
 
 class Stack:
-    """A source Milvus writing to NATS or Kafka and a sink Milvus, sharing one etcd.
+    """A source Milvus writing to NATS, Kafka or Pulsar and a sink Milvus, sharing one etcd.
 
     Law: the queue outlives its Milvus and etcd outlives both: a Milvus that lost either ignores
     TERM.
@@ -45,8 +47,8 @@ class Stack:
         mq: SourceQueue = "natsmq",
         settings: Mapping[str, object] | None = None,
     ) -> None:
-        """`settings` is laid over milvus.yaml of both servers. RuntimeError when `mq` is kafka and
-        no broker can run here.
+        """`settings` is laid over milvus.yaml of both servers. RuntimeError when no broker
+        of `mq` can run here. On Pulsar nothing is retained until a test says so.
         """
         self.folder = folder
         self.mq = mq
@@ -56,6 +58,7 @@ class Stack:
             # As Milvus' own chart has it: an insert may be larger than a broker's default.
             of_broker = {"message.max.bytes": str(10 * 2**20)}
             self.kafka = KafkaServer(folder / "kafka", settings=of_broker)
+        self.pulsar = PulsarServer(folder / "pulsar") if mq == "pulsar" else None
         self.source = MilvusServer(
             folder / "source",
             etcd_endpoint=self.etcd.endpoint,
@@ -63,6 +66,7 @@ class Stack:
             cluster="source",
             mq=mq,
             kafka_brokers=self.kafka.brokers if self.kafka else None,
+            pulsar=(self.pulsar.port, self.pulsar.web_port) if self.pulsar else None,
             settings=settings,
             name="source",
         )
@@ -76,21 +80,26 @@ class Stack:
         )
 
     @property
+    def queue(self) -> KafkaServer | PulsarServer | None:
+        """The broker; None where the source is its own."""
+        return self.kafka or self.pulsar
+
+    @property
     def servers(self) -> tuple[ManagedProcess, ...]:
         """In the order of starting; stopping goes backwards."""
-        queue = (self.kafka,) if self.kafka else ()
+        queue = (self.queue,) if self.queue else ()
         return (self.etcd, *queue, self.source, self.sink)
 
     def start(self) -> Self:
         """Start everything; ServerStartError if a part does not come up, with nothing left."""
         try:
             self.etcd.spawn()
-            if self.kafka:
-                self.kafka.spawn()
+            if self.queue:
+                self.queue.spawn()
             self.etcd.wait_ready()
             self.sink.spawn()
-            if self.kafka:
-                self.kafka.wait_ready()
+            if self.queue:
+                self.queue.wait_ready()
             self.source.spawn()
             self.source.wait_ready()
             self.sink.wait_ready()
@@ -112,6 +121,7 @@ class Stack:
             "source_mq": self.mq,
             "nats_url": self.source.nats_url if self.mq == "natsmq" else None,
             "kafka_brokers": self.kafka.brokers if self.kafka else None,
+            "pulsar_url": self.pulsar.service_url if self.pulsar else None,
             "sink_uri": self.sink.uri,
             "sink_root_path": self.sink.root_path,
             "sink_cluster": self.sink.cluster,

@@ -7,7 +7,7 @@ from milvus_cdc.follow.follower import Follower
 from milvus_cdc.follow.items import ChangeBatch, EventKind, Item, SchemaEvent
 from milvus_cdc.follow.positions import CollectionPosition, Positions, VchannelPosition
 from milvus_cdc.follow.writing import WriterFeed
-from milvus_cdc.source import KafkaConfig, NatsConfig
+from milvus_cdc.source import KafkaConfig, NatsConfig, PulsarConfig, PulsarTls
 
 __all__ = [
     "ChangeBatch",
@@ -18,6 +18,8 @@ __all__ = [
     "KafkaConfig",
     "NatsConfig",
     "Positions",
+    "PulsarConfig",
+    "PulsarTls",
     "SchemaEvent",
     "VchannelPosition",
     "WriterFeed",

@@ -27,7 +27,7 @@ from milvus_cdc.model import Catalogue, Collection, ObjectState
 from milvus_cdc.rows import Table
 from milvus_cdc.selection import Selection, selects_nothing
 from milvus_cdc.sink.writer import Checkpoint
-from milvus_cdc.source import KafkaConfig, LogSource, NatsConfig, QueueConfig
+from milvus_cdc.source import LogSource, QueueConfig
 from milvus_cdc.source.registry import open_source
 
 log = structlog.get_logger()
@@ -103,7 +103,7 @@ class Follower:
             catalogues: Catalogues = CatalogueWatcher(client, self._layout)
         else:
             catalogues = self._etcd
-        if isinstance(self._queue, NatsConfig | KafkaConfig):
+        if isinstance(self._queue, QueueConfig):
             source = open_source(self._queue)
             self._closing.push_async_callback(source.close)
         else:

@@ -2152,7 +2152,7 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x03url\x18\x01 \x01(\tB\"\xbaH\x1fr\x1d2\x1b^nats://[^/\\s]+:[0-9]{1,5}$R\x03url\"L\n" +
 	"\n" +
 	"KafkaQueue\x12>\n" +
-	"\abrokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10@\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\abrokers\"\xb6\x03\n" +
+	"\abrokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10@\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\abrokers\"\xc4\a\n" +
 	"\vPulsarQueue\x12j\n" +
 	"\vservice_url\x18\x01 \x01(\tBI\xbaHFrD\x18\x80 2?^pulsar(\\+ssl)?://[^/\\s,@]+:[0-9]{1,5}(,[^/\\s,@]+:[0-9]{1,5})*$R\n" +
 	"serviceUrl\x12N\n" +
@@ -2161,7 +2161,11 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\tnamespace\x18\x04 \x01(\tB\x15\xbaH\x12r\x10\x18\xff\x012\v^[-=:.\\w]*$R\tnamespace\x12#\n" +
 	"\x03tls\x18\x05 \x01(\v2\x11.milvuscdc.v1.TlsR\x03tls\x12*\n" +
 	"\x05token\x18\x06 \x01(\v2\x14.milvuscdc.v1.SecretR\x05token\x126\n" +
-	"\x04hold\x18\a \x01(\x0e2\x18.milvuscdc.v1.PulsarHoldB\b\xbaH\x05\x82\x01\x02\x10\x01R\x04hold\"w\n" +
+	"\x04hold\x18\a \x01(\x0e2\x18.milvuscdc.v1.PulsarHoldB\b\xbaH\x05\x82\x01\x02\x10\x01R\x04hold:\x8b\x04\xbaH\x87\x04\x1a\xc4\x01\n" +
+	"\n" +
+	"pulsar.tls\x12Mtls: is of no use without pulsar+ssl:// in serviceUrl or https:// in adminUrl\x1ag!has(this.tls) || this.service_url.startsWith('pulsar+ssl://') || this.admin_url.startsWith('https://')\x1a\xa5\x01\n" +
+	"\x16pulsar.tls.server_name\x12]tls.serverName: Pulsar's client knows none; give serviceUrl a host that the certificate names\x1a,!has(this.tls) || this.tls.server_name == ''\x1a\x95\x01\n" +
+	"\x13pulsar.tls.key_file\x12,tls: certificateFile and keyFile go together\x1aP!has(this.tls) || (this.tls.certificate_file == '') == (this.tls.key_file == '')\"w\n" +
 	"\x0eMilvusEndpoint\x129\n" +
 	"\x03uri\x18\x01 \x01(\tB'\xbaH$r\"2 ^https?://[^/\\s]+(:[0-9]{1,5})?$R\x03uri\x12*\n" +
 	"\x05token\x18\x02 \x01(\v2\x14.milvuscdc.v1.SecretR\x05token\"\x98\x02\n" +
