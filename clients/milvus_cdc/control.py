@@ -21,6 +21,7 @@ from google.rpc import error_details_pb2, status_pb2
 from milvuscdc.v1 import (
     fleet_service_pb2,
     fleet_service_pb2_grpc,
+    hold_pb2,
     task_pb2,
     task_service_pb2,
     task_service_pb2_grpc,
@@ -300,6 +301,27 @@ class ControlClient:
             page_size=PAGE_SIZE, task=task_name(task) if task else "", replicator=replicator
         )
         return [a async for a in self._pages(self._fleet.ListAssignments, request, "assignments")]
+
+    async def list_holds(
+        self, *, task: str = "", source: task_pb2.Source | None = None
+    ) -> list[hold_pb2.Hold]:
+        """With a task or a source, orphans at its queue, too."""
+        request = hold_pb2.ListHoldsRequest(task=task_name(task) if task else "", source=source)
+        return list((await self._call(self._fleet.ListHolds, request)).holds)
+
+    async def delete_hold(
+        self,
+        name: str,
+        *,
+        task: str = "",
+        source: task_pb2.Source | None = None,
+        forget: bool = False,
+    ) -> None:
+        """An orphan, at the queue of a task or source; or `forget` one whose queue is gone."""
+        request = hold_pb2.DeleteHoldRequest(
+            name=name, task=task_name(task) if task else "", source=source, forget=forget
+        )
+        await self._call(self._fleet.DeleteHold, request)
 
     async def get_replicator(self, name: str) -> fleet_service_pb2.Replicator:
         request = fleet_service_pb2.GetReplicatorRequest(name=replicator_name(name))

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from milvuscdc.v1 import fleet_service_pb2 as pb
 from milvuscdc.v1 import fleet_service_pb2_grpc as rpc
+from milvuscdc.v1 import hold_pb2
 
 from milvus_cdc_controller import clock
 from milvus_cdc_controller.api_errors import ApiError, streaming, unary
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core.moves import plan_by_hand
+from milvus_cdc_controller.holds import delete_hold, list_holds
 from milvus_cdc_controller.pages import page
 from milvus_cdc_controller.present_fleet import (
     assignment_message,
@@ -186,6 +188,17 @@ class FleetService(rpc.FleetServiceServicer):
         if planned and not request.validate_only:
             await self._loop.call(lambda at, call: ev.Rebalance(at, call, request.max_moves))
         return pb.RebalanceAssignmentsResponse(plan=message)
+
+    @unary
+    async def ListHolds(self, request: hold_pb2.ListHoldsRequest) -> hold_pb2.ListHoldsResponse:
+        check(request)
+        return hold_pb2.ListHoldsResponse(holds=await list_holds(self._loop, request))
+
+    @unary
+    async def DeleteHold(self, request: hold_pb2.DeleteHoldRequest) -> hold_pb2.DeleteHoldResponse:
+        check(request)
+        await delete_hold(self._loop, request)
+        return hold_pb2.DeleteHoldResponse()
 
     def _replicators(self) -> list[pb.Replicator]:
         return replicator_messages(self._loop.controller.world, clock.now())

@@ -76,6 +76,19 @@ class Metrics:
             ["replicator"],
             registry=self.registry,
         )
+        hold = ["hold", "pchannel"]
+        self.hold_backlog_entries = Gauge(
+            "milvus_cdc_hold_backlog_entries",
+            "Entries that the source's queue keeps because of a hold, as last looked at.",
+            hold,
+            registry=self.registry,
+        )
+        self.hold_backlog_bytes = Gauge(
+            "milvus_cdc_hold_backlog_bytes",
+            "Bytes that the source's queue keeps because of a hold, as last looked at.",
+            hold,
+            registry=self.registry,
+        )
         self.store_write_seconds = Histogram(
             "milvus_cdc_store_write_seconds", "Duration of one commit.", registry=self.registry
         )
@@ -128,12 +141,28 @@ class Metrics:
         for grant in world.grants.values():
             self.assignments.labels(replicator=grant.owner if grant.instance else "").inc()
 
+        self._observe_holds(world)
+
+    def _observe_holds(self, world: World) -> None:
+        self.hold_backlog_entries.clear()
+        self.hold_backlog_bytes.clear()
+        for key, record in world.holds.records.items():
+            seen = world.holds.seen.get(key)
+            if seen is None:
+                continue
+            place = {"hold": record.name, "pchannel": record.pchannel}
+            if seen.backlog_entries >= 0:
+                self.hold_backlog_entries.labels(**place).set(seen.backlog_entries)
+            if seen.backlog_bytes >= 0:
+                self.hold_backlog_bytes.labels(**place).set(seen.backlog_bytes)
+
     def forget(self) -> None:
         """What only a leader knows."""
         for gauge in (
             *(self.tasks, self.collections, self.lag_seconds, self.checkpoint_age_seconds),
             *(self.retention_left_seconds, self.retention_left_bytes),
             *(self.replicators, self.assignments),
+            *(self.hold_backlog_entries, self.hold_backlog_bytes),
         ):
             gauge.clear()
 

@@ -20,6 +20,7 @@ from milvus_cdc.source.registry import position_text
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc_controller.core.collection import Checkpoint, CollectionRecord, CollectionState
+from milvus_cdc_controller.core.holding import trouble
 from milvus_cdc_controller.core.mapping import NameRule, split
 from milvus_cdc_controller.core.positions import retention_of
 from milvus_cdc_controller.core.status import (
@@ -73,6 +74,22 @@ def source_id(source: task_pb2.Source) -> str:
         *sorted(endpoint.lower() for endpoint in etcd.endpoints),
         etcd.root_path or "by-dev",
         etcd.meta_sub_path or "meta",
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def held_log(source: task_pb2.Source) -> str:
+    """The same for two tasks that read the same log, where that is to be held; else empty."""
+    if source.WhichOneof("queue") != "pulsar" or source.pulsar.hold == task_pb2.PULSAR_HOLD_NONE:
+        return ""
+    queue = source.pulsar
+    scheme, _, hosts = queue.service_url.lower().partition("://")
+    parts = [
+        source_id(source),
+        scheme,
+        *sorted(hosts.split(",")),
+        queue.tenant or "public",
+        queue.namespace or "default",
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
@@ -134,6 +151,7 @@ def task_spec(task: task_pb2.Task) -> TaskSpec:
         limits=limits(task.limits),
         dead_letters=dead_letters(task),
         replicator_labels=tuple(sorted(task.replicator_labels.items())),
+        held_log=held_log(task.source),
     )
 
 
@@ -219,7 +237,7 @@ def task_message(world: World, task: TaskRecord, store_error: str = "") -> task_
         totals = task_totals(world, task.uid)
         result.conditions.extend(
             task_pb2.Condition(type=kind, message=text)
-            for kind, text in world.metadata[task.uid].conditions
+            for kind, text in (*world.metadata[task.uid].conditions, *trouble(world, task))
         )
         result.progress.collections = totals.collections
         result.progress.collections_running = totals.running

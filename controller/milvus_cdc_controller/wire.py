@@ -183,7 +183,24 @@ def _job_result(update: pb.JobUpdate) -> jobs.JobResult | None:
             return jobs.DiffEvent(update.diff.SerializeToString(), last)
         case "locate":
             return jobs.LocateDone(tuple(map(_located, update.locate.located)))
+        case "hold":
+            return jobs.HoldDone(
+                tuple(map(_hold_seen, update.hold.places)),
+                tuple(map(_hold_seen, update.hold.found)),
+                tuple((w.reason, w.message) for w in update.hold.warnings),
+            )
     return None
+
+
+def _hold_seen(held: pb.HeldLog) -> jobs.HoldSeen:
+    return jobs.HoldSeen(
+        held.pchannel,
+        held.name,
+        held.backlog_entries,
+        held.backlog_bytes,
+        held.reason,
+        held.message,
+    )
 
 
 def _located(place: pb.LocatedVchannel) -> jobs.Located:
@@ -304,6 +321,21 @@ def _job_request(job_id: str, payload: jobs.JobPayload) -> pb.JobRequest:
             )
         case jobs.DiffJob():
             return pb.JobRequest(job_id=job_id, diff=pb.DiffJob.FromString(payload.body))
+        case jobs.HoldJob():
+            held = pb.HoldJob(
+                source=source,
+                places=[
+                    pb.HoldPlace(
+                        pchannel=place.pchannel,
+                        name=place.name,
+                        keep_from=place.keep_from,
+                        release=place.release,
+                    )
+                    for place in payload.places
+                ],
+                look=payload.look,
+            )
+            return pb.JobRequest(job_id=job_id, hold=held)
         case jobs.VerifyJob():
             targets = [
                 pb.VerifyTarget(

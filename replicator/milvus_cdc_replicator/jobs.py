@@ -16,6 +16,7 @@ from milvuscdc.v1 import task_pb2
 
 from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.diffing import diff_all
+from milvus_cdc_replicator.holding import keep_holds
 from milvus_cdc_replicator.positions import locate_targets
 from milvus_cdc_replicator.spec import collection_of
 from milvus_cdc_replicator.verifying import reads, verify_targets
@@ -73,6 +74,10 @@ class JobRunner:
                     source = await self._connections.source(request.locate.source)
                     located = await locate_targets(source, request.locate)
                     self._update(pb.JobUpdate(job_id=job_id, locate=located))
+                case "hold":
+                    source = await self._connections.source(request.hold.source)
+                    held = await keep_holds(source, request.hold)
+                    self._update(pb.JobUpdate(job_id=job_id, hold=held))
                 case other:
                     raise BugError(
                         "UNKNOWN_JOB", f"this replicator does not know the job {other!r}"

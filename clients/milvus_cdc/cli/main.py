@@ -14,7 +14,7 @@ import grpc
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc import logs
-from milvus_cdc.cli import access, commands, fleet
+from milvus_cdc.cli import access, commands, fleet, holds
 from milvus_cdc.cli.diff import diff
 from milvus_cdc.cli.positions import positions, set_positions
 from milvus_cdc.cli.restore import restore
@@ -60,6 +60,9 @@ _ADVICE_BY_REASON = {
     "NO_LEADER": "`milvus-cdc controller list` shows which run; try again in a few seconds",
     "TASK_NOT_PAUSED": "milvus-cdc task pause NAME; set the positions; milvus-cdc task resume NAME",
     "REPLICATOR_NOT_FOUND": "`milvus-cdc replicator list` shows what there is",
+    "HOLD_NOT_FOUND": "`milvus-cdc hold list --task NAME` shows what there is",
+    "HOLD_IN_USE": "`milvus-cdc hold list` shows for which tasks",
+    "HOLD_RELEASING": "wait, or add --forget if its queue is gone for good",
     "ASSIGNMENT_NOT_FOUND": "`milvus-cdc assignment list` shows what there is",
     "NO_OTHER_REPLICATOR": "start another replicator, or stop what it holds with --force",
     "NO_CAPACITY": "start another replicator, or stop what it holds with --force",
@@ -114,6 +117,7 @@ def build_parser() -> _Parser:
     listing.set_defaults(run=commands.controllers)
 
     fleet.add_commands(groups, shared)
+    holds.add_commands(groups, shared)
 
     sink = groups.add_parser("sink", help="what a person has to do at a sink")
     user = sink.add_subparsers(metavar="COMMAND", required=True).add_parser(

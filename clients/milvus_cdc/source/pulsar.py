@@ -24,6 +24,7 @@ from milvus_cdc.errors import (
 from milvus_cdc.source import LogLimits, LogRange, PulsarConfig, check_incarnation
 from milvus_cdc.source.pulsar_admin import PulsarAdmin, Topic
 from milvus_cdc.source.pulsar_client import MESSAGE_MS, PulsarConnection
+from milvus_cdc.source.pulsar_hold import PulsarHolds
 from milvus_cdc.source.pulsar_positions import (
     BEGINNING,
     Place,
@@ -48,6 +49,7 @@ class PulsarSource:
         self._config = config
         self.connection = PulsarConnection(config)
         self._admin = PulsarAdmin(config) if config.admin_url else None
+        self.holds = PulsarHolds(config, self.connection, self._admin)
         self._known: dict[int, Topic] = {}
         """What was last heard of the topic that a ledger belongs to; ids are a cluster's own."""
         self._retention_denied = False

@@ -6,6 +6,7 @@ from TLS to plaintext.
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from dataclasses import dataclass
 from datetime import datetime
@@ -104,6 +105,29 @@ class PulsarAdmin:
         found = found or {}
         return found.get("retentionTimeInMinutes", 0), found.get("retentionSizeInMB", 0)
 
+    def topics(self) -> list[str]:
+        """Names without tenant and namespace, of those that are no partitions' sums."""
+        path = f"persistent/{self._config.tenant}/{self._config.namespace}"
+        return [name.rpartition("/")[2] for name in self._get(path)]
+
+    def subscriptions(self, pchannel: str) -> list[str]:
+        """Raises LogResetError when there is no such topic."""
+        return list(self._get(f"{self._path(pchannel)}/subscriptions", pchannel))
+
+    def backlogs(self, pchannel: str) -> dict[str, dict[str, Any]]:
+        """What Pulsar says of each subscription, among it `msgBacklog` and `backlogSize`."""
+        asked = "getPreciseBacklog=true&subscriptionBacklogSize=true"
+        told = self._get(f"{self._path(pchannel)}/stats?{asked}", pchannel)
+        return dict(told.get("subscriptions", {}))
+
+    def policy(self, name: str, pchannel: str = "") -> Any:
+        """A policy as it applies to a topic, or that of the namespace; None = there is none."""
+        if pchannel:
+            with contextlib.suppress(RetryableError):
+                return self._get(f"{self._path(pchannel)}/{name}?applied=true")
+            # Brokers that know no policies of topics answer 405 or 412.
+        return self._get(f"namespaces/{self._config.tenant}/{self._config.namespace}/{name}")
+
     def probe(self) -> None:
         """Whether it answers and knows the namespace."""
         self._get(f"persistent/{self._config.tenant}/{self._config.namespace}?mode=PERSISTENT")
@@ -162,7 +186,7 @@ class PulsarAdmin:
     def _content(self, answer: httpx.Response, pchannel: str) -> Any:
         match answer.status_code:
             case 200:
-                return answer.json()
+                return answer.json() if answer.content else None
             case 204:
                 return None
             case 401 | 403:

@@ -50,6 +50,18 @@ class PulsarConnection:
         except pulsar.PulsarException as error:
             raise self.trouble(error, pchannel) from error
 
+    def consumer(self, pchannel: str, subscription: str) -> pulsar.Consumer:
+        """Of a durable subscription, which is made at the oldest message there is where it is
+        missing. It gets no messages; others may be connected beside it. PulsarException.
+        """
+        return self._get().subscribe(
+            self.topic(pchannel),
+            subscription,
+            consumer_type=pulsar.ConsumerType.Failover,
+            initial_position=pulsar.InitialPosition.Earliest,
+            receiver_queue_size=0,
+        )
+
     def trouble(self, error: BaseException | None, pchannel: str = "") -> CdcError:
         """Blocking: what is behind an error of the client, or behind its silence."""
         config = self.config

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from milvuscdc.v1 import fleet_service_pb2 as milvuscdc_dot_v1_dot_fleet__service__pb2
+from milvuscdc.v1 import hold_pb2 as milvuscdc_dot_v1_dot_hold__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -90,6 +91,16 @@ class FleetServiceStub:
                 request_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.RebalanceAssignmentsRequest.SerializeToString,
                 response_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.RebalanceAssignmentsResponse.FromString,
                 _registered_method=True)
+        self.ListHolds = channel.unary_unary(
+                '/milvuscdc.v1.FleetService/ListHolds',
+                request_serializer=milvuscdc_dot_v1_dot_hold__pb2.ListHoldsRequest.SerializeToString,
+                response_deserializer=milvuscdc_dot_v1_dot_hold__pb2.ListHoldsResponse.FromString,
+                _registered_method=True)
+        self.DeleteHold = channel.unary_unary(
+                '/milvuscdc.v1.FleetService/DeleteHold',
+                request_serializer=milvuscdc_dot_v1_dot_hold__pb2.DeleteHoldRequest.SerializeToString,
+                response_deserializer=milvuscdc_dot_v1_dot_hold__pb2.DeleteHoldResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer:
@@ -171,6 +182,20 @@ class FleetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListHolds(self, request, context):
+        """What keeps sources' logs from being deleted unread, and how much they keep.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteHold(self, request, context):
+        """An orphan at its queue; one that is in use is refused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -228,6 +253,16 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.RebalanceAssignments,
                     request_deserializer=milvuscdc_dot_v1_dot_fleet__service__pb2.RebalanceAssignmentsRequest.FromString,
                     response_serializer=milvuscdc_dot_v1_dot_fleet__service__pb2.RebalanceAssignmentsResponse.SerializeToString,
+            ),
+            'ListHolds': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListHolds,
+                    request_deserializer=milvuscdc_dot_v1_dot_hold__pb2.ListHoldsRequest.FromString,
+                    response_serializer=milvuscdc_dot_v1_dot_hold__pb2.ListHoldsResponse.SerializeToString,
+            ),
+            'DeleteHold': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteHold,
+                    request_deserializer=milvuscdc_dot_v1_dot_hold__pb2.DeleteHoldRequest.FromString,
+                    response_serializer=milvuscdc_dot_v1_dot_hold__pb2.DeleteHoldResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -528,6 +563,60 @@ class FleetService:
             '/milvuscdc.v1.FleetService/RebalanceAssignments',
             milvuscdc_dot_v1_dot_fleet__service__pb2.RebalanceAssignmentsRequest.SerializeToString,
             milvuscdc_dot_v1_dot_fleet__service__pb2.RebalanceAssignmentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListHolds(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/milvuscdc.v1.FleetService/ListHolds',
+            milvuscdc_dot_v1_dot_hold__pb2.ListHoldsRequest.SerializeToString,
+            milvuscdc_dot_v1_dot_hold__pb2.ListHoldsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteHold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/milvuscdc.v1.FleetService/DeleteHold',
+            milvuscdc_dot_v1_dot_hold__pb2.DeleteHoldRequest.SerializeToString,
+            milvuscdc_dot_v1_dot_hold__pb2.DeleteHoldResponse.FromString,
             options,
             channel_credentials,
             insecure,

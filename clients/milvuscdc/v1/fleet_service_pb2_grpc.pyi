@@ -6,6 +6,7 @@ The replicators, what they hold, and who is to hold it."""
 from collections import abc as _abc
 from grpc import aio as _aio
 from milvuscdc.v1 import fleet_service_pb2 as _fleet_service_pb2
+from milvuscdc.v1 import hold_pb2 as _hold_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys
@@ -54,6 +55,10 @@ class FleetServiceStub:
     """To a replicator of the caller's choice. Answers when the owner is asked to let go."""
     RebalanceAssignments: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.RebalanceAssignmentsRequest, _fleet_service_pb2.RebalanceAssignmentsResponse]
     """Evens out the load with as few moves as that needs; with `validate_only` shows the moves and does none."""
+    ListHolds: _grpc.UnaryUnaryMultiCallable[_hold_pb2.ListHoldsRequest, _hold_pb2.ListHoldsResponse]
+    """What keeps sources' logs from being deleted unread, and how much they keep."""
+    DeleteHold: _grpc.UnaryUnaryMultiCallable[_hold_pb2.DeleteHoldRequest, _hold_pb2.DeleteHoldResponse]
+    """An orphan at its queue; one that is in use is refused."""
 
 @_typing.type_check_only
 class FleetServiceAsyncStub(FleetServiceStub):
@@ -81,6 +86,10 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """To a replicator of the caller's choice. Answers when the owner is asked to let go."""
     RebalanceAssignments: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.RebalanceAssignmentsRequest, _fleet_service_pb2.RebalanceAssignmentsResponse]  # type: ignore[assignment]
     """Evens out the load with as few moves as that needs; with `validate_only` shows the moves and does none."""
+    ListHolds: _aio.UnaryUnaryMultiCallable[_hold_pb2.ListHoldsRequest, _hold_pb2.ListHoldsResponse]  # type: ignore[assignment]
+    """What keeps sources' logs from being deleted unread, and how much they keep."""
+    DeleteHold: _aio.UnaryUnaryMultiCallable[_hold_pb2.DeleteHoldRequest, _hold_pb2.DeleteHoldResponse]  # type: ignore[assignment]
+    """An orphan at its queue; one that is in use is refused."""
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
     """Shows the fleet and moves work between replicators. What a call changes is stored before it is answered."""
@@ -171,5 +180,21 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_service_pb2.RebalanceAssignmentsResponse, _abc.Awaitable[_fleet_service_pb2.RebalanceAssignmentsResponse]]:
         """Evens out the load with as few moves as that needs; with `validate_only` shows the moves and does none."""
+
+    @_abc_1.abstractmethod
+    def ListHolds(
+        self,
+        request: _hold_pb2.ListHoldsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hold_pb2.ListHoldsResponse, _abc.Awaitable[_hold_pb2.ListHoldsResponse]]:
+        """What keeps sources' logs from being deleted unread, and how much they keep."""
+
+    @_abc_1.abstractmethod
+    def DeleteHold(
+        self,
+        request: _hold_pb2.DeleteHoldRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hold_pb2.DeleteHoldResponse, _abc.Awaitable[_hold_pb2.DeleteHoldResponse]]:
+        """An orphan at its queue; one that is in use is refused."""
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

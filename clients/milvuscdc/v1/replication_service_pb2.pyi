@@ -1698,6 +1698,7 @@ class JobRequest(_message.Message):
     VERIFY_FIELD_NUMBER: _builtins.int
     DIFF_FIELD_NUMBER: _builtins.int
     LOCATE_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     @_builtins.property
     def probe(self) -> Global___ProbeJob: ...
@@ -1709,6 +1710,8 @@ class JobRequest(_message.Message):
     def diff(self) -> Global___DiffJob: ...
     @_builtins.property
     def locate(self) -> Global___LocateJob: ...
+    @_builtins.property
+    def hold(self) -> Global___HoldJob: ...
     def __init__(
         self,
         *,
@@ -1718,12 +1721,13 @@ class JobRequest(_message.Message):
         verify: Global___VerifyJob | None = ...,
         diff: Global___DiffJob | None = ...,
         locate: Global___LocateJob | None = ...,
+        hold: Global___HoldJob | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["diff", b"diff", "job", b"job", "locate", b"locate", "probe", b"probe", "resolve", b"resolve", "verify", b"verify"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["diff", b"diff", "hold", b"hold", "job", b"job", "locate", b"locate", "probe", b"probe", "resolve", b"resolve", "verify", b"verify"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff", b"diff", "job", b"job", "job_id", b"job_id", "locate", b"locate", "probe", b"probe", "resolve", b"resolve", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff", b"diff", "hold", b"hold", "job", b"job", "job_id", b"job_id", "locate", b"locate", "probe", b"probe", "resolve", b"resolve", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_job: _TypeAlias = _typing.Literal["probe", "resolve", "verify", "diff", "locate"]  # noqa: Y015
+    _WhichOneofReturnType_job: _TypeAlias = _typing.Literal["probe", "resolve", "verify", "diff", "locate", "hold"]  # noqa: Y015
     _WhichOneofArgType_job: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_job) -> _WhichOneofReturnType_job | None: ...
 
@@ -1966,6 +1970,70 @@ class LocateTarget(_message.Message):
 Global___LocateTarget: _TypeAlias = LocateTarget  # noqa: Y015
 
 @_typing.final
+class HoldJob(_message.Message):
+    """Keep the source's queue from forgetting what is still to be read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    PLACES_FIELD_NUMBER: _builtins.int
+    LOOK_FIELD_NUMBER: _builtins.int
+    look: _builtins.bool
+    """Tell every hold at that queue, whoever made it."""
+    @_builtins.property
+    def source(self) -> _task_pb2.Source: ...
+    @_builtins.property
+    def places(self) -> _containers.RepeatedCompositeFieldContainer[Global___HoldPlace]: ...
+    def __init__(
+        self,
+        *,
+        source: _task_pb2.Source | None = ...,
+        places: _abc.Iterable[Global___HoldPlace] | None = ...,
+        look: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["look", b"look", "places", b"places", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldJob: _TypeAlias = HoldJob  # noqa: Y015
+
+@_typing.final
+class HoldPlace(_message.Message):
+    """One hold: made where it is missing, and moved so that everything before the oldest of `keep_from` may go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PCHANNEL_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    KEEP_FROM_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    pchannel: _builtins.str
+    name: _builtins.str
+    release: _builtins.bool
+    """Removed instead; it may be gone already."""
+    @_builtins.property
+    def keep_from(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """It stays where it is when empty."""
+
+    def __init__(
+        self,
+        *,
+        pchannel: _builtins.str = ...,
+        name: _builtins.str = ...,
+        keep_from: _abc.Iterable[_builtins.bytes] | None = ...,
+        release: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_from", b"keep_from", "name", b"name", "pchannel", b"pchannel", "release", b"release"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldPlace: _TypeAlias = HoldPlace  # noqa: Y015
+
+@_typing.final
 class JobCancel(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1995,6 +2063,7 @@ class JobUpdate(_message.Message):
     VERIFY_FIELD_NUMBER: _builtins.int
     DIFF_FIELD_NUMBER: _builtins.int
     LOCATE_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     @_builtins.property
     def failed(self) -> Global___JobFailed: ...
@@ -2012,6 +2081,8 @@ class JobUpdate(_message.Message):
 
     @_builtins.property
     def locate(self) -> Global___LocateResult: ...
+    @_builtins.property
+    def hold(self) -> Global___HoldResult: ...
     def __init__(
         self,
         *,
@@ -2022,12 +2093,13 @@ class JobUpdate(_message.Message):
         verify: Global___VerifyUpdate | None = ...,
         diff: Global___DiffUpdate | None = ...,
         locate: Global___LocateResult | None = ...,
+        hold: Global___HoldResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["diff", b"diff", "failed", b"failed", "locate", b"locate", "probe", b"probe", "resolve", b"resolve", "update", b"update", "verify", b"verify"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["diff", b"diff", "failed", b"failed", "hold", b"hold", "locate", b"locate", "probe", b"probe", "resolve", b"resolve", "update", b"update", "verify", b"verify"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff", b"diff", "failed", b"failed", "job_id", b"job_id", "locate", b"locate", "probe", b"probe", "resolve", b"resolve", "update", b"update", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff", b"diff", "failed", b"failed", "hold", b"hold", "job_id", b"job_id", "locate", b"locate", "probe", b"probe", "resolve", b"resolve", "update", b"update", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["failed", "probe", "resolve", "verify", "diff", "locate"]  # noqa: Y015
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["failed", "probe", "resolve", "verify", "diff", "locate", "hold"]  # noqa: Y015
     _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
 
@@ -2295,3 +2367,95 @@ class LocatedVchannel(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LocatedVchannel: _TypeAlias = LocatedVchannel  # noqa: Y015
+
+@_typing.final
+class HoldResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLACES_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def places(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldLog]:
+        """In the order asked."""
+
+    @_builtins.property
+    def found(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldLog]:
+        """Where a look was asked for."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedCompositeFieldContainer[Global___HoldWarning]:
+        """What at the queue endangers holds, or what holds endanger there."""
+
+    def __init__(
+        self,
+        *,
+        places: _abc.Iterable[Global___HeldLog] | None = ...,
+        found: _abc.Iterable[Global___HeldLog] | None = ...,
+        warnings: _abc.Iterable[Global___HoldWarning] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found", "places", b"places", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldResult: _TypeAlias = HoldResult  # noqa: Y015
+
+@_typing.final
+class HeldLog(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PCHANNEL_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    BACKLOG_ENTRIES_FIELD_NUMBER: _builtins.int
+    BACKLOG_BYTES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    pchannel: _builtins.str
+    name: _builtins.str
+    backlog_entries: _builtins.int
+    """-1 = not known."""
+    backlog_bytes: _builtins.int
+    reason: _builtins.str
+    """Empty when all is well."""
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        pchannel: _builtins.str = ...,
+        name: _builtins.str = ...,
+        backlog_entries: _builtins.int = ...,
+        backlog_bytes: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_bytes", b"backlog_bytes", "backlog_entries", b"backlog_entries", "message", b"message", "name", b"name", "pchannel", b"pchannel", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldLog: _TypeAlias = HeldLog  # noqa: Y015
+
+@_typing.final
+class HoldWarning(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldWarning: _TypeAlias = HoldWarning  # noqa: Y015

@@ -125,6 +125,7 @@ def _reset(world: World, record: CollectionRecord, progress: CollectionProgress)
             progress, checkpoints=points, conditions=(), past=past, current=current, recount=None
         )
     )
+    world.holds.uncover(record.assignment_id)
 
 
 def _settle_grant(world: World, grant: Grant, unwanted: str, version: int) -> None:

@@ -13,6 +13,7 @@ from milvus_cdc_controller.core import (
     commands,
     events,
     fleet,
+    holding,
     moves,
     positions,
     presence,
@@ -43,6 +44,7 @@ _HANDLERS: dict[type[events.Event], Callable[[World, Any], None]] = {
     events.CancelDrain: fleet.cancel_drain,
     events.MoveAssignment: fleet.move,
     events.Rebalance: fleet.rebalance,
+    events.ForgetHold: holding.forget_hold,
     events.CatalogueSeen: sources.catalogue_seen,
     events.SourceUnavailable: sources.source_unavailable,
     events.PartitionRead: sources.partition_read,
@@ -77,6 +79,7 @@ class Controller:
         match event:
             case events.Started():
                 sessions.started(world)
+                holding.restored(world)
             case events.Ticked():
                 self._tick()
             case _:
@@ -86,6 +89,9 @@ class Controller:
             sources.advance_work(world)
             looked_at |= settle(world)
             tell_parts(world, looked_at)
+        if looked_at or isinstance(event, events.Ticked):
+            holding.advance(world, looked_at)
+            looked_at |= settle(world)
         for uid in sorted(looked_at):
             refresh(world, uid)
         assert not world.dirty

@@ -12,6 +12,7 @@ from milvus_cdc.model import RateLimits
 
 from milvus_cdc_controller.core.collection import CollectionProgress, CollectionRecord
 from milvus_cdc_controller.core.grant import Grant
+from milvus_cdc_controller.core.hold import HoldRecord
 from milvus_cdc_controller.core.jobs import JobPayload, JobResult
 from milvus_cdc_controller.core.replicator import ReplicatorRecord
 from milvus_cdc_controller.core.task import MetadataRecord, SourceRecord, TaskRecord
@@ -24,6 +25,7 @@ Record = (
     | Grant
     | SourceRecord
     | ReplicatorRecord
+    | HoldRecord
 )
 
 

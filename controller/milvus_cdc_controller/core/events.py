@@ -153,6 +153,14 @@ class Rebalance(Command):
     """0 = as many as it needs."""
 
 
+@dataclass(frozen=True, slots=True)
+class ForgetHold(Command):
+    """Its removal is given up; what is at the queue stays there."""
+
+    key: str
+    """`HoldRecord.key`."""
+
+
 # The source's metadata.
 
 

@@ -1,5 +1,5 @@
 """Work beside assignments that any replicator can do: probe, resolve, verify,
-locate, diff.
+locate, diff, hold.
 
 Law: a job is given to one connected replicator; when its stream is lost, the core's own jobs
 begin anew elsewhere and those of a caller fail, because the caller has seen part of the answer.
@@ -75,7 +75,28 @@ class DiffJob:
     """The whole job, opaque."""
 
 
-JobPayload = ProbeJob | ResolveJob | VerifyJob | LocateJob | DiffJob
+@dataclass(frozen=True, slots=True)
+class HoldPlace:
+    """What is to become of one hold: it is made where it is missing, and moved up to the oldest of
+    `keep_from`, which stays in the log; without any it stays where it is.
+    """
+
+    pchannel: str
+    name: str
+    keep_from: tuple[bytes, ...] = ()
+    release: bool = False
+    """It is removed instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldJob:
+    source: bytes
+    places: tuple[HoldPlace, ...] = ()
+    look: bool = False
+    """Every hold at that queue is told, whoever made it."""
+
+
+JobPayload = ProbeJob | ResolveJob | VerifyJob | LocateJob | DiffJob | HoldJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +156,29 @@ class DiffEvent:
     last: bool
 
 
-JobResult = JobFailed | ProbeDone | ResolveDone | VerifyEvent | LocateDone | DiffEvent
+@dataclass(frozen=True, slots=True)
+class HoldSeen:
+    """A hold as it is at the queue; all is well when `reason` is empty."""
+
+    pchannel: str
+    name: str
+    backlog_entries: int = -1
+    """-1 = not known."""
+    backlog_bytes: int = -1
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldDone:
+    places: tuple[HoldSeen, ...]
+    """In the order asked."""
+    found: tuple[HoldSeen, ...] = ()
+    warnings: tuple[tuple[str, str], ...] = ()
+    """(reason, message): what at the queue endangers holds, or what they endanger there."""
+
+
+JobResult = JobFailed | ProbeDone | ResolveDone | VerifyEvent | LocateDone | DiffEvent | HoldDone
 
 
 @dataclass(slots=True)
@@ -149,3 +192,5 @@ class Job:
     deadline_ms: int = 0
     labels: Labels = frozenset()
     """Only a replicator with all of them does it."""
+    log_id: str = ""
+    """Set for a job of the core that looks after this log's holds."""

@@ -12,6 +12,7 @@ from milvus_cdc.model import metadata_assignment_id, split_assignment_id
 
 from milvus_cdc_controller.core.collection import CollectionRecord
 from milvus_cdc_controller.core.granting import give, is_held, metadata_wanted, wanted
+from milvus_cdc_controller.core.holding import waits
 from milvus_cdc_controller.core.liveness import Session
 from milvus_cdc_controller.core.placement import Candidate, Labels, Log, Need, place
 from milvus_cdc_controller.core.rates import IDLE
@@ -41,7 +42,9 @@ def place_waiting(world: World, looked_at: set[str]) -> None:
             needs.append(need_of(world, key))
         for record in world.collections[task.uid].values():
             key = record.assignment_id
-            if key not in stale and not is_held(world, key) and not wanted(task, record):
+            if key in stale or is_held(world, key) or wanted(task, record):
+                continue
+            if not waits(world, record):
                 needs.append(need_of(world, key))
         if len(needs) > before:
             waiting.add(task.uid)

@@ -128,6 +128,7 @@ def _set(world: World, record: CollectionRecord, places: dict[str, Located]) -> 
         recount=None,
     )
     world.put_progress(progress)
+    world.holds.uncover(record.assignment_id)
     seen = world.retention.setdefault(record.assignment_id, {})
     for vchannel, place in places.items():
         seen.pop(vchannel, None)

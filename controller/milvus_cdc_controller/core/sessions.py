@@ -35,6 +35,7 @@ from milvus_cdc_controller.core.events import (
 )
 from milvus_cdc_controller.core.grant import Grant, ReportedState
 from milvus_cdc_controller.core.granting import let_go, revoke, send_assign
+from milvus_cdc_controller.core.holding import hold_done
 from milvus_cdc_controller.core.jobs import DiffEvent, Job, JobFailed, VerifyEvent
 from milvus_cdc_controller.core.liveness import Session
 from milvus_cdc_controller.core.metadata_work import awaits, flushed, metadata_reported
@@ -123,7 +124,9 @@ def _detach(world: World, session: Session) -> None:
     session.stream = 0
     for job in [j for j in world.jobs.values() if j.instance == session.instance]:
         lost = JobFailed("REPLICATOR_LOST", "The replicator doing it was lost.", transient=True)
-        if job.task_uid:
+        if job.log_id:
+            hold_done(world, job, lost)
+        elif job.task_uid:
             job_done(world, job, lost)
             if job.task_uid in world.work:  # else its task was deleted meanwhile
                 world.work[job.task_uid].not_before_ms = 0
@@ -341,6 +344,9 @@ def job_updated(world: World, event: JobUpdated) -> None:
     job = world.jobs.get(event.job_id)
     session = world.session_of(event.stream)
     if job is None or session is None or job.instance != session.instance:
+        return
+    if job.log_id:
+        hold_done(world, job, event.result)
         return
     if job.task_uid:
         job_done(world, job, event.result)

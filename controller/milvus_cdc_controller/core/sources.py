@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from milvus_cdc.model import Catalogue, ObjectState, Partition
 
-from milvus_cdc_controller.core.collection import changed, start_checkpoints
+from milvus_cdc_controller.core.collection import CollectionRecord, changed, start_checkpoints
 from milvus_cdc_controller.core.effects import JobCancel, JobRequest, ReadPartition
 from milvus_cdc_controller.core.events import (
     CatalogueSeen,
@@ -218,11 +218,23 @@ def advance_work(world: World) -> None:
             record
             for record in world.collections[task.uid].values()
             if not record.started and record.want.vchannels and not record.deselected
+            if is_made(world, task, record)
         ]
         if lacking and task.baseline is not None:
             logs = sorted({v.pchannel for record in lacking for v in record.want.vchannels})
             work.resolving = tuple(record.collection_id for record in lacking)
             work.resolve_job = start_job(world, task, ResolveJob(task.spec.source, tuple(logs)))
+
+
+def is_made(world: World, task: TaskRecord, record: CollectionRecord) -> bool:
+    """Its log is held: what is found to be its end stays there."""
+    if not task.spec.held_log:
+        return True
+    live = world.holds.of(task.spec.held_log)
+    return all(
+        v.pchannel in live and live[v.pchannel].key in world.holds.made
+        for v in record.want.vchannels
+    )
 
 
 def start_job(world: World, task: TaskRecord, payload: JobPayload) -> str:

@@ -19,6 +19,7 @@ from milvus_cdc_controller.core.collection import (
 from milvus_cdc_controller.core.effects import Publish, Save
 from milvus_cdc_controller.core.grant import Grant, GrantState, Observed, ReportedState
 from milvus_cdc_controller.core.granting import metadata_wanted, wanted
+from milvus_cdc_controller.core.holding import failing, waits
 from milvus_cdc_controller.core.liveness import SessionState
 from milvus_cdc_controller.core.names import Kind
 from milvus_cdc_controller.core.placing import labels_of
@@ -52,6 +53,9 @@ def collection_status(world: World, record: CollectionRecord) -> Status:
     if not held:
         if not world.alive():
             return CollectionState.PENDING, "NO_REPLICATOR", "No replicator is connected."
+        if waits(world, record):
+            wrong = failing(world, task) or "A replicator makes sure that the queue keeps its log."
+            return CollectionState.PENDING, "WAITING_FOR_HOLD", wrong
         return CollectionState.PENDING, *_no_taker(world, task)
     assert grant is not None
     session = world.owner(grant)
@@ -190,6 +194,8 @@ def _derive(world: World, task: TaskRecord) -> tuple[TaskState, str, str]:
             return waiting, "NO_REPLICATOR", "No replicator is connected; start one."
         if work.reason:
             return waiting, work.reason, work.message
+        if wrong := failing(world, task):
+            return waiting, "HOLD_FAILING", wrong
         if not task.created:
             reason = "PROBING" if not task.probed else "RESOLVING"
             return waiting, reason, "A replicator is looking at queue and sink."

@@ -35,6 +35,7 @@ from milvus_cdc_controller.core.effects import (
 )
 from milvus_cdc_controller.core.events import Instant
 from milvus_cdc_controller.core.grant import Grant, Observed
+from milvus_cdc_controller.core.hold import HoldRecord, Holds
 from milvus_cdc_controller.core.jobs import Job
 from milvus_cdc_controller.core.liveness import Leases, Session
 from milvus_cdc_controller.core.metadata import alias_names
@@ -73,6 +74,10 @@ def source_key(source_id: str) -> str:
 
 def replicator_key(name: str) -> str:
     return f"replicators/{name}"
+
+
+def hold_key(hold: HoldRecord) -> str:
+    return f"holds/{hold.key}"
 
 
 @dataclass(slots=True)
@@ -143,6 +148,7 @@ class World:
     sources: dict[str, SourceView] = field(default_factory=dict)
     source_records: dict[str, SourceRecord] = field(default_factory=dict)
     work: dict[str, TaskWork] = field(default_factory=dict)
+    holds: Holds = field(default_factory=Holds)
     retention: dict[str, dict[str, Seen]] = field(default_factory=dict)
     """By assignment id and vchannel."""
     inherited_ttl_ms: int = 0
@@ -181,6 +187,8 @@ class World:
                     self.source_records[record.source_id] = record
                 case ReplicatorRecord():
                     self.replicators[record.name] = record
+                case HoldRecord():
+                    self.holds.records[record.key] = record
                 case _:
                     pass
         for record in held:
@@ -269,6 +277,15 @@ class World:
             self.source_records[record.source_id] = record
             self.effects.append(Save(source_key(record.source_id), record))
 
+    def put_hold(self, record: HoldRecord) -> None:
+        if self.holds.records.get(record.key) != record:
+            self.holds.records[record.key] = record
+            self.effects.append(Save(hold_key(record), record))
+
+    def drop_hold(self, record: HoldRecord) -> None:
+        self.holds.forget(record.key)
+        self.effects.append(Forget(hold_key(record)))
+
     def put_replicator(self, record: ReplicatorRecord) -> None:
         """The mark of a name, from now on also that of its processes."""
         if record == self.mark_of(record.name):
@@ -291,6 +308,7 @@ class World:
         self.observed.pop(key, None)
         self.retention.pop(key, None)
         self.rates.pop(key, None)
+        self.holds.uncover(key)
         self.effects.append(Forget(collection_key(record.task_uid, record.collection_id)))
         self.effects.append(Forget(progress_key(record.task_uid, record.collection_id)))
         if self.grants.pop(key, None) is not None:

@@ -2047,7 +2047,7 @@ var File_milvuscdc_v1_fleet_service_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_fleet_service_proto_rawDesc = "" +
 	"\n" +
-	" milvuscdc/v1/fleet_service.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd5\x06\n" +
+	" milvuscdc/v1/fleet_service.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17milvuscdc/v1/hold.proto\"\xd5\x06\n" +
 	"\n" +
 	"Replicator\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n" +
@@ -2237,7 +2237,7 @@ const file_milvuscdc_v1_fleet_service_proto_rawDesc = "" +
 	"\x0eControllerRole\x12\x1f\n" +
 	"\x1bCONTROLLER_ROLE_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16CONTROLLER_ROLE_LEADER\x10\x01\x12\x1c\n" +
-	"\x18CONTROLLER_ROLE_FOLLOWER\x10\x022\xb9\b\n" +
+	"\x18CONTROLLER_ROLE_FOLLOWER\x10\x022\xd8\t\n" +
 	"\fFleetService\x12^\n" +
 	"\x0fListReplicators\x12$.milvuscdc.v1.ListReplicatorsRequest\x1a%.milvuscdc.v1.ListReplicatorsResponse\x12X\n" +
 	"\rGetReplicator\x12\".milvuscdc.v1.GetReplicatorRequest\x1a#.milvuscdc.v1.GetReplicatorResponse\x12c\n" +
@@ -2249,7 +2249,10 @@ const file_milvuscdc_v1_fleet_service_proto_rawDesc = "" +
 	"\x0fListAssignments\x12$.milvuscdc.v1.ListAssignmentsRequest\x1a%.milvuscdc.v1.ListAssignmentsResponse\x12^\n" +
 	"\x0fListControllers\x12$.milvuscdc.v1.ListControllersRequest\x1a%.milvuscdc.v1.ListControllersResponse\x12[\n" +
 	"\x0eMoveAssignment\x12#.milvuscdc.v1.MoveAssignmentRequest\x1a$.milvuscdc.v1.MoveAssignmentResponse\x12m\n" +
-	"\x14RebalanceAssignments\x12).milvuscdc.v1.RebalanceAssignmentsRequest\x1a*.milvuscdc.v1.RebalanceAssignmentsResponseBY\n" +
+	"\x14RebalanceAssignments\x12).milvuscdc.v1.RebalanceAssignmentsRequest\x1a*.milvuscdc.v1.RebalanceAssignmentsResponse\x12L\n" +
+	"\tListHolds\x12\x1e.milvuscdc.v1.ListHoldsRequest\x1a\x1f.milvuscdc.v1.ListHoldsResponse\x12O\n" +
+	"\n" +
+	"DeleteHold\x12\x1f.milvuscdc.v1.DeleteHoldRequest\x1a .milvuscdc.v1.DeleteHoldResponseBY\n" +
 	"\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3"
 
 var (
@@ -2303,6 +2306,10 @@ var file_milvuscdc_v1_fleet_service_proto_goTypes = []any{
 	(*RebalancePlan_Load)(nil),           // 33: milvuscdc.v1.RebalancePlan.Load
 	(*timestamppb.Timestamp)(nil),        // 34: google.protobuf.Timestamp
 	(*durationpb.Duration)(nil),          // 35: google.protobuf.Duration
+	(*ListHoldsRequest)(nil),             // 36: milvuscdc.v1.ListHoldsRequest
+	(*DeleteHoldRequest)(nil),            // 37: milvuscdc.v1.DeleteHoldRequest
+	(*ListHoldsResponse)(nil),            // 38: milvuscdc.v1.ListHoldsResponse
+	(*DeleteHoldResponse)(nil),           // 39: milvuscdc.v1.DeleteHoldResponse
 }
 var file_milvuscdc_v1_fleet_service_proto_depIdxs = []int32{
 	0,  // 0: milvuscdc.v1.Replicator.state:type_name -> milvuscdc.v1.ReplicatorState
@@ -2343,19 +2350,23 @@ var file_milvuscdc_v1_fleet_service_proto_depIdxs = []int32{
 	24, // 35: milvuscdc.v1.FleetService.ListControllers:input_type -> milvuscdc.v1.ListControllersRequest
 	26, // 36: milvuscdc.v1.FleetService.MoveAssignment:input_type -> milvuscdc.v1.MoveAssignmentRequest
 	28, // 37: milvuscdc.v1.FleetService.RebalanceAssignments:input_type -> milvuscdc.v1.RebalanceAssignmentsRequest
-	7,  // 38: milvuscdc.v1.FleetService.ListReplicators:output_type -> milvuscdc.v1.ListReplicatorsResponse
-	9,  // 39: milvuscdc.v1.FleetService.GetReplicator:output_type -> milvuscdc.v1.GetReplicatorResponse
-	11, // 40: milvuscdc.v1.FleetService.WatchReplicators:output_type -> milvuscdc.v1.WatchReplicatorsResponse
-	13, // 41: milvuscdc.v1.FleetService.CordonReplicator:output_type -> milvuscdc.v1.CordonReplicatorResponse
-	15, // 42: milvuscdc.v1.FleetService.UncordonReplicator:output_type -> milvuscdc.v1.UncordonReplicatorResponse
-	17, // 43: milvuscdc.v1.FleetService.DrainReplicator:output_type -> milvuscdc.v1.DrainReplicatorResponse
-	19, // 44: milvuscdc.v1.FleetService.CancelDrain:output_type -> milvuscdc.v1.CancelDrainResponse
-	22, // 45: milvuscdc.v1.FleetService.ListAssignments:output_type -> milvuscdc.v1.ListAssignmentsResponse
-	25, // 46: milvuscdc.v1.FleetService.ListControllers:output_type -> milvuscdc.v1.ListControllersResponse
-	27, // 47: milvuscdc.v1.FleetService.MoveAssignment:output_type -> milvuscdc.v1.MoveAssignmentResponse
-	29, // 48: milvuscdc.v1.FleetService.RebalanceAssignments:output_type -> milvuscdc.v1.RebalanceAssignmentsResponse
-	38, // [38:49] is the sub-list for method output_type
-	27, // [27:38] is the sub-list for method input_type
+	36, // 38: milvuscdc.v1.FleetService.ListHolds:input_type -> milvuscdc.v1.ListHoldsRequest
+	37, // 39: milvuscdc.v1.FleetService.DeleteHold:input_type -> milvuscdc.v1.DeleteHoldRequest
+	7,  // 40: milvuscdc.v1.FleetService.ListReplicators:output_type -> milvuscdc.v1.ListReplicatorsResponse
+	9,  // 41: milvuscdc.v1.FleetService.GetReplicator:output_type -> milvuscdc.v1.GetReplicatorResponse
+	11, // 42: milvuscdc.v1.FleetService.WatchReplicators:output_type -> milvuscdc.v1.WatchReplicatorsResponse
+	13, // 43: milvuscdc.v1.FleetService.CordonReplicator:output_type -> milvuscdc.v1.CordonReplicatorResponse
+	15, // 44: milvuscdc.v1.FleetService.UncordonReplicator:output_type -> milvuscdc.v1.UncordonReplicatorResponse
+	17, // 45: milvuscdc.v1.FleetService.DrainReplicator:output_type -> milvuscdc.v1.DrainReplicatorResponse
+	19, // 46: milvuscdc.v1.FleetService.CancelDrain:output_type -> milvuscdc.v1.CancelDrainResponse
+	22, // 47: milvuscdc.v1.FleetService.ListAssignments:output_type -> milvuscdc.v1.ListAssignmentsResponse
+	25, // 48: milvuscdc.v1.FleetService.ListControllers:output_type -> milvuscdc.v1.ListControllersResponse
+	27, // 49: milvuscdc.v1.FleetService.MoveAssignment:output_type -> milvuscdc.v1.MoveAssignmentResponse
+	29, // 50: milvuscdc.v1.FleetService.RebalanceAssignments:output_type -> milvuscdc.v1.RebalanceAssignmentsResponse
+	38, // 51: milvuscdc.v1.FleetService.ListHolds:output_type -> milvuscdc.v1.ListHoldsResponse
+	39, // 52: milvuscdc.v1.FleetService.DeleteHold:output_type -> milvuscdc.v1.DeleteHoldResponse
+	40, // [40:53] is the sub-list for method output_type
+	27, // [27:40] is the sub-list for method input_type
 	27, // [27:27] is the sub-list for extension type_name
 	27, // [27:27] is the sub-list for extension extendee
 	0,  // [0:27] is the sub-list for field type_name
@@ -2366,6 +2377,7 @@ func file_milvuscdc_v1_fleet_service_proto_init() {
 	if File_milvuscdc_v1_fleet_service_proto != nil {
 		return
 	}
+	file_milvuscdc_v1_hold_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

@@ -32,6 +32,8 @@ const (
 	FleetService_ListControllers_FullMethodName      = "/milvuscdc.v1.FleetService/ListControllers"
 	FleetService_MoveAssignment_FullMethodName       = "/milvuscdc.v1.FleetService/MoveAssignment"
 	FleetService_RebalanceAssignments_FullMethodName = "/milvuscdc.v1.FleetService/RebalanceAssignments"
+	FleetService_ListHolds_FullMethodName            = "/milvuscdc.v1.FleetService/ListHolds"
+	FleetService_DeleteHold_FullMethodName           = "/milvuscdc.v1.FleetService/DeleteHold"
 )
 
 // FleetServiceClient is the client API for FleetService service.
@@ -60,6 +62,10 @@ type FleetServiceClient interface {
 	MoveAssignment(ctx context.Context, in *MoveAssignmentRequest, opts ...grpc.CallOption) (*MoveAssignmentResponse, error)
 	// Evens out the load with as few moves as that needs; with `validate_only` shows the moves and does none.
 	RebalanceAssignments(ctx context.Context, in *RebalanceAssignmentsRequest, opts ...grpc.CallOption) (*RebalanceAssignmentsResponse, error)
+	// What keeps sources' logs from being deleted unread, and how much they keep.
+	ListHolds(ctx context.Context, in *ListHoldsRequest, opts ...grpc.CallOption) (*ListHoldsResponse, error)
+	// An orphan at its queue; one that is in use is refused.
+	DeleteHold(ctx context.Context, in *DeleteHoldRequest, opts ...grpc.CallOption) (*DeleteHoldResponse, error)
 }
 
 type fleetServiceClient struct {
@@ -189,6 +195,26 @@ func (c *fleetServiceClient) RebalanceAssignments(ctx context.Context, in *Rebal
 	return out, nil
 }
 
+func (c *fleetServiceClient) ListHolds(ctx context.Context, in *ListHoldsRequest, opts ...grpc.CallOption) (*ListHoldsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListHoldsResponse)
+	err := c.cc.Invoke(ctx, FleetService_ListHolds_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *fleetServiceClient) DeleteHold(ctx context.Context, in *DeleteHoldRequest, opts ...grpc.CallOption) (*DeleteHoldResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteHoldResponse)
+	err := c.cc.Invoke(ctx, FleetService_DeleteHold_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // FleetServiceServer is the server API for FleetService service.
 // All implementations must embed UnimplementedFleetServiceServer
 // for forward compatibility.
@@ -215,6 +241,10 @@ type FleetServiceServer interface {
 	MoveAssignment(context.Context, *MoveAssignmentRequest) (*MoveAssignmentResponse, error)
 	// Evens out the load with as few moves as that needs; with `validate_only` shows the moves and does none.
 	RebalanceAssignments(context.Context, *RebalanceAssignmentsRequest) (*RebalanceAssignmentsResponse, error)
+	// What keeps sources' logs from being deleted unread, and how much they keep.
+	ListHolds(context.Context, *ListHoldsRequest) (*ListHoldsResponse, error)
+	// An orphan at its queue; one that is in use is refused.
+	DeleteHold(context.Context, *DeleteHoldRequest) (*DeleteHoldResponse, error)
 	mustEmbedUnimplementedFleetServiceServer()
 }
 
@@ -257,6 +287,12 @@ func (UnimplementedFleetServiceServer) MoveAssignment(context.Context, *MoveAssi
 }
 func (UnimplementedFleetServiceServer) RebalanceAssignments(context.Context, *RebalanceAssignmentsRequest) (*RebalanceAssignmentsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RebalanceAssignments not implemented")
+}
+func (UnimplementedFleetServiceServer) ListHolds(context.Context, *ListHoldsRequest) (*ListHoldsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListHolds not implemented")
+}
+func (UnimplementedFleetServiceServer) DeleteHold(context.Context, *DeleteHoldRequest) (*DeleteHoldResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteHold not implemented")
 }
 func (UnimplementedFleetServiceServer) mustEmbedUnimplementedFleetServiceServer() {}
 func (UnimplementedFleetServiceServer) testEmbeddedByValue()                      {}
@@ -470,6 +506,42 @@ func _FleetService_RebalanceAssignments_Handler(srv interface{}, ctx context.Con
 	return interceptor(ctx, in, info, handler)
 }
 
+func _FleetService_ListHolds_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListHoldsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(FleetServiceServer).ListHolds(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: FleetService_ListHolds_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(FleetServiceServer).ListHolds(ctx, req.(*ListHoldsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _FleetService_DeleteHold_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteHoldRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(FleetServiceServer).DeleteHold(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: FleetService_DeleteHold_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(FleetServiceServer).DeleteHold(ctx, req.(*DeleteHoldRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // FleetService_ServiceDesc is the grpc.ServiceDesc for FleetService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -516,6 +588,14 @@ var FleetService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "RebalanceAssignments",
 			Handler:    _FleetService_RebalanceAssignments_Handler,
+		},
+		{
+			MethodName: "ListHolds",
+			Handler:    _FleetService_ListHolds_Handler,
+		},
+		{
+			MethodName: "DeleteHold",
+			Handler:    _FleetService_DeleteHold_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -3676,6 +3676,7 @@ type JobRequest struct {
 	//	*JobRequest_Verify
 	//	*JobRequest_Diff
 	//	*JobRequest_Locate
+	//	*JobRequest_Hold
 	Job           isJobRequest_Job `protobuf_oneof:"job"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3770,6 +3771,15 @@ func (x *JobRequest) GetLocate() *LocateJob {
 	return nil
 }
 
+func (x *JobRequest) GetHold() *HoldJob {
+	if x != nil {
+		if x, ok := x.Job.(*JobRequest_Hold); ok {
+			return x.Hold
+		}
+	}
+	return nil
+}
+
 type isJobRequest_Job interface {
 	isJobRequest_Job()
 }
@@ -3794,6 +3804,10 @@ type JobRequest_Locate struct {
 	Locate *LocateJob `protobuf:"bytes,6,opt,name=locate,proto3,oneof"`
 }
 
+type JobRequest_Hold struct {
+	Hold *HoldJob `protobuf:"bytes,7,opt,name=hold,proto3,oneof"`
+}
+
 func (*JobRequest_Probe) isJobRequest_Job() {}
 
 func (*JobRequest_Resolve) isJobRequest_Job() {}
@@ -3803,6 +3817,8 @@ func (*JobRequest_Verify) isJobRequest_Job() {}
 func (*JobRequest_Diff) isJobRequest_Job() {}
 
 func (*JobRequest_Locate) isJobRequest_Job() {}
+
+func (*JobRequest_Hold) isJobRequest_Job() {}
 
 // Connect to queue, sink and (when set) the source's public API, and say what is wrong.
 type ProbeJob struct {
@@ -4330,6 +4346,139 @@ func (*LocateTarget_ReadFrom) isLocateTarget_By() {}
 
 func (*LocateTarget_Ts) isLocateTarget_By() {}
 
+// Keep the source's queue from forgetting what is still to be read.
+type HoldJob struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Source *Source                `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	Places []*HoldPlace           `protobuf:"bytes,2,rep,name=places,proto3" json:"places,omitempty"`
+	// Tell every hold at that queue, whoever made it.
+	Look          bool `protobuf:"varint,3,opt,name=look,proto3" json:"look,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldJob) Reset() {
+	*x = HoldJob{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldJob) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldJob) ProtoMessage() {}
+
+func (x *HoldJob) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldJob.ProtoReflect.Descriptor instead.
+func (*HoldJob) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *HoldJob) GetSource() *Source {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *HoldJob) GetPlaces() []*HoldPlace {
+	if x != nil {
+		return x.Places
+	}
+	return nil
+}
+
+func (x *HoldJob) GetLook() bool {
+	if x != nil {
+		return x.Look
+	}
+	return false
+}
+
+// One hold: made where it is missing, and moved so that everything before the oldest of `keep_from` may go.
+type HoldPlace struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Pchannel string                 `protobuf:"bytes,1,opt,name=pchannel,proto3" json:"pchannel,omitempty"`
+	Name     string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// It stays where it is when empty.
+	KeepFrom [][]byte `protobuf:"bytes,3,rep,name=keep_from,json=keepFrom,proto3" json:"keep_from,omitempty"`
+	// Removed instead; it may be gone already.
+	Release       bool `protobuf:"varint,4,opt,name=release,proto3" json:"release,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldPlace) Reset() {
+	*x = HoldPlace{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldPlace) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldPlace) ProtoMessage() {}
+
+func (x *HoldPlace) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldPlace.ProtoReflect.Descriptor instead.
+func (*HoldPlace) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *HoldPlace) GetPchannel() string {
+	if x != nil {
+		return x.Pchannel
+	}
+	return ""
+}
+
+func (x *HoldPlace) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *HoldPlace) GetKeepFrom() [][]byte {
+	if x != nil {
+		return x.KeepFrom
+	}
+	return nil
+}
+
+func (x *HoldPlace) GetRelease() bool {
+	if x != nil {
+		return x.Release
+	}
+	return false
+}
+
 type JobCancel struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	JobId         string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
@@ -4339,7 +4488,7 @@ type JobCancel struct {
 
 func (x *JobCancel) Reset() {
 	*x = JobCancel{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[45]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4351,7 +4500,7 @@ func (x *JobCancel) String() string {
 func (*JobCancel) ProtoMessage() {}
 
 func (x *JobCancel) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[45]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4364,7 +4513,7 @@ func (x *JobCancel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobCancel.ProtoReflect.Descriptor instead.
 func (*JobCancel) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{45}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *JobCancel) GetJobId() string {
@@ -4385,6 +4534,7 @@ type JobUpdate struct {
 	//	*JobUpdate_Verify
 	//	*JobUpdate_Diff
 	//	*JobUpdate_Locate
+	//	*JobUpdate_Hold
 	Update        isJobUpdate_Update `protobuf_oneof:"update"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4392,7 +4542,7 @@ type JobUpdate struct {
 
 func (x *JobUpdate) Reset() {
 	*x = JobUpdate{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[46]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4404,7 +4554,7 @@ func (x *JobUpdate) String() string {
 func (*JobUpdate) ProtoMessage() {}
 
 func (x *JobUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[46]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4417,7 +4567,7 @@ func (x *JobUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobUpdate.ProtoReflect.Descriptor instead.
 func (*JobUpdate) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{46}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *JobUpdate) GetJobId() string {
@@ -4488,6 +4638,15 @@ func (x *JobUpdate) GetLocate() *LocateResult {
 	return nil
 }
 
+func (x *JobUpdate) GetHold() *HoldResult {
+	if x != nil {
+		if x, ok := x.Update.(*JobUpdate_Hold); ok {
+			return x.Hold
+		}
+	}
+	return nil
+}
+
 type isJobUpdate_Update interface {
 	isJobUpdate_Update()
 }
@@ -4518,6 +4677,10 @@ type JobUpdate_Locate struct {
 	Locate *LocateResult `protobuf:"bytes,7,opt,name=locate,proto3,oneof"`
 }
 
+type JobUpdate_Hold struct {
+	Hold *HoldResult `protobuf:"bytes,8,opt,name=hold,proto3,oneof"`
+}
+
 func (*JobUpdate_Failed) isJobUpdate_Update() {}
 
 func (*JobUpdate_Probe) isJobUpdate_Update() {}
@@ -4529,6 +4692,8 @@ func (*JobUpdate_Verify) isJobUpdate_Update() {}
 func (*JobUpdate_Diff) isJobUpdate_Update() {}
 
 func (*JobUpdate_Locate) isJobUpdate_Update() {}
+
+func (*JobUpdate_Hold) isJobUpdate_Update() {}
 
 type JobFailed struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -4544,7 +4709,7 @@ type JobFailed struct {
 
 func (x *JobFailed) Reset() {
 	*x = JobFailed{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[47]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4556,7 +4721,7 @@ func (x *JobFailed) String() string {
 func (*JobFailed) ProtoMessage() {}
 
 func (x *JobFailed) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[47]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4569,7 +4734,7 @@ func (x *JobFailed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobFailed.ProtoReflect.Descriptor instead.
 func (*JobFailed) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{47}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *JobFailed) GetReason() string {
@@ -4612,7 +4777,7 @@ type ProbeResult struct {
 
 func (x *ProbeResult) Reset() {
 	*x = ProbeResult{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[48]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4624,7 +4789,7 @@ func (x *ProbeResult) String() string {
 func (*ProbeResult) ProtoMessage() {}
 
 func (x *ProbeResult) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[48]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4637,7 +4802,7 @@ func (x *ProbeResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeResult.ProtoReflect.Descriptor instead.
 func (*ProbeResult) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{48}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ProbeResult) GetSourceVersion() string {
@@ -4672,7 +4837,7 @@ type ResolveResult struct {
 
 func (x *ResolveResult) Reset() {
 	*x = ResolveResult{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[49]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4684,7 +4849,7 @@ func (x *ResolveResult) String() string {
 func (*ResolveResult) ProtoMessage() {}
 
 func (x *ResolveResult) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[49]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4697,7 +4862,7 @@ func (x *ResolveResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveResult.ProtoReflect.Descriptor instead.
 func (*ResolveResult) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{49}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ResolveResult) GetLogEnds() []*LogEnd {
@@ -4727,7 +4892,7 @@ type LogEnd struct {
 
 func (x *LogEnd) Reset() {
 	*x = LogEnd{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[50]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4739,7 +4904,7 @@ func (x *LogEnd) String() string {
 func (*LogEnd) ProtoMessage() {}
 
 func (x *LogEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[50]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4752,7 +4917,7 @@ func (x *LogEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEnd.ProtoReflect.Descriptor instead.
 func (*LogEnd) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{50}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *LogEnd) GetPchannel() string {
@@ -4791,7 +4956,7 @@ type VerifyUpdate struct {
 
 func (x *VerifyUpdate) Reset() {
 	*x = VerifyUpdate{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[51]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4803,7 +4968,7 @@ func (x *VerifyUpdate) String() string {
 func (*VerifyUpdate) ProtoMessage() {}
 
 func (x *VerifyUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[51]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4816,7 +4981,7 @@ func (x *VerifyUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyUpdate.ProtoReflect.Descriptor instead.
 func (*VerifyUpdate) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{51}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *VerifyUpdate) GetEvent() isVerifyUpdate_Event {
@@ -4899,7 +5064,7 @@ type VerifyDone struct {
 
 func (x *VerifyDone) Reset() {
 	*x = VerifyDone{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[52]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4911,7 +5076,7 @@ func (x *VerifyDone) String() string {
 func (*VerifyDone) ProtoMessage() {}
 
 func (x *VerifyDone) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[52]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4924,7 +5089,7 @@ func (x *VerifyDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyDone.ProtoReflect.Descriptor instead.
 func (*VerifyDone) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{52}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{54}
 }
 
 type DiffUpdate struct {
@@ -4941,7 +5106,7 @@ type DiffUpdate struct {
 
 func (x *DiffUpdate) Reset() {
 	*x = DiffUpdate{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[53]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4953,7 +5118,7 @@ func (x *DiffUpdate) String() string {
 func (*DiffUpdate) ProtoMessage() {}
 
 func (x *DiffUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[53]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4966,7 +5131,7 @@ func (x *DiffUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffUpdate.ProtoReflect.Descriptor instead.
 func (*DiffUpdate) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{53}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *DiffUpdate) GetEvent() isDiffUpdate_Event {
@@ -5033,7 +5198,7 @@ type DiffDone struct {
 
 func (x *DiffDone) Reset() {
 	*x = DiffDone{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[54]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5045,7 +5210,7 @@ func (x *DiffDone) String() string {
 func (*DiffDone) ProtoMessage() {}
 
 func (x *DiffDone) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[54]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5058,7 +5223,7 @@ func (x *DiffDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffDone.ProtoReflect.Descriptor instead.
 func (*DiffDone) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{54}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{56}
 }
 
 type LocateResult struct {
@@ -5070,7 +5235,7 @@ type LocateResult struct {
 
 func (x *LocateResult) Reset() {
 	*x = LocateResult{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[55]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5082,7 +5247,7 @@ func (x *LocateResult) String() string {
 func (*LocateResult) ProtoMessage() {}
 
 func (x *LocateResult) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[55]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5095,7 +5260,7 @@ func (x *LocateResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocateResult.ProtoReflect.Descriptor instead.
 func (*LocateResult) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{55}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *LocateResult) GetLocated() []*LocatedVchannel {
@@ -5122,7 +5287,7 @@ type LocatedVchannel struct {
 
 func (x *LocatedVchannel) Reset() {
 	*x = LocatedVchannel{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[56]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5134,7 +5299,7 @@ func (x *LocatedVchannel) String() string {
 func (*LocatedVchannel) ProtoMessage() {}
 
 func (x *LocatedVchannel) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[56]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5147,7 +5312,7 @@ func (x *LocatedVchannel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocatedVchannel.ProtoReflect.Descriptor instead.
 func (*LocatedVchannel) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{56}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *LocatedVchannel) GetVchannel() string {
@@ -5197,6 +5362,207 @@ func (x *LocatedVchannel) GetIncarnation() []byte {
 		return x.Incarnation
 	}
 	return nil
+}
+
+type HoldResult struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the order asked.
+	Places []*HeldLog `protobuf:"bytes,1,rep,name=places,proto3" json:"places,omitempty"`
+	// Where a look was asked for.
+	Found []*HeldLog `protobuf:"bytes,2,rep,name=found,proto3" json:"found,omitempty"`
+	// What at the queue endangers holds, or what holds endanger there.
+	Warnings      []*HoldWarning `protobuf:"bytes,3,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldResult) Reset() {
+	*x = HoldResult{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldResult) ProtoMessage() {}
+
+func (x *HoldResult) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldResult.ProtoReflect.Descriptor instead.
+func (*HoldResult) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *HoldResult) GetPlaces() []*HeldLog {
+	if x != nil {
+		return x.Places
+	}
+	return nil
+}
+
+func (x *HoldResult) GetFound() []*HeldLog {
+	if x != nil {
+		return x.Found
+	}
+	return nil
+}
+
+func (x *HoldResult) GetWarnings() []*HoldWarning {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
+}
+
+type HeldLog struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Pchannel string                 `protobuf:"bytes,1,opt,name=pchannel,proto3" json:"pchannel,omitempty"`
+	Name     string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// -1 = not known.
+	BacklogEntries int64 `protobuf:"varint,3,opt,name=backlog_entries,json=backlogEntries,proto3" json:"backlog_entries,omitempty"`
+	BacklogBytes   int64 `protobuf:"varint,4,opt,name=backlog_bytes,json=backlogBytes,proto3" json:"backlog_bytes,omitempty"`
+	// Empty when all is well.
+	Reason        string `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	Message       string `protobuf:"bytes,6,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeldLog) Reset() {
+	*x = HeldLog{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldLog) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldLog) ProtoMessage() {}
+
+func (x *HeldLog) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldLog.ProtoReflect.Descriptor instead.
+func (*HeldLog) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *HeldLog) GetPchannel() string {
+	if x != nil {
+		return x.Pchannel
+	}
+	return ""
+}
+
+func (x *HeldLog) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *HeldLog) GetBacklogEntries() int64 {
+	if x != nil {
+		return x.BacklogEntries
+	}
+	return 0
+}
+
+func (x *HeldLog) GetBacklogBytes() int64 {
+	if x != nil {
+		return x.BacklogBytes
+	}
+	return 0
+}
+
+func (x *HeldLog) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *HeldLog) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+type HoldWarning struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reason        string                 `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
+	Message       string                 `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldWarning) Reset() {
+	*x = HoldWarning{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldWarning) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldWarning) ProtoMessage() {}
+
+func (x *HoldWarning) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldWarning.ProtoReflect.Descriptor instead.
+func (*HoldWarning) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *HoldWarning) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *HoldWarning) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
 }
 
 var File_milvuscdc_v1_replication_service_proto protoreflect.FileDescriptor
@@ -5532,7 +5898,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x0ePartitionQuery\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12!\n" +
-	"\fpartition_id\x18\x03 \x01(\x03R\vpartitionId\"\xa3\x02\n" +
+	"\fpartition_id\x18\x03 \x01(\x03R\vpartitionId\"\xd0\x02\n" +
 	"\n" +
 	"JobRequest\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12.\n" +
@@ -5540,7 +5906,8 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\aresolve\x18\x03 \x01(\v2\x18.milvuscdc.v1.ResolveJobH\x00R\aresolve\x121\n" +
 	"\x06verify\x18\x04 \x01(\v2\x17.milvuscdc.v1.VerifyJobH\x00R\x06verify\x12+\n" +
 	"\x04diff\x18\x05 \x01(\v2\x15.milvuscdc.v1.DiffJobH\x00R\x04diff\x121\n" +
-	"\x06locate\x18\x06 \x01(\v2\x17.milvuscdc.v1.LocateJobH\x00R\x06locateB\x05\n" +
+	"\x06locate\x18\x06 \x01(\v2\x17.milvuscdc.v1.LocateJobH\x00R\x06locate\x12+\n" +
+	"\x04hold\x18\a \x01(\v2\x15.milvuscdc.v1.HoldJobH\x00R\x04holdB\x05\n" +
 	"\x03job\"\xf8\x01\n" +
 	"\bProbeJob\x12,\n" +
 	"\x06source\x18\x01 \x01(\v2\x14.milvuscdc.v1.SourceR\x06source\x12&\n" +
@@ -5580,9 +5947,18 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"resolvedTs\x12 \n" +
 	"\vincarnation\x18\x06 \x01(\fR\vincarnation\x12\x16\n" +
 	"\x06stored\x18\a \x01(\bR\x06storedB\x04\n" +
-	"\x02by\"\"\n" +
+	"\x02by\"|\n" +
+	"\aHoldJob\x12,\n" +
+	"\x06source\x18\x01 \x01(\v2\x14.milvuscdc.v1.SourceR\x06source\x12/\n" +
+	"\x06places\x18\x02 \x03(\v2\x17.milvuscdc.v1.HoldPlaceR\x06places\x12\x12\n" +
+	"\x04look\x18\x03 \x01(\bR\x04look\"r\n" +
+	"\tHoldPlace\x12\x1a\n" +
+	"\bpchannel\x18\x01 \x01(\tR\bpchannel\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1b\n" +
+	"\tkeep_from\x18\x03 \x03(\fR\bkeepFrom\x12\x18\n" +
+	"\arelease\x18\x04 \x01(\bR\arelease\"\"\n" +
 	"\tJobCancel\x12\x15\n" +
-	"\x06job_id\x18\x01 \x01(\tR\x05jobId\"\xe7\x02\n" +
+	"\x06job_id\x18\x01 \x01(\tR\x05jobId\"\x97\x03\n" +
 	"\tJobUpdate\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x121\n" +
 	"\x06failed\x18\x02 \x01(\v2\x17.milvuscdc.v1.JobFailedH\x00R\x06failed\x121\n" +
@@ -5590,7 +5966,8 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\aresolve\x18\x04 \x01(\v2\x1b.milvuscdc.v1.ResolveResultH\x00R\aresolve\x124\n" +
 	"\x06verify\x18\x05 \x01(\v2\x1a.milvuscdc.v1.VerifyUpdateH\x00R\x06verify\x12.\n" +
 	"\x04diff\x18\x06 \x01(\v2\x18.milvuscdc.v1.DiffUpdateH\x00R\x04diff\x124\n" +
-	"\x06locate\x18\a \x01(\v2\x1a.milvuscdc.v1.LocateResultH\x00R\x06locateB\b\n" +
+	"\x06locate\x18\a \x01(\v2\x1a.milvuscdc.v1.LocateResultH\x00R\x06locate\x12.\n" +
+	"\x04hold\x18\b \x01(\v2\x18.milvuscdc.v1.HoldResultH\x00R\x04holdB\b\n" +
 	"\x06update\"q\n" +
 	"\tJobFailed\x12\x16\n" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x18\n" +
@@ -5640,7 +6017,22 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\tretention\x18\x04 \x01(\v2\x17.milvuscdc.v1.RetentionR\tretention\x12\x16\n" +
 	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x18\n" +
 	"\amessage\x18\x06 \x01(\tR\amessage\x12 \n" +
-	"\vincarnation\x18\a \x01(\fR\vincarnation*O\n" +
+	"\vincarnation\x18\a \x01(\fR\vincarnation\"\x9f\x01\n" +
+	"\n" +
+	"HoldResult\x12-\n" +
+	"\x06places\x18\x01 \x03(\v2\x15.milvuscdc.v1.HeldLogR\x06places\x12+\n" +
+	"\x05found\x18\x02 \x03(\v2\x15.milvuscdc.v1.HeldLogR\x05found\x125\n" +
+	"\bwarnings\x18\x03 \x03(\v2\x19.milvuscdc.v1.HoldWarningR\bwarnings\"\xb9\x01\n" +
+	"\aHeldLog\x12\x1a\n" +
+	"\bpchannel\x18\x01 \x01(\tR\bpchannel\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12'\n" +
+	"\x0fbacklog_entries\x18\x03 \x01(\x03R\x0ebacklogEntries\x12#\n" +
+	"\rbacklog_bytes\x18\x04 \x01(\x03R\fbacklogBytes\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x18\n" +
+	"\amessage\x18\x06 \x01(\tR\amessage\"?\n" +
+	"\vHoldWarning\x12\x16\n" +
+	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x18\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage*O\n" +
 	"\aRecount\x12\x17\n" +
 	"\x13RECOUNT_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eRECOUNT_WANTED\x10\x01\x12\x17\n" +
@@ -5666,7 +6058,7 @@ func file_milvuscdc_v1_replication_service_proto_rawDescGZIP() []byte {
 }
 
 var file_milvuscdc_v1_replication_service_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_milvuscdc_v1_replication_service_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
+var file_milvuscdc_v1_replication_service_proto_msgTypes = make([]protoimpl.MessageInfo, 66)
 var file_milvuscdc_v1_replication_service_proto_goTypes = []any{
 	(Recount)(0),                   // 0: milvuscdc.v1.Recount
 	(Recounted)(0),                 // 1: milvuscdc.v1.Recounted
@@ -5719,36 +6111,41 @@ var file_milvuscdc_v1_replication_service_proto_goTypes = []any{
 	(*DiffJob)(nil),                // 48: milvuscdc.v1.DiffJob
 	(*LocateJob)(nil),              // 49: milvuscdc.v1.LocateJob
 	(*LocateTarget)(nil),           // 50: milvuscdc.v1.LocateTarget
-	(*JobCancel)(nil),              // 51: milvuscdc.v1.JobCancel
-	(*JobUpdate)(nil),              // 52: milvuscdc.v1.JobUpdate
-	(*JobFailed)(nil),              // 53: milvuscdc.v1.JobFailed
-	(*ProbeResult)(nil),            // 54: milvuscdc.v1.ProbeResult
-	(*ResolveResult)(nil),          // 55: milvuscdc.v1.ResolveResult
-	(*LogEnd)(nil),                 // 56: milvuscdc.v1.LogEnd
-	(*VerifyUpdate)(nil),           // 57: milvuscdc.v1.VerifyUpdate
-	(*VerifyDone)(nil),             // 58: milvuscdc.v1.VerifyDone
-	(*DiffUpdate)(nil),             // 59: milvuscdc.v1.DiffUpdate
-	(*DiffDone)(nil),               // 60: milvuscdc.v1.DiffDone
-	(*LocateResult)(nil),           // 61: milvuscdc.v1.LocateResult
-	(*LocatedVchannel)(nil),        // 62: milvuscdc.v1.LocatedVchannel
-	nil,                            // 63: milvuscdc.v1.Hello.LabelsEntry
-	nil,                            // 64: milvuscdc.v1.CollectionSpec.PropertiesEntry
-	nil,                            // 65: milvuscdc.v1.IndexSpec.ParamsEntry
-	nil,                            // 66: milvuscdc.v1.DatabaseSpec.PropertiesEntry
-	(*durationpb.Duration)(nil),    // 67: google.protobuf.Duration
-	(*Limits)(nil),                 // 68: milvuscdc.v1.Limits
-	(*Source)(nil),                 // 69: milvuscdc.v1.Source
-	(*Sink)(nil),                   // 70: milvuscdc.v1.Sink
-	(*Carry)(nil),                  // 71: milvuscdc.v1.Carry
-	(Drift)(0),                     // 72: milvuscdc.v1.Drift
-	(*Batching)(nil),               // 73: milvuscdc.v1.Batching
-	(*DeadLetters)(nil),            // 74: milvuscdc.v1.DeadLetters
-	(*Condition)(nil),              // 75: milvuscdc.v1.Condition
-	(*VerifyProgress)(nil),         // 76: milvuscdc.v1.VerifyProgress
-	(*VerifyDifference)(nil),       // 77: milvuscdc.v1.VerifyDifference
-	(*VerifyCollectionResult)(nil), // 78: milvuscdc.v1.VerifyCollectionResult
-	(*DiffProgress)(nil),           // 79: milvuscdc.v1.DiffProgress
-	(*ObjectDifference)(nil),       // 80: milvuscdc.v1.ObjectDifference
+	(*HoldJob)(nil),                // 51: milvuscdc.v1.HoldJob
+	(*HoldPlace)(nil),              // 52: milvuscdc.v1.HoldPlace
+	(*JobCancel)(nil),              // 53: milvuscdc.v1.JobCancel
+	(*JobUpdate)(nil),              // 54: milvuscdc.v1.JobUpdate
+	(*JobFailed)(nil),              // 55: milvuscdc.v1.JobFailed
+	(*ProbeResult)(nil),            // 56: milvuscdc.v1.ProbeResult
+	(*ResolveResult)(nil),          // 57: milvuscdc.v1.ResolveResult
+	(*LogEnd)(nil),                 // 58: milvuscdc.v1.LogEnd
+	(*VerifyUpdate)(nil),           // 59: milvuscdc.v1.VerifyUpdate
+	(*VerifyDone)(nil),             // 60: milvuscdc.v1.VerifyDone
+	(*DiffUpdate)(nil),             // 61: milvuscdc.v1.DiffUpdate
+	(*DiffDone)(nil),               // 62: milvuscdc.v1.DiffDone
+	(*LocateResult)(nil),           // 63: milvuscdc.v1.LocateResult
+	(*LocatedVchannel)(nil),        // 64: milvuscdc.v1.LocatedVchannel
+	(*HoldResult)(nil),             // 65: milvuscdc.v1.HoldResult
+	(*HeldLog)(nil),                // 66: milvuscdc.v1.HeldLog
+	(*HoldWarning)(nil),            // 67: milvuscdc.v1.HoldWarning
+	nil,                            // 68: milvuscdc.v1.Hello.LabelsEntry
+	nil,                            // 69: milvuscdc.v1.CollectionSpec.PropertiesEntry
+	nil,                            // 70: milvuscdc.v1.IndexSpec.ParamsEntry
+	nil,                            // 71: milvuscdc.v1.DatabaseSpec.PropertiesEntry
+	(*durationpb.Duration)(nil),    // 72: google.protobuf.Duration
+	(*Limits)(nil),                 // 73: milvuscdc.v1.Limits
+	(*Source)(nil),                 // 74: milvuscdc.v1.Source
+	(*Sink)(nil),                   // 75: milvuscdc.v1.Sink
+	(*Carry)(nil),                  // 76: milvuscdc.v1.Carry
+	(Drift)(0),                     // 77: milvuscdc.v1.Drift
+	(*Batching)(nil),               // 78: milvuscdc.v1.Batching
+	(*DeadLetters)(nil),            // 79: milvuscdc.v1.DeadLetters
+	(*Condition)(nil),              // 80: milvuscdc.v1.Condition
+	(*VerifyProgress)(nil),         // 81: milvuscdc.v1.VerifyProgress
+	(*VerifyDifference)(nil),       // 82: milvuscdc.v1.VerifyDifference
+	(*VerifyCollectionResult)(nil), // 83: milvuscdc.v1.VerifyCollectionResult
+	(*DiffProgress)(nil),           // 84: milvuscdc.v1.DiffProgress
+	(*ObjectDifference)(nil),       // 85: milvuscdc.v1.ObjectDifference
 }
 var file_milvuscdc_v1_replication_service_proto_depIdxs = []int32{
 	8,   // 0: milvuscdc.v1.ConnectRequest.hello:type_name -> milvuscdc.v1.Hello
@@ -5757,7 +6154,7 @@ var file_milvuscdc_v1_replication_service_proto_depIdxs = []int32{
 	32,  // 3: milvuscdc.v1.ConnectRequest.released:type_name -> milvuscdc.v1.Released
 	33,  // 4: milvuscdc.v1.ConnectRequest.heartbeat:type_name -> milvuscdc.v1.Heartbeat
 	35,  // 5: milvuscdc.v1.ConnectRequest.progress:type_name -> milvuscdc.v1.Progress
-	52,  // 6: milvuscdc.v1.ConnectRequest.job_update:type_name -> milvuscdc.v1.JobUpdate
+	54,  // 6: milvuscdc.v1.ConnectRequest.job_update:type_name -> milvuscdc.v1.JobUpdate
 	42,  // 7: milvuscdc.v1.ConnectRequest.partition_query:type_name -> milvuscdc.v1.PartitionQuery
 	10,  // 8: milvuscdc.v1.ConnectResponse.welcome:type_name -> milvuscdc.v1.Welcome
 	13,  // 9: milvuscdc.v1.ConnectResponse.assign:type_name -> milvuscdc.v1.Assign
@@ -5766,24 +6163,24 @@ var file_milvuscdc_v1_replication_service_proto_depIdxs = []int32{
 	34,  // 12: milvuscdc.v1.ConnectResponse.heartbeat_ack:type_name -> milvuscdc.v1.HeartbeatAck
 	40,  // 13: milvuscdc.v1.ConnectResponse.progress_ack:type_name -> milvuscdc.v1.ProgressAck
 	43,  // 14: milvuscdc.v1.ConnectResponse.job_request:type_name -> milvuscdc.v1.JobRequest
-	51,  // 15: milvuscdc.v1.ConnectResponse.job_cancel:type_name -> milvuscdc.v1.JobCancel
+	53,  // 15: milvuscdc.v1.ConnectResponse.job_cancel:type_name -> milvuscdc.v1.JobCancel
 	12,  // 16: milvuscdc.v1.ConnectResponse.task_limits:type_name -> milvuscdc.v1.TaskLimits
 	9,   // 17: milvuscdc.v1.Hello.held:type_name -> milvuscdc.v1.HeldAssignment
-	63,  // 18: milvuscdc.v1.Hello.labels:type_name -> milvuscdc.v1.Hello.LabelsEntry
-	67,  // 19: milvuscdc.v1.Welcome.lease_ttl:type_name -> google.protobuf.Duration
-	67,  // 20: milvuscdc.v1.Welcome.heartbeat_interval:type_name -> google.protobuf.Duration
-	67,  // 21: milvuscdc.v1.Welcome.progress_interval:type_name -> google.protobuf.Duration
-	67,  // 22: milvuscdc.v1.Welcome.silence:type_name -> google.protobuf.Duration
-	68,  // 23: milvuscdc.v1.TaskLimits.limits:type_name -> milvuscdc.v1.Limits
-	69,  // 24: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
-	70,  // 25: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
+	68,  // 18: milvuscdc.v1.Hello.labels:type_name -> milvuscdc.v1.Hello.LabelsEntry
+	72,  // 19: milvuscdc.v1.Welcome.lease_ttl:type_name -> google.protobuf.Duration
+	72,  // 20: milvuscdc.v1.Welcome.heartbeat_interval:type_name -> google.protobuf.Duration
+	72,  // 21: milvuscdc.v1.Welcome.progress_interval:type_name -> google.protobuf.Duration
+	72,  // 22: milvuscdc.v1.Welcome.silence:type_name -> google.protobuf.Duration
+	73,  // 23: milvuscdc.v1.TaskLimits.limits:type_name -> milvuscdc.v1.Limits
+	74,  // 24: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
+	75,  // 25: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
 	14,  // 26: milvuscdc.v1.Assign.collection:type_name -> milvuscdc.v1.CollectionSpec
 	21,  // 27: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	71,  // 28: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
-	72,  // 29: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
-	73,  // 30: milvuscdc.v1.Assign.batching:type_name -> milvuscdc.v1.Batching
-	74,  // 31: milvuscdc.v1.Assign.dead_letters:type_name -> milvuscdc.v1.DeadLetters
-	64,  // 32: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
+	76,  // 28: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
+	77,  // 29: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
+	78,  // 30: milvuscdc.v1.Assign.batching:type_name -> milvuscdc.v1.Batching
+	79,  // 31: milvuscdc.v1.Assign.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	69,  // 32: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
 	2,   // 33: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
 	17,  // 34: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
 	18,  // 35: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
@@ -5795,74 +6192,81 @@ var file_milvuscdc_v1_replication_service_proto_depIdxs = []int32{
 	18,  // 41: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
 	19,  // 42: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
 	3,   // 43: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
-	65,  // 44: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
+	70,  // 44: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
 	4,   // 45: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
 	22,  // 46: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
 	23,  // 47: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
 	16,  // 48: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
 	24,  // 49: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
 	28,  // 50: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
-	66,  // 51: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
+	71,  // 51: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
 	25,  // 52: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
 	26,  // 53: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
 	27,  // 54: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
 	25,  // 55: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
 	26,  // 56: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
-	67,  // 57: milvuscdc.v1.HeartbeatAck.resting_interval:type_name -> google.protobuf.Duration
+	72,  // 57: milvuscdc.v1.HeartbeatAck.resting_interval:type_name -> google.protobuf.Duration
 	5,   // 58: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
 	38,  // 59: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
-	75,  // 60: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
+	80,  // 60: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
 	37,  // 61: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
 	16,  // 62: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
 	36,  // 63: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
 	1,   // 64: milvuscdc.v1.Progress.recounted:type_name -> milvuscdc.v1.Recounted
 	39,  // 65: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
-	67,  // 66: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
-	67,  // 67: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
+	72,  // 66: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
+	72,  // 67: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
 	41,  // 68: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
 	44,  // 69: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
 	45,  // 70: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
 	46,  // 71: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
 	48,  // 72: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
 	49,  // 73: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
-	69,  // 74: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
-	70,  // 75: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
-	14,  // 76: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	74,  // 77: milvuscdc.v1.ProbeJob.dead_letters:type_name -> milvuscdc.v1.DeadLetters
-	69,  // 78: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
-	69,  // 79: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
-	70,  // 80: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
-	47,  // 81: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
-	69,  // 82: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
-	70,  // 83: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
-	14,  // 84: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	21,  // 85: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	71,  // 86: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
-	69,  // 87: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
-	50,  // 88: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
-	53,  // 89: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
-	54,  // 90: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
-	55,  // 91: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
-	57,  // 92: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
-	59,  // 93: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
-	61,  // 94: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
-	56,  // 95: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
-	76,  // 96: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
-	77,  // 97: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
-	78,  // 98: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
-	58,  // 99: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
-	79,  // 100: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
-	80,  // 101: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
-	60,  // 102: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
-	62,  // 103: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
-	39,  // 104: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
-	6,   // 105: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
-	7,   // 106: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
-	106, // [106:107] is the sub-list for method output_type
-	105, // [105:106] is the sub-list for method input_type
-	105, // [105:105] is the sub-list for extension type_name
-	105, // [105:105] is the sub-list for extension extendee
-	0,   // [0:105] is the sub-list for field type_name
+	51,  // 74: milvuscdc.v1.JobRequest.hold:type_name -> milvuscdc.v1.HoldJob
+	74,  // 75: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
+	75,  // 76: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
+	14,  // 77: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	79,  // 78: milvuscdc.v1.ProbeJob.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	74,  // 79: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
+	74,  // 80: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
+	75,  // 81: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
+	47,  // 82: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
+	74,  // 83: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
+	75,  // 84: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
+	14,  // 85: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	21,  // 86: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	76,  // 87: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
+	74,  // 88: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
+	50,  // 89: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
+	74,  // 90: milvuscdc.v1.HoldJob.source:type_name -> milvuscdc.v1.Source
+	52,  // 91: milvuscdc.v1.HoldJob.places:type_name -> milvuscdc.v1.HoldPlace
+	55,  // 92: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
+	56,  // 93: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
+	57,  // 94: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
+	59,  // 95: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
+	61,  // 96: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
+	63,  // 97: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
+	65,  // 98: milvuscdc.v1.JobUpdate.hold:type_name -> milvuscdc.v1.HoldResult
+	58,  // 99: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
+	81,  // 100: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
+	82,  // 101: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
+	83,  // 102: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
+	60,  // 103: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
+	84,  // 104: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
+	85,  // 105: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
+	62,  // 106: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
+	64,  // 107: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
+	39,  // 108: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
+	66,  // 109: milvuscdc.v1.HoldResult.places:type_name -> milvuscdc.v1.HeldLog
+	66,  // 110: milvuscdc.v1.HoldResult.found:type_name -> milvuscdc.v1.HeldLog
+	67,  // 111: milvuscdc.v1.HoldResult.warnings:type_name -> milvuscdc.v1.HoldWarning
+	6,   // 112: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
+	7,   // 113: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
+	113, // [113:114] is the sub-list for method output_type
+	112, // [112:113] is the sub-list for method input_type
+	112, // [112:112] is the sub-list for extension type_name
+	112, // [112:112] is the sub-list for extension extendee
+	0,   // [0:112] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_replication_service_proto_init() }
@@ -5905,26 +6309,28 @@ func file_milvuscdc_v1_replication_service_proto_init() {
 		(*JobRequest_Verify)(nil),
 		(*JobRequest_Diff)(nil),
 		(*JobRequest_Locate)(nil),
+		(*JobRequest_Hold)(nil),
 	}
 	file_milvuscdc_v1_replication_service_proto_msgTypes[44].OneofWrappers = []any{
 		(*LocateTarget_ReadFrom)(nil),
 		(*LocateTarget_Ts)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[46].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[48].OneofWrappers = []any{
 		(*JobUpdate_Failed)(nil),
 		(*JobUpdate_Probe)(nil),
 		(*JobUpdate_Resolve)(nil),
 		(*JobUpdate_Verify)(nil),
 		(*JobUpdate_Diff)(nil),
 		(*JobUpdate_Locate)(nil),
+		(*JobUpdate_Hold)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[51].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[53].OneofWrappers = []any{
 		(*VerifyUpdate_Progress)(nil),
 		(*VerifyUpdate_Difference)(nil),
 		(*VerifyUpdate_Collection)(nil),
 		(*VerifyUpdate_Done)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[53].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[55].OneofWrappers = []any{
 		(*DiffUpdate_Progress)(nil),
 		(*DiffUpdate_Difference)(nil),
 		(*DiffUpdate_Done)(nil),
@@ -5935,7 +6341,7 @@ func file_milvuscdc_v1_replication_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_replication_service_proto_rawDesc), len(file_milvuscdc_v1_replication_service_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   61,
+			NumMessages:   66,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
