@@ -14,7 +14,7 @@ from milvus_cdc.dead_letters.opening import open_place
 from milvus_cdc.errors import CdcError
 from milvus_cdc.milvus_client import MilvusClient
 from milvus_cdc.milvus_endpoint import open_endpoint
-from milvus_cdc.secrets import SecretResolver
+from milvus_cdc.secrets import SecretResolver, resolve
 from milvus_cdc.sink import Sink
 from milvus_cdc.sink.registry import open_milvus, open_writer
 from milvus_cdc.sink.writer import Writer
