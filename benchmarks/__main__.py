@@ -15,6 +15,7 @@ import structlog
 from rich.console import Console
 
 from benchmarks import (
+    assignments,
     catchup,
     ddl,
     files,
@@ -45,17 +46,19 @@ PARTS = (
     "list",
     "metadata",
     "reconcile",
+    "assignments",
     "kafka-sink",
     "files",
     "postgres",
 )
-OF_NO_QUEUE = {"metadata", "reconcile", "kafka-sink", "files", "postgres"}
+OF_NO_QUEUE = {"metadata", "reconcile", "assignments", "kafka-sink", "files", "postgres"}
 """Parts that need no source's servers."""
 LAG_ROWS_PER_SECOND = 1_000
 IDLE_COLLECTIONS = 64
 LISTED_TASKS = 1_000
 MANY_COLLECTIONS = 10_000
 COMPARED_COLLECTIONS = 1_000
+MANY_REPLICATORS = 50
 LOADED_SHARE = 10
 """One in so many is loaded: a server of this machine holds no more of them."""
 PROBE_SECONDS = 40
@@ -90,6 +93,10 @@ def _measure_all(options: argparse.Namespace, results: Results) -> None:
         compared = COMPARED_COLLECTIONS // 10 if options.quick else COMPARED_COLLECTIONS
         _say(f"comparison of {compared:,} collections with a sink")
         results.reconciled = reconcile.measure(compared, compared // LOADED_SHARE)
+    if "assignments" in options.only:
+        many = MANY_COLLECTIONS // 10 if options.quick else MANY_COLLECTIONS
+        _say(f"{many:,} assignments on {MANY_REPLICATORS} replicators")
+        results.held = assignments.measure(many, MANY_REPLICATORS)
     _measure_row_sinks(options, results)
     for queue in options.queues if set(options.only) - OF_NO_QUEUE else ():
         if queue == "kafka" and (reason := kafka_unavailable_reason()):

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from benchmarks.assignments import Held
 from benchmarks.catchup import CatchUp, Crash
 from benchmarks.ddl import DdlLag
 from benchmarks.files import FileFigures
@@ -35,6 +36,7 @@ GOAL_IDLE = 5.0
 GOAL_LIST_MS = 100.0
 GOAL_LISTING_SECONDS = 10.0
 GOAL_CONTROLLER_MIB = 400.0
+GOAL_HELD_PERCENT, GOAL_HELD_MIB, GOAL_RESYNC_SECONDS = 20.0, 500.0, 10.0
 GOAL_RECONCILE_SECONDS = 60.0
 GOAL_RECONCILE_CALLS = 5
 GOAL_KAFKA_CPU = {
@@ -69,6 +71,7 @@ class Results:
     idle: dict[str, Idle] = field(default_factory=dict)
     listing: dict[str, Listing] = field(default_factory=dict)
     metadata: list[Metadata] = field(default_factory=list)
+    held: Held | None = None
     reconciled: Reconciled | None = None
     kafka_sink: list[KafkaFigures] = field(default_factory=list)
     files: list[FileFigures] = field(default_factory=list)
@@ -220,6 +223,16 @@ class Results:
                 f"controller {_judged(known.peak_mib, GOAL_CONTROLLER_MIB, 0)} MiB, "
                 f"one changed key {known.change_cpu_ms:.0f} ms of CPU",
                 f"< {GOAL_LISTING_SECONDS:.0f} s, < {GOAL_CONTROLLER_MIB:.0f} MiB",
+            )
+        if (held := self.held) is not None:
+            table.add_row(
+                f"{held.assignments:,} assignments at rest on {held.replicators} replicators",
+                f"controller {_judged(held.rest_percent, GOAL_HELD_PERCENT, 1)} % of a core "
+                f"({held.reports_per_second:.0f} reports/s), "
+                f"{_judged(held.peak_mib, GOAL_HELD_MIB, 0)} MiB, in sync "
+                f"{_judged(held.resync_seconds, GOAL_RESYNC_SECONDS, 1)} s after its restart",
+                f"< {GOAL_HELD_PERCENT:.0f} %, < {GOAL_HELD_MIB:.0f} MiB, "
+                f"< {GOAL_RESYNC_SECONDS:.0f} s",
             )
         if (look := self.reconciled) is not None:
             table.add_row(
