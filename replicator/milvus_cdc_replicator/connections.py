@@ -80,7 +80,7 @@ class Connections:
         async with self._lock:
             source = self._sources.get(config)
             if source is None:
-                source = self._sources[config] = open_source(config)
+                source = self._sources[config] = open_source(config, self._secrets)
             return source
 
     async def hub(self, spec: task_pb2.Source, pchannel: str) -> PchannelHub:

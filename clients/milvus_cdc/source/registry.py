@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from milvus_cdc.errors import BugError
+from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.source import KafkaConfig, LogSource, NatsConfig, QueueConfig, positions
 
 
-def open_source(config: QueueConfig) -> LogSource:
-    """The source for a queue; it connects on first use."""
+def open_source(config: QueueConfig, secrets: SecretResolver | None = None) -> LogSource:
+    """The source for a queue; it connects on first use. `secrets` says which ones may be used: none
+    when it is left out.
+    """
     # Imported on use: a reader of one queue does not load the other's client.
     match config:
         case NatsConfig():
             from milvus_cdc.source.nats import NatsSource
 
-            return NatsSource(config)
+            return NatsSource(config, secrets)
         case KafkaConfig():
             from milvus_cdc.source.kafka import KafkaSource
 
-            return KafkaSource(config)
+            return KafkaSource(config, secrets)
 
 
 def position_text(position: bytes) -> str:

@@ -1014,11 +1014,21 @@ func (x *EtcdMetadata) GetMetaSubPath() string {
 	return ""
 }
 
-// NATS JetStream, as embedded in Milvus 2.3 to 2.5 (`mq.type: natsmq`).
+// NATS JetStream, as embedded in Milvus 2.3 to 2.5 (`mq.type: natsmq`). At most one way to log in: `token`,
+// `username` and `password`, `credentials_file` or `nkey_seed`; none when all are unset.
 type NatsQueue struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// `nats://host:port`.
-	Url           string `protobuf:"bytes,1,opt,name=url,proto3" json:"url,omitempty"`
+	// `nats://host:port`, also with TLS. A login is not part of it.
+	Url string `protobuf:"bytes,1,opt,name=url,proto3" json:"url,omitempty"`
+	// Encrypted always, also where the server would do without; unset: encrypted where the server demands it.
+	Tls      *Tls    `protobuf:"bytes,2,opt,name=tls,proto3" json:"tls,omitempty"`
+	Token    *Secret `protobuf:"bytes,3,opt,name=token,proto3" json:"token,omitempty"`
+	Username string  `protobuf:"bytes,4,opt,name=username,proto3" json:"username,omitempty"`
+	Password *Secret `protobuf:"bytes,5,opt,name=password,proto3" json:"password,omitempty"`
+	// File with a user's JWT and seed, as `nsc` writes it. A secret: it must be where secrets may be on the replicator.
+	CredentialsFile string `protobuf:"bytes,6,opt,name=credentials_file,json=credentialsFile,proto3" json:"credentials_file,omitempty"`
+	// A user's NKey seed (`SU...`).
+	NkeySeed      *Secret `protobuf:"bytes,7,opt,name=nkey_seed,json=nkeySeed,proto3" json:"nkey_seed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1060,11 +1070,54 @@ func (x *NatsQueue) GetUrl() string {
 	return ""
 }
 
+func (x *NatsQueue) GetTls() *Tls {
+	if x != nil {
+		return x.Tls
+	}
+	return nil
+}
+
+func (x *NatsQueue) GetToken() *Secret {
+	if x != nil {
+		return x.Token
+	}
+	return nil
+}
+
+func (x *NatsQueue) GetUsername() string {
+	if x != nil {
+		return x.Username
+	}
+	return ""
+}
+
+func (x *NatsQueue) GetPassword() *Secret {
+	if x != nil {
+		return x.Password
+	}
+	return nil
+}
+
+func (x *NatsQueue) GetCredentialsFile() string {
+	if x != nil {
+		return x.CredentialsFile
+	}
+	return ""
+}
+
+func (x *NatsQueue) GetNkeySeed() *Secret {
+	if x != nil {
+		return x.NkeySeed
+	}
+	return nil
+}
+
 // Apache Kafka.
 type KafkaQueue struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Bootstrap brokers, `host:port`.
-	Brokers       []string `protobuf:"bytes,1,rep,name=brokers,proto3" json:"brokers,omitempty"`
+	Brokers       []string       `protobuf:"bytes,1,rep,name=brokers,proto3" json:"brokers,omitempty"`
+	Security      *KafkaSecurity `protobuf:"bytes,2,opt,name=security,proto3" json:"security,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1102,6 +1155,13 @@ func (*KafkaQueue) Descriptor() ([]byte, []int) {
 func (x *KafkaQueue) GetBrokers() []string {
 	if x != nil {
 		return x.Brokers
+	}
+	return nil
+}
+
+func (x *KafkaQueue) GetSecurity() *KafkaSecurity {
+	if x != nil {
+		return x.Security
 	}
 	return nil
 }
@@ -1890,7 +1950,7 @@ var File_milvuscdc_v1_task_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\n" +
-	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fmilvuscdc/v1/dead_letters.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\"\xa9\r\n" +
+	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fmilvuscdc/v1/dead_letters.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\x1a\x16milvuscdc/v1/tls.proto\"\xa9\r\n" +
 	"\x04Task\x12F\n" +
 	"\x04name\x18\x01 \x01(\tB2\xe2A\x01\b\xbaH+r)2'^tasks/[a-z]([a-z0-9-]{0,61}[a-z0-9])?$R\x04name\x12\x16\n" +
 	"\x03uid\x18\x02 \x01(\tB\x04\xe2A\x01\x03R\x03uid\x12\x12\n" +
@@ -1976,12 +2036,20 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\fEtcdMetadata\x12B\n" +
 	"\tendpoints\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10\x10\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\tendpoints\x12%\n" +
 	"\troot_path\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\xff\x01R\brootPath\x12,\n" +
-	"\rmeta_sub_path\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\xff\x01R\vmetaSubPath\"A\n" +
-	"\tNatsQueue\x124\n" +
-	"\x03url\x18\x01 \x01(\tB\"\xbaH\x1fr\x1d2\x1b^nats://[^/\\s]+:[0-9]{1,5}$R\x03url\"L\n" +
+	"\rmeta_sub_path\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\xff\x01R\vmetaSubPath\"\xfa\x03\n" +
+	"\tNatsQueue\x12\xdb\x01\n" +
+	"\x03url\x18\x01 \x01(\tB\xc8\x01\xbaH\xc4\x01\xba\x01\xa1\x01\n" +
+	"\x17nats_queue.url.no_login\x12qa login in the address would be stored and shown: use username and password, token, nkey_seed or credentials_file\x1a\x13!this.contains('@')r\x1d2\x1b^nats://[^/\\s]+:[0-9]{1,5}$R\x03url\x12#\n" +
+	"\x03tls\x18\x02 \x01(\v2\x11.milvuscdc.v1.TlsR\x03tls\x12*\n" +
+	"\x05token\x18\x03 \x01(\v2\x14.milvuscdc.v1.SecretR\x05token\x12$\n" +
+	"\busername\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\xff\x01R\busername\x120\n" +
+	"\bpassword\x18\x05 \x01(\v2\x14.milvuscdc.v1.SecretR\bpassword\x123\n" +
+	"\x10credentials_file\x18\x06 \x01(\tB\b\xbaH\x05r\x03\x18\x80 R\x0fcredentialsFile\x121\n" +
+	"\tnkey_seed\x18\a \x01(\v2\x14.milvuscdc.v1.SecretR\bnkeySeed\"\x85\x01\n" +
 	"\n" +
 	"KafkaQueue\x12>\n" +
-	"\abrokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10@\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\abrokers\"w\n" +
+	"\abrokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10@\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\abrokers\x127\n" +
+	"\bsecurity\x18\x02 \x01(\v2\x1b.milvuscdc.v1.KafkaSecurityR\bsecurity\"w\n" +
 	"\x0eMilvusEndpoint\x129\n" +
 	"\x03uri\x18\x01 \x01(\tB'\xbaH$r\"2 ^https?://[^/\\s]+(:[0-9]{1,5})?$R\x03uri\x12*\n" +
 	"\x05token\x18\x02 \x01(\v2\x14.milvuscdc.v1.SecretR\x05token\"\x98\x02\n" +
@@ -2111,11 +2179,13 @@ var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(*DeadLetters)(nil),           // 24: milvuscdc.v1.DeadLetters
 	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
 	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
-	(*Secret)(nil),                // 27: milvuscdc.v1.Secret
-	(*KafkaSink)(nil),             // 28: milvuscdc.v1.KafkaSink
-	(*FileSink)(nil),              // 29: milvuscdc.v1.FileSink
-	(*PostgresSink)(nil),          // 30: milvuscdc.v1.PostgresSink
-	(*Plugin)(nil),                // 31: milvuscdc.v1.Plugin
+	(*Tls)(nil),                   // 27: milvuscdc.v1.Tls
+	(*Secret)(nil),                // 28: milvuscdc.v1.Secret
+	(*KafkaSecurity)(nil),         // 29: milvuscdc.v1.KafkaSecurity
+	(*KafkaSink)(nil),             // 30: milvuscdc.v1.KafkaSink
+	(*FileSink)(nil),              // 31: milvuscdc.v1.FileSink
+	(*PostgresSink)(nil),          // 32: milvuscdc.v1.PostgresSink
+	(*Plugin)(nil),                // 33: milvuscdc.v1.Plugin
 }
 var file_milvuscdc_v1_task_proto_depIdxs = []int32{
 	22, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
@@ -2142,26 +2212,31 @@ var file_milvuscdc_v1_task_proto_depIdxs = []int32{
 	11, // 21: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
 	12, // 22: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
 	13, // 23: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	27, // 24: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
-	13, // 25: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	28, // 26: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
-	29, // 27: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
-	30, // 28: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
-	31, // 29: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
-	17, // 30: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
-	18, // 31: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
-	2,  // 32: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
-	25, // 33: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
-	25, // 34: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
-	26, // 35: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
-	21, // 36: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
-	20, // 37: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
-	26, // 38: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
-	39, // [39:39] is the sub-list for method output_type
-	39, // [39:39] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	27, // 24: milvuscdc.v1.NatsQueue.tls:type_name -> milvuscdc.v1.Tls
+	28, // 25: milvuscdc.v1.NatsQueue.token:type_name -> milvuscdc.v1.Secret
+	28, // 26: milvuscdc.v1.NatsQueue.password:type_name -> milvuscdc.v1.Secret
+	28, // 27: milvuscdc.v1.NatsQueue.nkey_seed:type_name -> milvuscdc.v1.Secret
+	29, // 28: milvuscdc.v1.KafkaQueue.security:type_name -> milvuscdc.v1.KafkaSecurity
+	28, // 29: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
+	13, // 30: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	30, // 31: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
+	31, // 32: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
+	32, // 33: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
+	33, // 34: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
+	17, // 35: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
+	18, // 36: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
+	2,  // 37: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
+	25, // 38: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
+	25, // 39: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
+	26, // 40: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
+	21, // 41: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
+	20, // 42: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
+	26, // 43: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
+	44, // [44:44] is the sub-list for method output_type
+	44, // [44:44] is the sub-list for method input_type
+	44, // [44:44] is the sub-list for extension type_name
+	44, // [44:44] is the sub-list for extension extendee
+	0,  // [0:44] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_task_proto_init() }
@@ -2175,6 +2250,7 @@ func file_milvuscdc_v1_task_proto_init() {
 	file_milvuscdc_v1_sink_file_proto_init()
 	file_milvuscdc_v1_sink_kafka_proto_init()
 	file_milvuscdc_v1_sink_postgres_proto_init()
+	file_milvuscdc_v1_tls_proto_init()
 	file_milvuscdc_v1_task_proto_msgTypes[2].OneofWrappers = []any{}
 	file_milvuscdc_v1_task_proto_msgTypes[6].OneofWrappers = []any{
 		(*Source_Nats)(nil),
