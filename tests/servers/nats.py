@@ -28,12 +28,19 @@ accounts {{
     users: [
       {{user: alice, password: "{PASSWORD}"}}
       {{user: bob, password: "{PASSWORD}", permissions: {{publish: "$JS.API.INFO"}}}}
+      {{user: dave, password: "{PASSWORD}", permissions: {{
+        publish: ["$JS.API.INFO", "$JS.API.STREAM.INFO.>", "$JS.API.CONSUMER.CREATE.>",
+                  "$JS.API.CONSUMER.DELETE.>", "$JS.API.CONSUMER.MSG.NEXT.>"]
+        subscribe: "_INBOX.>"
+      }}}}
     ]
   }}
   OTHERS {{users: [{{user: carol, password: "{PASSWORD}"}}]}}
 }}
 """
-"""alice may do everything, bob cannot read, carol's account has no JetStream."""
+"""alice may do everything, dave what docs/security-queues.md lists, bob cannot read; carol's
+account has no JetStream.
+"""
 
 
 class NatsServer(ManagedProcess):
