@@ -7,6 +7,15 @@ from __future__ import annotations
 
 from confluent_kafka import KafkaError
 
+AUTHENTICATION = frozenset(
+    (
+        KafkaError._AUTHENTICATION,
+        KafkaError._SSL,
+        KafkaError.SASL_AUTHENTICATION_FAILED,
+        KafkaError.UNSUPPORTED_SASL_MECHANISM,
+        KafkaError.ILLEGAL_SASL_STATE,
+    )
+)
 NO_RIGHT = frozenset(
     (
         KafkaError.TOPIC_AUTHORIZATION_FAILED,

@@ -83,7 +83,8 @@ class Connections:
         async with self._lock:
             source = self._sources.get(config)
             if source is None:
-                source = self._sources[config] = open_source(self._with_secrets(config, spec))
+                source = open_source(self._with_secrets(config, spec), self._secrets)
+                self._sources[config] = source
             return source
 
     def _with_secrets(self, config: QueueConfig, spec: task_pb2.Source) -> QueueConfig:

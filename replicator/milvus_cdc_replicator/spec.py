@@ -144,9 +144,21 @@ def queue_config(source: task_pb2.Source) -> QueueConfig:
     """Raises ValueError for a queue this version does not know."""
     match source.WhichOneof("queue"):
         case "nats":
-            return NatsConfig(source.nats.url)
+            nats = source.nats
+            return NatsConfig(
+                nats.url,
+                tls=nats.tls if nats.HasField("tls") else None,
+                token=nats.token if nats.HasField("token") else None,
+                username=nats.username,
+                password=nats.password if nats.HasField("password") else None,
+                credentials_file=nats.credentials_file,
+                nkey_seed=nats.nkey_seed if nats.HasField("nkey_seed") else None,
+            )
         case "kafka":
-            return KafkaConfig(tuple(source.kafka.brokers))
+            kafka = source.kafka
+            return KafkaConfig(
+                tuple(kafka.brokers), kafka.security if kafka.HasField("security") else None
+            )
         case "pulsar":
             return _pulsar_config(source.pulsar)
         case other:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import json
 import shutil
@@ -12,7 +11,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from milvus_cdc.sink.kafka import KafkaWriter
 from milvus_cdc.sink.writer import Opening, SchemaChange, SchemaChangeKind
 from milvuscdc.v1 import secret_pb2, sink_kafka_pb2
 
+from tests.contract.identity_provider import identity_provider
 from tests.contract.kafka_samples import (
     BEGIN,
     LineFormat,
@@ -604,36 +603,8 @@ async def test_tls(broker: KafkaServer, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def token_url() -> Iterator[str]:
-    """An identity provider that gives alice's token, unsigned, to whoever knows the secret."""
-
-    def part(content: dict[str, object]) -> str:
-        return base64.urlsafe_b64encode(json.dumps(content).encode()).decode().rstrip("=")
-
-    class Provider(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            login = base64.b64decode(self.headers["Authorization"].split()[1]).decode()
-            known = login == "alice-client:right"
-            now = int(time.time())
-            claims: dict[str, object] = {"sub": "alice", "iat": now, "exp": now + 600}
-            token = f"{part({'alg': 'none'})}.{part(claims)}."
-            answer = json.dumps({"access_token": token} if known else {"error": "invalid_client"})
-            self.send_response(200 if known else 401)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer.encode())
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Provider)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/token"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with identity_provider() as url:
+        yield url
 
 
 async def test_login_by_token(

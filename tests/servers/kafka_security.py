@@ -2,7 +2,8 @@
 
 Users `alice` (may do what the tests grant her) and `bob` (may do nothing), both with the password
 `PASSWORD`, by PLAIN and SCRAM; OAUTHBEARER takes any unsigned token and its `sub` as the user;
-the TLS listener has a certificate of an authority of its own, for 127.0.0.1.
+the TLS listeners have a certificate of an authority of its own, for 127.0.0.1; one of them lets in
+whoever shows a certificate of that authority, one whoever logs in.
 """
 
 from __future__ import annotations
@@ -19,22 +20,40 @@ _LOGIN = "org.apache.kafka.common.security"
 
 
 class KafkaSecurity:
-    """`sasl` and `tls` are `host:port`; `ca_file` is the authority to trust."""
+    """`sasl`, `tls`, `mutual_tls` and `sasl_tls` are `host:port`; `ca_file` is the authority to
+    trust, `certificate_file` and `key_file` belong to a client that it vouches for.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.ports = (free_port(), free_port())
-        self.sasl, self.tls = (f"127.0.0.1:{port}" for port in self.ports)
+        self.ports = tuple(free_port() for _ in range(4))
+        self.sasl, self.tls, self.mutual_tls, self.sasl_tls = (
+            f"127.0.0.1:{port}" for port in self.ports
+        )
         self._folder = folder
         self.ca_file = folder / "ca.pem"
+        self.certificate_file, self.key_file = folder / "client.pem", folder / "client-key.pem"
 
     def settings(self) -> dict[str, str]:
         """Of the broker; those of a list are to be added to what is there."""
         users = " ".join(f'user_{user}="{PASSWORD}"' for user in USERS)
         listener = "listener.name.sasl"
+        listeners = (
+            f"SASL://{self.sasl},TLS://{self.tls},MTLS://{self.mutual_tls},"
+            f"SASLTLS://{self.sasl_tls}"
+        )
         return {
-            "listeners": f"SASL://{self.sasl},TLS://{self.tls}",
-            "advertised.listeners": f"SASL://{self.sasl},TLS://{self.tls}",
-            "listener.security.protocol.map": "SASL:SASL_PLAINTEXT,TLS:SSL",
+            "listeners": listeners,
+            "advertised.listeners": listeners,
+            "listener.security.protocol.map": (
+                "SASL:SASL_PLAINTEXT,TLS:SSL,MTLS:SSL,SASLTLS:SASL_SSL"
+            ),
+            "listener.name.mtls.ssl.client.auth": "required",
+            "listener.name.mtls.ssl.truststore.type": "PEM",
+            "listener.name.mtls.ssl.truststore.location": str(self.ca_file),
+            "listener.name.sasltls.plain.sasl.jaas.config": (
+                f"{_LOGIN}.plain.PlainLoginModule required {users};"
+            ),
+            "listener.name.sasltls.sasl.enabled.mechanisms": "PLAIN",
             "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-256,SCRAM-SHA-512,OAUTHBEARER",
             f"{listener}.plain.sasl.jaas.config": (
                 f"{_LOGIN}.plain.PlainLoginModule required {users};"
@@ -64,17 +83,28 @@ class KafkaSecurity:
         ]
 
     def prepare(self) -> None:
-        """Makes the authority and the broker's certificate."""
-        key, request, certificate = (self._folder / n for n in ("k.pem", "r.pem", "c.pem"))
+        """Makes the authority, the broker's certificate and a client's."""
         names = self._folder / "names"
         names.write_text("subjectAltName=IP:127.0.0.1\n")
         ca_key = self._folder / "ca-key.pem"
-        for arguments in (
+        _openssl(
             f"req -x509 -newkey rsa:2048 -nodes -keyout {ca_key} -out {self.ca_file} -days 30 "
-            "-subj /CN=test-authority",
-            f"req -newkey rsa:2048 -nodes -keyout {key} -out {request} -subj /CN=broker",
-            f"x509 -req -in {request} -CA {self.ca_file} -CAkey {ca_key} -CAcreateserial "
-            f"-out {certificate} -days 30 -extfile {names}",
+            "-subj /CN=test-authority"
+        )
+        for name, key, certificate in (
+            ("broker", self._folder / "k.pem", self._folder / "c.pem"),
+            ("client", self.key_file, self.certificate_file),
         ):
-            subprocess.run(["openssl", *arguments.split()], check=True, capture_output=True)
-        (self._folder / "server.pem").write_text(key.read_text() + certificate.read_text())
+            request = self._folder / "r.pem"
+            _openssl(f"req -newkey rsa:2048 -nodes -keyout {key} -out {request} -subj /CN={name}")
+            _openssl(
+                f"x509 -req -in {request} -CA {self.ca_file} -CAkey {ca_key} -CAcreateserial "
+                f"-out {certificate} -days 30 -extfile {names}"
+            )
+        (self._folder / "server.pem").write_text(
+            (self._folder / "k.pem").read_text() + (self._folder / "c.pem").read_text()
+        )
+
+
+def _openssl(arguments: str) -> None:
+    subprocess.run(["openssl", *arguments.split()], check=True, capture_output=True)

@@ -25,6 +25,7 @@ from milvus_cdc.follow.items import ChangeBatch, EventKind, Item, SchemaEvent
 from milvus_cdc.follow.positions import CollectionPosition, Positions
 from milvus_cdc.model import Catalogue, Collection, ObjectState
 from milvus_cdc.rows import Table
+from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.selection import Selection, selects_nothing
 from milvus_cdc.sink.writer import Checkpoint
 from milvus_cdc.source import LogSource, QueueConfig
@@ -63,13 +64,15 @@ class Follower:
         bytes_per_batch: int = 8 * 1024 * 1024,
         memory_bytes: int = MEMORY_BYTES,
         patience_seconds: float = 60.0,
+        secrets: SecretResolver | None = None,
     ) -> None:
         """`etcd`: endpoints (`host:port`) of the source's etcd, `root_path` and `meta_sub_path`
         (`etcd.rootPath`, `etcd.metaSubPath` of its configuration); `select`, `exclude`: globs over
         `database.collection`; `positions`: saved ones, without them every collection is read from
         its beginning. `memory_bytes` bounds log bytes held, decoded columns come on top.
-        `etcd_security`: TLS and login where `etcd` are endpoints. `patience_seconds`: trouble that
-        lasts longer, with nothing left to hand out, is raised. Raises UserError INVALID_FIELD.
+        `etcd_security`: TLS and login where `etcd` are endpoints. `secrets`: which secrets `queue`
+        may refer to; none without it. `patience_seconds`: trouble that lasts longer, with nothing
+        left to hand out, is raised. Raises UserError INVALID_FIELD.
         """
         self._selection = Selection(_texts(select), _texts(exclude))
         _check(self._selection)
@@ -77,6 +80,7 @@ class Follower:
         self._etcd_security = etcd_security
         self._layout = Layout(root_path, meta_sub_path)
         self._queue = queue
+        self._secrets = secrets
         self._start = positions or Positions()
         self._limits = BatchLimits(rows_per_batch, bytes_per_batch)
         self._memory_bytes = memory_bytes
@@ -108,7 +112,7 @@ class Follower:
         else:
             catalogues = self._etcd
         if isinstance(self._queue, QueueConfig):
-            source = open_source(self._queue)
+            source = open_source(self._queue, self._secrets)
             self._closing.push_async_callback(source.close)
         else:
             source = self._queue

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from milvuscdc.v1 import secret_pb2, sink_kafka_pb2, tls_pb2
+
 from milvus_cdc.errors import LogResetError
 
 STREAMING_HEADER = "_v"
@@ -146,12 +148,23 @@ def check_incarnation(topic: str, wanted: bytes, found: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class NatsConfig:
+    """Where a NATS is, and how to connect: see `NatsQueue` of task.proto. At most one way to log
+    in; who has any needs a SecretResolver.
+    """
+
     url: str
+    tls: tls_pb2.Tls | None = field(default=None, hash=False)
+    token: secret_pb2.Secret | None = field(default=None, hash=False)
+    username: str = ""
+    password: secret_pb2.Secret | None = field(default=None, hash=False)
+    credentials_file: str = ""
+    nkey_seed: secret_pb2.Secret | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
 class KafkaConfig:
     brokers: tuple[str, ...]
+    security: sink_kafka_pb2.KafkaSecurity | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import structlog
 from confluent_kafka import (
@@ -31,40 +33,47 @@ from milvus_cdc.errors import (
     RetryableError,
     UserError,
 )
-from milvus_cdc.kafka_codes import NO_TOPIC
+from milvus_cdc.kafka_codes import NO_RIGHT, NO_TOPIC
+from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.source import (
     KafkaConfig,
     LogLimits,
     LogRange,
     check_incarnation,
 )
-from milvus_cdc.source.kafka_client import DENIED, client_settings
+from milvus_cdc.source.kafka_client import Access, Terms
 from milvus_cdc.source.kafka_reader import KafkaReader
 from milvus_cdc.source.positions import Numbered, decode, encode
 
 log = structlog.get_logger()
 
-T = TypeVar("T")
-
 REQUEST_SECONDS = 5.0
+POLL_SECONDS = 0.2
+_NO_ANSWER = frozenset((KafkaError._TIMED_OUT, KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN))
 SAMPLED_ENTRIES = 64
 SAMPLED_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Admin:
+    client: AdminClient
+    terms: Terms
 
 
 class KafkaSource(Numbered):
     """The queue of one source. Readers have a consumer each and share the answers to questions."""
 
-    def __init__(self, config: KafkaConfig) -> None:
-        self._brokers = ",".join(config.brokers)
-        self._where = f"Kafka at {self._brokers}"
-        self._admin: AdminClient | None = None
+    def __init__(self, config: KafkaConfig, secrets: SecretResolver | None = None) -> None:
+        self._access = Access(config, secrets)
+        self._where = self._access.where
+        self._admin: _Admin | None = None
         self._admin_made = threading.Lock()
         self._limits_denied = False
 
     async def open(self, pchannel: str, position: bytes, incarnation: bytes = b"") -> KafkaReader:
         start = decode(position)
         found = await asyncio.to_thread(self.check, pchannel, start, incarnation)
-        return KafkaReader(self, self._brokers, pchannel, start, found)
+        return KafkaReader(self, self._access, pchannel, start, found)
 
     async def log_range(self, pchannel: str) -> LogRange:
         def ask() -> LogRange:
@@ -100,19 +109,20 @@ class KafkaSource(Numbered):
         def ask() -> bytes:
             self.check_topic(pchannel, b"")
             partition = TopicPartition(pchannel, 0)
-            with self._foreign_errors(pchannel):
-                asked = {partition: OffsetSpec.for_timestamp(max(unix_ms, 0))}
-                offset = _answer(
-                    self._client().list_offsets(asked, request_timeout=REQUEST_SECONDS)
-                )[partition].offset
+            asked = {partition: OffsetSpec.for_timestamp(max(unix_ms, 0))}
+            offset = self._ask(
+                pchannel, lambda admin: admin.list_offsets(asked, request_timeout=REQUEST_SECONDS)
+            )[partition].offset
             return encode(offset if offset >= 0 else self._offsets(pchannel)[1])
 
         return await asyncio.to_thread(ask)
 
     async def probe(self) -> None:
         def ask() -> None:
-            with self._foreign_errors():
-                self._client().list_topics(timeout=REQUEST_SECONDS)
+            self._ask(
+                "",
+                lambda admin: {"": admin.describe_cluster(request_timeout=REQUEST_SECONDS)},
+            )
 
         await asyncio.to_thread(ask)
 
@@ -142,11 +152,10 @@ class KafkaSource(Numbered):
 
         It is Kafka's topic id (KIP-516, brokers from 2.8 on); older ones have none.
         """
-        with self._foreign_errors(pchannel):
-            topics = self._client().describe_topics(
-                TopicCollection([pchannel]), request_timeout=REQUEST_SECONDS
-            )
-            topic_id = _answer(topics)[pchannel].topic_id
+        topics = TopicCollection([pchannel])
+        topic_id = self._ask(
+            pchannel, lambda admin: admin.describe_topics(topics, request_timeout=REQUEST_SECONDS)
+        )[pchannel].topic_id
         halves = (topic_id.get_most_significant_bits(), topic_id.get_least_significant_bits())
         found = b"".join(half.to_bytes(8, "big", signed=True) for half in halves)
         found = found if any(found) else b""
@@ -155,13 +164,17 @@ class KafkaSource(Numbered):
 
     def _offsets(self, pchannel: str) -> tuple[int, int]:
         partition = TopicPartition(pchannel, 0)
-        with self._foreign_errors(pchannel):
-            first, end = (
-                _answer(
-                    self._client().list_offsets({partition: spec}, request_timeout=REQUEST_SECONDS)
-                )[partition].offset
-                for spec in (OffsetSpec.earliest(), OffsetSpec.latest())
+
+        def offset(spec: OffsetSpec) -> int:
+            answers = self._ask(
+                pchannel,
+                lambda admin: admin.list_offsets(
+                    {partition: spec}, request_timeout=REQUEST_SECONDS
+                ),
             )
+            return int(answers[partition].offset)
+
+        first, end = offset(OffsetSpec.earliest()), offset(OffsetSpec.latest())
         if min(first, end) < 0:
             # So answers a broker that is starting and does not lead the partition yet.
             raise RetryableError(
@@ -173,9 +186,10 @@ class KafkaSource(Numbered):
     def _retention(self, pchannel: str) -> tuple[int, int]:
         """Blocking: milliseconds and bytes, 0 for no limit."""
         resource = ConfigResource(ResourceType.TOPIC, pchannel)
-        with self._foreign_errors(pchannel):
-            asked = self._client().describe_configs([resource], request_timeout=REQUEST_SECONDS)
-            entries = _answer(asked)[resource]
+        entries = self._ask(
+            pchannel,
+            lambda admin: admin.describe_configs([resource], request_timeout=REQUEST_SECONDS),
+        )[resource]
         values = {name: entry.value or "" for name, entry in entries.items()}
         if "delete" not in values.get("cleanup.policy", "delete"):
             return 0, 0
@@ -196,27 +210,58 @@ class KafkaSource(Numbered):
         size = sum(len(entry.payload) for entry in entries)
         return -(-size // len(entries)) if entries else 0
 
-    def _client(self) -> AdminClient:
+    def _ask(
+        self, pchannel: str, question: Callable[[AdminClient], Mapping[Any, Future[Any]]]
+    ) -> dict[Any, Any]:
+        """Blocking: the answers, by what was asked for."""
+        admin = self._connected()
+        with self._foreign_errors(admin, pchannel):
+            deadline = time.monotonic() + REQUEST_SECONDS + 1
+            futures = question(admin.client)
+            return {key: self._wait(admin, future, deadline) for key, future in futures.items()}
+
+    def _wait(self, admin: _Admin, future: Future[Any], deadline: float) -> Any:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return future.result(POLL_SECONDS)
+            # The library goes on trying with a login that is refused until time runs out.
+            self._raise_refusal(admin)
+            if time.monotonic() >= deadline:
+                raise TimeoutError
+
+    def _raise_refusal(self, admin: _Admin) -> None:
+        admin.client.poll(0)
+        refusal = admin.terms.fault.refusal(time.monotonic() - REQUEST_SECONDS)
+        if refusal is not None:
+            with self._admin_made:
+                if self._admin is admin:
+                    self._admin = None
+            raise self._access.refused(admin.terms, refusal)
+
+    def _connected(self) -> _Admin:
         # Threads ask at the same time; a second client would be destroyed with its question open.
         with self._admin_made:
             if self._admin is None:
-                # Nobody polls this client, so it must have nothing to say on its own.
-                self._admin = AdminClient(client_settings(self._brokers) | {"log_level": 0})
+                terms = self._access.terms()
+                # Its log lines need somebody who polls, which only a question does.
+                client = self._access.made(AdminClient, terms, log_level=0)
+                self._admin = _Admin(client, terms)
             return self._admin
 
     @contextlib.contextmanager
-    def _foreign_errors(self, pchannel: str = "") -> Iterator[None]:
+    def _foreign_errors(self, admin: _Admin, pchannel: str) -> Iterator[None]:
         try:
             yield
         except KafkaException as error:
-            raise self.translate(error.args[0], pchannel) from error
+            self._raise_refusal(admin)
+            raise self.translate(error.args[0], pchannel, admin.terms) from error
         except (OSError, TimeoutError) as error:
-            text = str(error) or type(error).__name__
+            text = self._access.with_fault(str(error) or type(error).__name__, admin.terms)
             raise RetryableError("QUEUE_UNREACHABLE", f"{self._where}: {text}") from error
 
-    def translate(self, error: KafkaError, pchannel: str) -> CdcError:
+    def translate(self, error: KafkaError, pchannel: str, terms: Terms) -> CdcError:
         where = self._where
-        if error.code() in DENIED:
+        if error.code() in NO_RIGHT:
             return UserError(
                 "QUEUE_ACCESS_DENIED",
                 f"{where} denies reading topic {pchannel or '(any)'}: {error.str()}",
@@ -227,8 +272,7 @@ class KafkaSource(Numbered):
                 f"topic {pchannel} does not exist at {where}: it was deleted, or the task names "
                 "another queue than the source writes to"
             )
-        return RetryableError("QUEUE_UNREACHABLE", f"{where}: {error.str()}")
-
-
-def _answer(futures: Mapping[Any, Future[T]]) -> dict[Any, T]:
-    return {key: future.result(REQUEST_SECONDS + 1) for key, future in futures.items()}
+        text = error.str()
+        if error.code() in _NO_ANSWER:
+            text = self._access.with_fault(text, terms)
+        return RetryableError("QUEUE_UNREACHABLE", f"{where}: {text}")

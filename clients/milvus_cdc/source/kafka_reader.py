@@ -12,19 +12,20 @@ import contextlib
 import threading
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
 from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 
-from milvus_cdc.errors import CdcError, LogResetError, LogTruncatedError, RetryableError
-from milvus_cdc.kafka_codes import NO_TOPIC
+from milvus_cdc.errors import CdcError, LogResetError, LogTruncatedError, RetryableError, UserError
+from milvus_cdc.kafka_codes import AUTHENTICATION, NO_RIGHT, NO_TOPIC
 from milvus_cdc.source import STREAMING_HEADER, TRACE_HEADER, LogEntry
 from milvus_cdc.source.kafka_client import (
-    DENIED,
     OUT_OF_RANGE,
+    Access,
     ClientLog,
-    client_settings,
+    Terms,
 )
 from milvus_cdc.source.positions import encode
 
@@ -37,6 +38,9 @@ POLL_SECONDS = 0.5
 POLL_MESSAGES = 4096
 CHECK_SECONDS = 5.0
 """How often a reader asks whether the topic still is the same one."""
+REFUSED_SECONDS = 30.0
+"""Refused twice within so long, with nothing read in between, is refused."""
+_NO_GROUP = KafkaError.GROUP_AUTHORIZATION_FAILED
 HELD_KIBIBYTES = 2048
 """What the client may hold ahead of a reader, besides one fetch."""
 
@@ -45,10 +49,12 @@ class KafkaReader:
     """One consumer assigned to partition 0; it reconnects by itself after a RetryableError."""
 
     def __init__(
-        self, source: KafkaSource, brokers: str, pchannel: str, start: int, incarnation: bytes
+        self, source: KafkaSource, access: Access, pchannel: str, start: int, incarnation: bytes
     ) -> None:
         self._source = source
-        self._brokers = brokers
+        self._access = access
+        self._terms: Terms | None = None
+        """Of the consumer."""
         self._pchannel = pchannel
         self.incarnation = incarnation
         self._next = start
@@ -66,6 +72,7 @@ class KafkaReader:
         self._closed = False
         self._consumer: Consumer | None = None
         self._check_at = time.monotonic() + CHECK_SECONDS
+        self._heard_at = 0.0
         self._down = False
         self._late: CdcError | None = None
 
@@ -145,6 +152,8 @@ class KafkaReader:
             if isinstance(late, RetryableError):
                 self._late = None
             raise late
+        if self._down:
+            self._look_at_connection()
         consumer = self._consumer or self._assign()
         if self._down:
             self._source.check(self._pchannel, self._next, self.incarnation)
@@ -157,6 +166,9 @@ class KafkaReader:
             return []
         entries: list[LogEntry] = []
         for message in (first, *consumer.consume(POLL_MESSAGES, timeout=0)):
+            # The client looks for the coordinator of the group that it must name and never joins.
+            if message.error() is not None and message.error().code() == _NO_GROUP:
+                continue
             try:
                 entries.append(self._entry(message))
             except CdcError as error:
@@ -178,7 +190,9 @@ class KafkaReader:
             if error.code() in OUT_OF_RANGE or error.code() in NO_TOPIC:
                 self._source.check(self._pchannel, self._next, self.incarnation)
                 raise RetryableError("QUEUE_UNREACHABLE", f"{self._pchannel}: {error.str()}")
-            raise self._source.translate(error, self._pchannel)
+            terms = self._terms
+            assert terms is not None
+            raise self._source.translate(error, self._pchannel, terms)
         offset = message.offset()
         if offset != self._next:
             raise LogTruncatedError(
@@ -187,6 +201,7 @@ class KafkaReader:
             )
         payload = message.value()
         self._next += 1
+        self._heard_at = time.monotonic()
         headers = dict(message.headers() or ())
         trace = headers.get(TRACE_HEADER) or b""
         return LogEntry(
@@ -194,14 +209,18 @@ class KafkaReader:
         )
 
     def _assign(self) -> Consumer:
+        terms = self._access.terms()
+
         def on_error(error: KafkaError) -> None:
             log.debug("kafka client", topic=self._pchannel, error=error.str())
-            if error.code() in (KafkaError._ALL_BROKERS_DOWN, *DENIED):
+            terms.fault(error)
+            if error.code() in (KafkaError._ALL_BROKERS_DOWN, *AUTHENTICATION, *NO_RIGHT):
                 self._down = True
 
-        consumer = Consumer(
-            client_settings(self._brokers)
-            | {
+        consumer = self._access.made(
+            partial(Consumer, logger=ClientLog(self._pchannel)),
+            terms,
+            **{
                 # Demanded by the client; nothing joins it as long as partitions are assigned.
                 "group.id": "milvus-cdc",
                 "enable.auto.commit": False,
@@ -218,11 +237,24 @@ class KafkaReader:
                 "fetch.queue.backoff.ms": 5,
                 "error_cb": on_error,
             },
-            logger=ClientLog(self._pchannel),
         )
+        self._terms = terms
         consumer.assign([TopicPartition(self._pchannel, 0, self._next)])
         self._consumer = consumer
         return consumer
+
+    def _look_at_connection(self) -> None:
+        """Raises when the brokers refuse us; a rotated secret or certificate is taken up."""
+        terms = self._terms
+        if terms is None or self._consumer is None:
+            return
+        if refusal := terms.fault.refusal(max(time.monotonic() - REFUSED_SECONDS, self._heard_at)):
+            self._consumer_lost()
+            raise self._access.refused(terms, refusal)
+        # A secret that cannot be read now is no reason to give up what may come back by itself.
+        with contextlib.suppress(UserError):
+            if self._access.changed(terms):
+                self._consumer_lost()
 
     def _consumer_lost(self) -> None:
         """The next fetch begins with a new consumer at the offset that is due."""

@@ -21,6 +21,7 @@ from nats.js.api import (
     StreamInfo,
 )
 
+from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.source import (
     LogLimits,
     LogRange,
@@ -30,7 +31,6 @@ from milvus_cdc.source.nats_connection import (
     API_SECONDS,
     Connection,
     bounded,
-    foreign_errors,
     stream_info,
 )
 from milvus_cdc.source.nats_reader import NatsReader
@@ -43,9 +43,10 @@ log = structlog.get_logger()
 class NatsSource(Numbered):
     """The queue of one source. A reader has a connection of its own, asking questions another."""
 
-    def __init__(self, config: NatsConfig) -> None:
-        self._url = config.url
-        self._asking = Connection(self._url)
+    def __init__(self, config: NatsConfig, secrets: SecretResolver | None = None) -> None:
+        self._config = config
+        self._secrets = secrets
+        self._asking = Connection(config, secrets)
 
     async def open(self, pchannel: str, position: bytes, incarnation: bytes = b"") -> NatsReader:
         start = decode(position)
@@ -78,7 +79,7 @@ class NatsSource(Numbered):
         """
         await self._info(pchannel)
         client = await self._asking.get()
-        with foreign_errors(self._url, pchannel):
+        with self._asking.errors(pchannel):
             stream = client.jetstream(timeout=API_SECONDS)
             consumer = await bounded(
                 stream.add_consumer(
@@ -101,16 +102,16 @@ class NatsSource(Numbered):
 
     async def probe(self) -> None:
         client = await self._asking.get()
-        with foreign_errors(self._url):
+        with self._asking.errors():
             await client.jetstream(timeout=API_SECONDS).account_info()
 
     async def close(self) -> None:
         await self._asking.close()
 
     async def connect(self) -> Connection:
-        connection = Connection(self._url)
+        connection = Connection(self._config, self._secrets)
         await connection.get()
         return connection
 
     async def _info(self, pchannel: str) -> StreamInfo:
-        return await stream_info(await self._asking.get(), self._url, pchannel)
+        return await stream_info(self._asking, pchannel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -15,6 +16,9 @@ from nats.aio.client import Client
 from nats.js.api import StreamInfo
 
 from milvus_cdc.errors import BugError, LogResetError, RetryableError, UserError
+from milvus_cdc.secrets import SecretResolver
+from milvus_cdc.source import NatsConfig
+from milvus_cdc.source.nats_login import FIELD, SafeClient, login
 
 log = structlog.get_logger()
 
@@ -26,15 +30,24 @@ PING_SECONDS = 10
 API_SECONDS = 5.0
 CLOSE_SECONDS = 3.0
 _NO_STREAM = 10059
+_NO_JETSTREAM = 10039
+_COURTESY = "$js.api.consumer.delete."
+_OTHER_NAME = frozenset((62, 64))
+"""OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH."""
 
 
 class Connection:
     """A connection without reconnection of its own: whoever uses it must learn that it broke."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.on_closed: Callable[[], None] | None = None
-        self._client: Client | None = None
+    def __init__(self, config: NatsConfig, secrets: SecretResolver | None) -> None:
+        self._config = config
+        self._secrets = secrets
+        self.where = f"NATS at {_redacted(config.url)}"
+        self.on_changed: Callable[[], None] | None = None
+        """Called when it broke, and when the server denied something."""
+        self._client: SafeClient | None = None
+        self._field = FIELD
+        self._denied = ""
         self._lock = asyncio.Lock()
 
     @property
@@ -49,40 +62,130 @@ class Connection:
             assert self._client is not None
             return self._client
 
+    def raise_denied(self) -> None:
+        """The server says only beside its answers that it denies something, and answers nothing."""
+        denied, self._denied = self._denied, ""
+        if denied:
+            raise UserError(
+                "QUEUE_ACCESS_DENIED",
+                f"{self.where}: {denied}; docs/security-queues.md lists what this user needs",
+                field=self._field,
+            )
+
     async def _connect(self) -> None:
+        # Not in the event loop: files and secrets may lie on a slow disk.
+        terms = await asyncio.to_thread(login, self._config, self._secrets)
+        self._field, self._denied = terms.field, ""
         errors: list[Exception] = []
 
         async def on_error(error: Exception) -> None:
             errors.append(error)
-            log.debug("nats client", url=_redacted(self.url), error=repr(error))
+            log.debug("nats client", where=self.where, error=repr(error))
+            text = str(error).removeprefix("nats: ")
+            # Deleting a consumer is only a courtesy.
+            if "permissions violation" in text.lower() and _COURTESY not in text.lower():
+                self._denied = text
+                await on_changed()
 
-        async def on_closed() -> None:
-            if self.on_closed is not None:
-                self.on_closed()
+        async def on_changed() -> None:
+            if self.on_changed is not None:
+                self.on_changed()
 
-        client = Client()
-        with foreign_errors(self.url):
+        client = SafeClient(certificate=terms.certificate)
+        with self.errors(), self._handshake_errors():
             try:
                 connecting = client.connect(
-                    self.url,
+                    self._config.url,
                     name="milvus-cdc",
                     error_cb=on_error,
-                    disconnected_cb=on_closed,
-                    closed_cb=on_closed,
+                    disconnected_cb=on_changed,
+                    closed_cb=on_changed,
                     allow_reconnect=False,
                     # The client tries once more than it is told to, however it is told.
                     max_reconnect_attempts=1,
                     reconnect_time_wait=0,
                     connect_timeout=CONNECT_SECONDS,
                     ping_interval=PING_SECONDS,
+                    **terms.options,
                 )
                 await bounded(connecting, 2 * CONNECT_SECONDS)
+                client.check()
             except BaseException as error:
                 await _close(client)
                 if isinstance(error, nats.errors.NoServersError) and errors:
                     raise errors[-1] from error
                 raise
         self._client = client
+
+    @contextlib.contextmanager
+    def _handshake_errors(self) -> Iterator[None]:
+        """While connecting, TLS that fails is a setting; later it is a connection that broke."""
+        try:
+            yield
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            raise
+        except ssl.SSLCertVerificationError as error:
+            part = "server_name" if error.verify_code in _OTHER_NAME else "ca_file"
+            raise UserError(
+                "QUEUE_AUTHENTICATION_FAILED",
+                f"{self.where}: its certificate is refused: {error.verify_message}; mend "
+                f"{FIELD}.tls.{part}, or the server",
+                field=f"{FIELD}.tls.{part}",
+            ) from error
+        except ssl.SSLError as error:
+            ours = "ALERT" in (error.reason or "")
+            field = f"{FIELD}.tls" + (".certificate_file" if ours else "")
+            raise UserError(
+                "QUEUE_AUTHENTICATION_FAILED",
+                f"{self.where}: {'it refuses our certificate' if ours else 'TLS fails'}: "
+                f"{error.reason or error}; mend {field}, or the server",
+                field=field,
+            ) from error
+
+    @contextlib.contextmanager
+    def errors(self, pchannel: str = "") -> Iterator[None]:
+        """The client's errors as ours."""
+        where = self.where
+        try:
+            yield
+        except nats.js.errors.NotFoundError as error:
+            if error.err_code == _NO_STREAM and pchannel:
+                raise LogResetError(
+                    f"stream {pchannel} does not exist at {where}: it was deleted, or the task "
+                    "names another queue than the source writes to"
+                ) from error
+            raise RetryableError("QUEUE_UNREACHABLE", f"{where}: {error}") from error
+        except nats.js.errors.BadRequestError as error:
+            raise BugError("QUEUE_PROTOCOL", f"{where} refuses a request: {error}") from error
+        except nats.js.errors.APIError as error:
+            if error.err_code == _NO_JETSTREAM:
+                raise UserError(
+                    "QUEUE_ACCESS_DENIED",
+                    f"{where}: {error.description}: log in as a user of the account that Milvus "
+                    "uses",
+                    field=self._field,
+                ) from error
+            raise RetryableError("QUEUE_UNREACHABLE", f"{where}: {error}") from error
+        except nats.errors.Error as error:
+            if isinstance(error, nats.errors.TimeoutError | nats.errors.NoRespondersError):
+                self.raise_denied()
+            if _refusal(error):
+                raise UserError(
+                    "QUEUE_AUTHENTICATION_FAILED",
+                    f"{where} refuses the login: {str(error).removeprefix('nats: ')}; "
+                    + (
+                        "mend it"
+                        if self._field != FIELD
+                        else "set username and password, token, nkey_seed or credentials_file"
+                    ),
+                    field=self._field,
+                ) from error
+            raise RetryableError("QUEUE_UNREACHABLE", f"{where}: {error}") from error
+        except (OSError, TimeoutError) as error:
+            self.raise_denied()
+            raise RetryableError(
+                "QUEUE_UNREACHABLE", f"{where}: {error or type(error).__name__}"
+            ) from error
 
     async def close(self) -> None:
         client, self._client = self._client, None
@@ -111,42 +214,20 @@ async def _close(client: Client) -> None:
         await bounded(client.close(), CLOSE_SECONDS)
 
 
-async def stream_info(client: Client, url: str, pchannel: str) -> StreamInfo:
+async def stream_info(connection: Connection, pchannel: str) -> StreamInfo:
     """Raises LogResetError when there is no such stream."""
-    with foreign_errors(url, pchannel):
+    client = await connection.get()
+    with connection.errors(pchannel):
         asking = client.jetstream(timeout=API_SECONDS).stream_info(pchannel)
         return await bounded(asking, 2 * API_SECONDS)
 
 
-@contextlib.contextmanager
-def foreign_errors(url: str, pchannel: str = "") -> Iterator[None]:
-    where = f"NATS at {_redacted(url)}"
-    try:
-        yield
-    except nats.js.errors.NotFoundError as error:
-        if error.err_code == _NO_STREAM and pchannel:
-            raise LogResetError(
-                f"stream {pchannel} does not exist at {where}: it was deleted, or the task names "
-                "another queue than the source writes to"
-            ) from error
-        raise RetryableError("QUEUE_UNREACHABLE", f"{where}: {error}") from error
-    except nats.js.errors.BadRequestError as error:
-        raise BugError("QUEUE_PROTOCOL", f"{where} refuses a request: {error}") from error
-    except nats.errors.Error as error:
-        if (
-            isinstance(error, nats.errors.AuthorizationError)
-            or "authorization" in str(error).lower()
-        ):
-            raise UserError(
-                "QUEUE_ACCESS_DENIED",
-                f"{where} refuses the credentials; mend them in the url",
-                field="source.nats.url",
-            ) from error
-        raise RetryableError("QUEUE_UNREACHABLE", f"{where}: {error}") from error
-    except (OSError, TimeoutError) as error:
-        raise RetryableError(
-            "QUEUE_UNREACHABLE", f"{where}: {error or type(error).__name__}"
-        ) from error
+def _refusal(error: nats.errors.Error) -> bool:
+    if isinstance(error, nats.errors.AuthorizationError):
+        return True
+    text = str(error).lower()
+    # A server that waited too long for our first words says "authentication timeout".
+    return "timeout" not in text and ("authorization" in text or "authentication" in text)
 
 
 def _redacted(url: str) -> str:

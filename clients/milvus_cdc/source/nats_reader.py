@@ -25,7 +25,6 @@ from milvus_cdc.source import STREAMING_HEADER, TRACE_HEADER, LogEntry
 from milvus_cdc.source.nats_connection import (
     API_SECONDS,
     Connection,
-    foreign_errors,
     stream_info,
 )
 from milvus_cdc.source.nats_stream import check_stream
@@ -155,8 +154,7 @@ class NatsReader:
         while True:
             # `next` counts what was returned, the queue holds what follows it.
             start = max(self.next + len(self._entries), 1)
-            client = await connection.get()
-            info = await stream_info(client, connection.url, self._pchannel)
+            info = await stream_info(connection, self._pchannel)
             check_stream(self._pchannel, info, start, self.incarnation)
             consumer = _Consumer(self, connection, self._pchannel, start)
             try:
@@ -212,8 +210,8 @@ class _Consumer:
 
     async def pull_until_lost(self) -> None:
         client = await self._connection.get()
-        self._connection.on_closed = self._changed.set
-        with foreign_errors(self._connection.url, self._pchannel):
+        self._connection.on_changed = self._changed.set
+        with self._connection.errors(self._pchannel):
             info = await client.jetstream(timeout=API_SECONDS).add_consumer(
                 self._pchannel,
                 ConsumerConfig(
@@ -252,6 +250,7 @@ class _Consumer:
         try:
             async with asyncio.timeout(PULL_SECONDS + API_SECONDS):
                 while self._pending and not self.lost:
+                    self._connection.raise_denied()
                     if not self._connection.up:
                         raise nats.errors.ConnectionClosedError
                     self._changed.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from milvus_cdc.errors import BugError
+from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.source import (
     KafkaConfig,
     LogSource,
@@ -14,18 +15,20 @@ from milvus_cdc.source import (
 )
 
 
-def open_source(config: QueueConfig) -> LogSource:
-    """The source for a queue; it connects on first use."""
+def open_source(config: QueueConfig, secrets: SecretResolver | None = None) -> LogSource:
+    """The source for a queue; it connects on first use. `secrets` says which ones may be used: none
+    when it is left out.
+    """
     # Imported on use: a reader of one queue does not load the other's client.
     match config:
         case NatsConfig():
             from milvus_cdc.source.nats import NatsSource
 
-            return NatsSource(config)
+            return NatsSource(config, secrets)
         case KafkaConfig():
             from milvus_cdc.source.kafka import KafkaSource
 
-            return KafkaSource(config)
+            return KafkaSource(config, secrets)
         case PulsarConfig():
             from milvus_cdc.source.pulsar import PulsarSource
 

@@ -626,21 +626,50 @@ Global___EtcdMetadata: _TypeAlias = EtcdMetadata  # noqa: Y015
 
 @_typing.final
 class NatsQueue(_message.Message):
-    """NATS JetStream, as embedded in Milvus 2.3 to 2.5 (`mq.type: natsmq`)."""
+    """NATS JetStream, as embedded in Milvus 2.3 to 2.5 (`mq.type: natsmq`). At most one way to log in: `token`,
+    `username` and `password`, `credentials_file` or `nkey_seed`; none when all are unset.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     URL_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    USERNAME_FIELD_NUMBER: _builtins.int
+    PASSWORD_FIELD_NUMBER: _builtins.int
+    CREDENTIALS_FILE_FIELD_NUMBER: _builtins.int
+    NKEY_SEED_FIELD_NUMBER: _builtins.int
     url: _builtins.str
-    """`nats://host:port`."""
+    """`nats://host:port`, also with TLS. A login is not part of it."""
+    username: _builtins.str
+    credentials_file: _builtins.str
+    """File with a user's JWT and seed, as `nsc` writes it. A secret: it must be where secrets may be on the replicator."""
+    @_builtins.property
+    def tls(self) -> _tls_pb2.Tls:
+        """Encrypted always, also where the server would do without; unset: encrypted where the server demands it."""
+
+    @_builtins.property
+    def token(self) -> _secret_pb2.Secret: ...
+    @_builtins.property
+    def password(self) -> _secret_pb2.Secret: ...
+    @_builtins.property
+    def nkey_seed(self) -> _secret_pb2.Secret:
+        """A user's NKey seed (`SU...`)."""
+
     def __init__(
         self,
         *,
         url: _builtins.str = ...,
+        tls: _tls_pb2.Tls | None = ...,
+        token: _secret_pb2.Secret | None = ...,
+        username: _builtins.str = ...,
+        password: _secret_pb2.Secret | None = ...,
+        credentials_file: _builtins.str = ...,
+        nkey_seed: _secret_pb2.Secret | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["nkey_seed", b"nkey_seed", "password", b"password", "tls", b"tls", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credentials_file", b"credentials_file", "nkey_seed", b"nkey_seed", "password", b"password", "tls", b"tls", "token", b"token", "url", b"url", "username", b"username"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -653,18 +682,22 @@ class KafkaQueue(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BROKERS_FIELD_NUMBER: _builtins.int
+    SECURITY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def brokers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Bootstrap brokers, `host:port`."""
 
+    @_builtins.property
+    def security(self) -> _sink_kafka_pb2.KafkaSecurity: ...
     def __init__(
         self,
         *,
         brokers: _abc.Iterable[_builtins.str] | None = ...,
+        security: _sink_kafka_pb2.KafkaSecurity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["security", b"security"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["brokers", b"brokers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["brokers", b"brokers", "security", b"security"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ async def test_readers_that_open_at_the_same_time_share_one_client(
             time.sleep(0.05)
             made.append(self)
 
-        def list_topics(self, timeout: float) -> None:
-            pass
+        def describe_cluster(self, request_timeout: float) -> Future[None]:
+            answer: Future[None] = Future()
+            answer.set_result(None)
+            return answer
 
     monkeypatch.setattr(kafka, "AdminClient", SlowToMake)
     source = KafkaSource(KafkaConfig(("127.0.0.1:1",)))

@@ -1109,11 +1109,21 @@ func (x *EtcdMetadata) GetPassword() *Secret {
 	return nil
 }
 
-// NATS JetStream, as embedded in Milvus 2.3 to 2.5 (`mq.type: natsmq`).
+// NATS JetStream, as embedded in Milvus 2.3 to 2.5 (`mq.type: natsmq`). At most one way to log in: `token`,
+// `username` and `password`, `credentials_file` or `nkey_seed`; none when all are unset.
 type NatsQueue struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// `nats://host:port`.
-	Url           string `protobuf:"bytes,1,opt,name=url,proto3" json:"url,omitempty"`
+	// `nats://host:port`, also with TLS. A login is not part of it.
+	Url string `protobuf:"bytes,1,opt,name=url,proto3" json:"url,omitempty"`
+	// Encrypted always, also where the server would do without; unset: encrypted where the server demands it.
+	Tls      *Tls    `protobuf:"bytes,2,opt,name=tls,proto3" json:"tls,omitempty"`
+	Token    *Secret `protobuf:"bytes,3,opt,name=token,proto3" json:"token,omitempty"`
+	Username string  `protobuf:"bytes,4,opt,name=username,proto3" json:"username,omitempty"`
+	Password *Secret `protobuf:"bytes,5,opt,name=password,proto3" json:"password,omitempty"`
+	// File with a user's JWT and seed, as `nsc` writes it. A secret: it must be where secrets may be on the replicator.
+	CredentialsFile string `protobuf:"bytes,6,opt,name=credentials_file,json=credentialsFile,proto3" json:"credentials_file,omitempty"`
+	// A user's NKey seed (`SU...`).
+	NkeySeed      *Secret `protobuf:"bytes,7,opt,name=nkey_seed,json=nkeySeed,proto3" json:"nkey_seed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1155,11 +1165,54 @@ func (x *NatsQueue) GetUrl() string {
 	return ""
 }
 
+func (x *NatsQueue) GetTls() *Tls {
+	if x != nil {
+		return x.Tls
+	}
+	return nil
+}
+
+func (x *NatsQueue) GetToken() *Secret {
+	if x != nil {
+		return x.Token
+	}
+	return nil
+}
+
+func (x *NatsQueue) GetUsername() string {
+	if x != nil {
+		return x.Username
+	}
+	return ""
+}
+
+func (x *NatsQueue) GetPassword() *Secret {
+	if x != nil {
+		return x.Password
+	}
+	return nil
+}
+
+func (x *NatsQueue) GetCredentialsFile() string {
+	if x != nil {
+		return x.CredentialsFile
+	}
+	return ""
+}
+
+func (x *NatsQueue) GetNkeySeed() *Secret {
+	if x != nil {
+		return x.NkeySeed
+	}
+	return nil
+}
+
 // Apache Kafka.
 type KafkaQueue struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Bootstrap brokers, `host:port`.
-	Brokers       []string `protobuf:"bytes,1,rep,name=brokers,proto3" json:"brokers,omitempty"`
+	Brokers       []string       `protobuf:"bytes,1,rep,name=brokers,proto3" json:"brokers,omitempty"`
+	Security      *KafkaSecurity `protobuf:"bytes,2,opt,name=security,proto3" json:"security,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1197,6 +1250,13 @@ func (*KafkaQueue) Descriptor() ([]byte, []int) {
 func (x *KafkaQueue) GetBrokers() []string {
 	if x != nil {
 		return x.Brokers
+	}
+	return nil
+}
+
+func (x *KafkaQueue) GetSecurity() *KafkaSecurity {
+	if x != nil {
+		return x.Security
 	}
 	return nil
 }
@@ -2185,12 +2245,20 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\rmeta_sub_path\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\xff\x01R\vmetaSubPath\x12#\n" +
 	"\x03tls\x18\x04 \x01(\v2\x11.milvuscdc.v1.TlsR\x03tls\x12$\n" +
 	"\busername\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\xff\x01R\busername\x120\n" +
-	"\bpassword\x18\x06 \x01(\v2\x14.milvuscdc.v1.SecretR\bpassword\"A\n" +
-	"\tNatsQueue\x124\n" +
-	"\x03url\x18\x01 \x01(\tB\"\xbaH\x1fr\x1d2\x1b^nats://[^/\\s]+:[0-9]{1,5}$R\x03url\"L\n" +
+	"\bpassword\x18\x06 \x01(\v2\x14.milvuscdc.v1.SecretR\bpassword\"\xfa\x03\n" +
+	"\tNatsQueue\x12\xdb\x01\n" +
+	"\x03url\x18\x01 \x01(\tB\xc8\x01\xbaH\xc4\x01\xba\x01\xa1\x01\n" +
+	"\x17nats_queue.url.no_login\x12qa login in the address would be stored and shown: use username and password, token, nkey_seed or credentials_file\x1a\x13!this.contains('@')r\x1d2\x1b^nats://[^/\\s]+:[0-9]{1,5}$R\x03url\x12#\n" +
+	"\x03tls\x18\x02 \x01(\v2\x11.milvuscdc.v1.TlsR\x03tls\x12*\n" +
+	"\x05token\x18\x03 \x01(\v2\x14.milvuscdc.v1.SecretR\x05token\x12$\n" +
+	"\busername\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\xff\x01R\busername\x120\n" +
+	"\bpassword\x18\x05 \x01(\v2\x14.milvuscdc.v1.SecretR\bpassword\x123\n" +
+	"\x10credentials_file\x18\x06 \x01(\tB\b\xbaH\x05r\x03\x18\x80 R\x0fcredentialsFile\x121\n" +
+	"\tnkey_seed\x18\a \x01(\v2\x14.milvuscdc.v1.SecretR\bnkeySeed\"\x85\x01\n" +
 	"\n" +
 	"KafkaQueue\x12>\n" +
-	"\abrokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10@\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\abrokers\"\xc4\a\n" +
+	"\abrokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10@\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\abrokers\x127\n" +
+	"\bsecurity\x18\x02 \x01(\v2\x1b.milvuscdc.v1.KafkaSecurityR\bsecurity\"\xc4\a\n" +
 	"\vPulsarQueue\x12j\n" +
 	"\vservice_url\x18\x01 \x01(\tBI\xbaHFrD\x18\x80 2?^pulsar(\\+ssl)?://[^/\\s,@]+:[0-9]{1,5}(,[^/\\s,@]+:[0-9]{1,5})*$R\n" +
 	"serviceUrl\x12N\n" +
@@ -2343,10 +2411,11 @@ var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(*durationpb.Duration)(nil),   // 28: google.protobuf.Duration
 	(*Tls)(nil),                   // 29: milvuscdc.v1.Tls
 	(*Secret)(nil),                // 30: milvuscdc.v1.Secret
-	(*KafkaSink)(nil),             // 31: milvuscdc.v1.KafkaSink
-	(*FileSink)(nil),              // 32: milvuscdc.v1.FileSink
-	(*PostgresSink)(nil),          // 33: milvuscdc.v1.PostgresSink
-	(*Plugin)(nil),                // 34: milvuscdc.v1.Plugin
+	(*KafkaSecurity)(nil),         // 31: milvuscdc.v1.KafkaSecurity
+	(*KafkaSink)(nil),             // 32: milvuscdc.v1.KafkaSink
+	(*FileSink)(nil),              // 33: milvuscdc.v1.FileSink
+	(*PostgresSink)(nil),          // 34: milvuscdc.v1.PostgresSink
+	(*Plugin)(nil),                // 35: milvuscdc.v1.Plugin
 }
 var file_milvuscdc_v1_task_proto_depIdxs = []int32{
 	24, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
@@ -2376,30 +2445,35 @@ var file_milvuscdc_v1_task_proto_depIdxs = []int32{
 	15, // 24: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
 	29, // 25: milvuscdc.v1.EtcdMetadata.tls:type_name -> milvuscdc.v1.Tls
 	30, // 26: milvuscdc.v1.EtcdMetadata.password:type_name -> milvuscdc.v1.Secret
-	29, // 27: milvuscdc.v1.PulsarQueue.tls:type_name -> milvuscdc.v1.Tls
-	30, // 28: milvuscdc.v1.PulsarQueue.token:type_name -> milvuscdc.v1.Secret
-	2,  // 29: milvuscdc.v1.PulsarQueue.hold:type_name -> milvuscdc.v1.PulsarHold
-	30, // 30: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
-	29, // 31: milvuscdc.v1.MilvusEndpoint.tls:type_name -> milvuscdc.v1.Tls
-	15, // 32: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	31, // 33: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
-	32, // 34: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
-	33, // 35: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
-	34, // 36: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
-	19, // 37: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
-	20, // 38: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
-	3,  // 39: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
-	27, // 40: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
-	27, // 41: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
-	28, // 42: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
-	23, // 43: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
-	22, // 44: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
-	28, // 45: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
-	46, // [46:46] is the sub-list for method output_type
-	46, // [46:46] is the sub-list for method input_type
-	46, // [46:46] is the sub-list for extension type_name
-	46, // [46:46] is the sub-list for extension extendee
-	0,  // [0:46] is the sub-list for field type_name
+	29, // 27: milvuscdc.v1.NatsQueue.tls:type_name -> milvuscdc.v1.Tls
+	30, // 28: milvuscdc.v1.NatsQueue.token:type_name -> milvuscdc.v1.Secret
+	30, // 29: milvuscdc.v1.NatsQueue.password:type_name -> milvuscdc.v1.Secret
+	30, // 30: milvuscdc.v1.NatsQueue.nkey_seed:type_name -> milvuscdc.v1.Secret
+	31, // 31: milvuscdc.v1.KafkaQueue.security:type_name -> milvuscdc.v1.KafkaSecurity
+	29, // 32: milvuscdc.v1.PulsarQueue.tls:type_name -> milvuscdc.v1.Tls
+	30, // 33: milvuscdc.v1.PulsarQueue.token:type_name -> milvuscdc.v1.Secret
+	2,  // 34: milvuscdc.v1.PulsarQueue.hold:type_name -> milvuscdc.v1.PulsarHold
+	30, // 35: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
+	29, // 36: milvuscdc.v1.MilvusEndpoint.tls:type_name -> milvuscdc.v1.Tls
+	15, // 37: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	32, // 38: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
+	33, // 39: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
+	34, // 40: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
+	35, // 41: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
+	19, // 42: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
+	20, // 43: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
+	3,  // 44: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
+	27, // 45: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
+	27, // 46: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
+	28, // 47: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
+	23, // 48: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
+	22, // 49: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
+	28, // 50: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
+	51, // [51:51] is the sub-list for method output_type
+	51, // [51:51] is the sub-list for method input_type
+	51, // [51:51] is the sub-list for extension type_name
+	51, // [51:51] is the sub-list for extension extendee
+	0,  // [0:51] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_task_proto_init() }

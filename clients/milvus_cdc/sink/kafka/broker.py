@@ -30,8 +30,10 @@ from confluent_kafka.admin import (
 from milvuscdc.v1 import sink_kafka_pb2
 
 from milvus_cdc.errors import CdcError, RetryableError, UserError
-from milvus_cdc.sink.kafka.failures import LastFault, translate
-from milvus_cdc.sink.kafka.settings import FIELD, LibraryLog, Settings
+from milvus_cdc.kafka_faults import LastFault
+from milvus_cdc.kafka_security import LibraryLog, Settings
+from milvus_cdc.sink.kafka.failures import translate
+from milvus_cdc.sink.kafka.settings import FIELD
 
 REQUEST_SECONDS = 8.0
 SETTLE_SECONDS = 10.0

@@ -24,9 +24,10 @@ import orjson
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from milvus_cdc.errors import BugError, RetryableError
+from milvus_cdc.kafka_faults import LastFault
+from milvus_cdc.kafka_security import LibraryLog, Settings
 from milvus_cdc.rows import Table
-from milvus_cdc.sink.kafka.failures import LastFault, translate
-from milvus_cdc.sink.kafka.settings import LibraryLog, Settings
+from milvus_cdc.sink.kafka.failures import translate
 from milvus_cdc.sink.writer import Checkpoint
 
 DEFAULT_TOPIC = "milvus-cdc-checkpoints"

@@ -28,6 +28,7 @@ import structlog
 from milvuscdc.v1 import sink_kafka_pb2
 
 from milvus_cdc.errors import CdcError, RetryableError, UserError
+from milvus_cdc.kafka_security import Settings
 from milvus_cdc.rows import Changes, Table
 from milvus_cdc.sink.kafka.broker import Brokers
 from milvus_cdc.sink.kafka.checkpoints import (
@@ -40,7 +41,7 @@ from milvus_cdc.sink.kafka.checkpoints import (
     partition_of,
 )
 from milvus_cdc.sink.kafka.deliveries import HandingOver
-from milvus_cdc.sink.kafka.settings import FIELD, Settings
+from milvus_cdc.sink.kafka.settings import FIELD
 from milvus_cdc.sink.kafka.transactions import (
     DEFAULT_PRODUCERS,
     Fenced,

@@ -8,9 +8,6 @@ Codes: librdkafka `rdkafka.h`; those without an underscore are the broker's (Kaf
 
 from __future__ import annotations
 
-import time
-from collections import deque
-
 from confluent_kafka import KafkaError
 
 from milvus_cdc.errors import (
@@ -20,18 +17,9 @@ from milvus_cdc.errors import (
     UnknownOutcomeError,
     UserError,
 )
-from milvus_cdc.kafka_codes import NO_RIGHT, NO_TOPIC
+from milvus_cdc.kafka_codes import AUTHENTICATION, NO_RIGHT, NO_TOPIC
 from milvus_cdc.sink.kafka.settings import FIELD
 
-AUTHENTICATION = frozenset(
-    (
-        KafkaError._AUTHENTICATION,
-        KafkaError._SSL,
-        KafkaError.SASL_AUTHENTICATION_FAILED,
-        KafkaError.UNSUPPORTED_SASL_MECHANISM,
-        KafkaError.ILLEGAL_SASL_STATE,
-    )
-)
 DENIED = NO_RIGHT | {KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED}
 TOO_LARGE = frozenset((KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE))
 FENCED = frozenset(
@@ -70,41 +58,6 @@ class RecordTooLargeError(RowRefusedError):
     def __init__(self, message: str) -> None:
         super().__init__("RECORD_TOO_LARGE", message, field=f"{FIELD}.librdkafka")
         self.record: tuple[bytes, int] | None = None
-
-
-class LastFault:
-    """What a client last said was wrong with its connections.
-
-    The library goes on trying whatever happens and only ever reports that time ran out; a login
-    that a broker refuses shows up here alone. A broker that goes down in the middle of a login
-    looks the same, but only once.
-    """
-
-    def __init__(self) -> None:
-        self._error: KafkaError | None = None
-        self._refusals: deque[float] = deque(maxlen=2)
-        self._at = 0.0
-
-    def __call__(self, error: KafkaError) -> None:
-        # That all brokers are down is said after each of the reasons why.
-        if error.code() == KafkaError._ALL_BROKERS_DOWN:
-            return
-        self._error = error
-        self._at = time.monotonic()
-        if error.code() in AUTHENTICATION:
-            self._refusals.append(self._at)
-        else:
-            self._refusals.clear()
-
-    def since(self, moment: float) -> KafkaError | None:
-        """The last one, if it was said after `moment` (`time.monotonic`)."""
-        error = self._error
-        if error is None or self._at < moment:
-            return None
-        refused = len(self._refusals) > 1 and self._refusals[0] >= moment
-        if error.code() in AUTHENTICATION and not refused:
-            return KafkaError(KafkaError._TRANSPORT, error.str())
-        return error
 
 
 def translate(

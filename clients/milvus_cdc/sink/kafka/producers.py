@@ -20,9 +20,11 @@ from collections.abc import Callable
 from confluent_kafka import KafkaError, KafkaException, Producer
 
 from milvus_cdc.errors import CdcError, RetryableError, UnknownOutcomeError
+from milvus_cdc.kafka_faults import LastFault
+from milvus_cdc.kafka_security import LibraryLog, Settings
 from milvus_cdc.sink.kafka.deliveries import Delivery, HandingOver
-from milvus_cdc.sink.kafka.failures import LastFault, translate
-from milvus_cdc.sink.kafka.settings import LibraryLog, Settings, message_timeout_ms
+from milvus_cdc.sink.kafka.failures import translate
+from milvus_cdc.sink.kafka.settings import message_timeout_ms
 
 POLL_SECONDS = 0.25
 ROOM_SECONDS = 0.005

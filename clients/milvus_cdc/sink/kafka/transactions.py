@@ -21,9 +21,10 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Producer
 
 from milvus_cdc.errors import CdcError, RetryableError, UnknownOutcomeError
+from milvus_cdc.kafka_faults import LastFault
+from milvus_cdc.kafka_security import LibraryLog, Settings
 from milvus_cdc.sink.kafka.deliveries import Failure, HandingOver
-from milvus_cdc.sink.kafka.failures import FENCED, LastFault, translate
-from milvus_cdc.sink.kafka.settings import LibraryLog, Settings
+from milvus_cdc.sink.kafka.failures import FENCED, translate
 
 log = structlog.get_logger()
 

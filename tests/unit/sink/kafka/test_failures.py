@@ -7,7 +7,8 @@ import time
 import pytest
 from confluent_kafka import KafkaError
 from milvus_cdc.errors import CdcError, RetryableError, UnknownOutcomeError, UserError
-from milvus_cdc.sink.kafka.failures import LastFault, RecordTooLargeError, translate
+from milvus_cdc.kafka_faults import LastFault
+from milvus_cdc.sink.kafka.failures import RecordTooLargeError, translate
 
 
 @pytest.mark.parametrize(

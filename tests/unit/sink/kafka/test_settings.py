@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from google.protobuf import duration_pb2
 from milvus_cdc.errors import UserError
+from milvus_cdc.kafka_security import Settings
 from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.sink.kafka import KafkaWriter, settings
 from milvuscdc.v1 import secret_pb2, sink_kafka_pb2
@@ -19,7 +20,7 @@ OAUTH = sink_kafka_pb2.KafkaOauth(
 )
 
 
-def made(**options: object) -> tuple[KafkaWriter, settings.Settings]:
+def made(**options: object) -> tuple[KafkaWriter, Settings]:
     spec = sink_kafka_pb2.KafkaSink(brokers=["127.0.0.1:9"], **options)  # type: ignore[arg-type]
     secrets = SecretResolver(env_prefix="TEST_", environ={"TEST_SECRET": "hidden"})
     writer = KafkaWriter(spec, secrets)
