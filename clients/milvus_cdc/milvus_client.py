@@ -69,10 +69,15 @@ class MilvusClient:
             else grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
         )
         self.metadata: tuple[tuple[str, str], ...] = ()
+        self.use_token(token)
+        self._methods: dict[str, Any] = {}
+
+    def use_token(self, token: str | None) -> None:
+        """From the next call on."""
+        self.metadata = ()
         if token:
             encoded = base64.b64encode(token.encode()).decode()
             self.metadata = (("authorization", encoded),)
-        self._methods: dict[str, Any] = {}
 
     async def __aenter__(self) -> Self:
         return self

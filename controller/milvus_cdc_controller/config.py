@@ -116,6 +116,20 @@ class PlacementConfig(_Part):
         )
 
 
+class KeyConfig(_Part):
+    """A key that secrets are encrypted with: base64 of 32 bytes, in exactly one of the two."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,63}$")]
+    file: Path | None = None
+    env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> KeyConfig:
+        if (self.file is None) == (self.env is None):
+            raise ValueError("needs exactly one of file and env")
+        return self
+
+
 class LogConfig(_Part):
     format: Literal["console", "json"] = "console"
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -132,6 +146,8 @@ class Config(_Part):
     placement: PlacementConfig = PlacementConfig()
     cluster: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,63}$")] = ""
     """Replicators that name another one are refused."""
+    secrets_keys: Annotated[tuple[KeyConfig, ...], Field(max_length=100)] = ()
+    """Without one, secrets in requests are references only. The first encrypts, all decrypt."""
     log: LogConfig = LogConfig()
 
     @property
@@ -147,6 +163,9 @@ class Config(_Part):
 
     def fault(self) -> tuple[str, str] | None:
         """What does not fit together: the key to blame, and why."""
+        ids = [key.id for key in self.secrets_keys]
+        if len(set(ids)) < len(ids):
+            return "secretsKeys", "two keys have the same id; the id says which one to decrypt with"
         if self.store.etcd is None:
             return None
         least = self.lease.heartbeat + self.silence_seconds + LEAST_WRITE_SECONDS

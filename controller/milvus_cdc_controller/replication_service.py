@@ -19,6 +19,7 @@ from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core.liveness import Leases
 from milvus_cdc_controller.forwarding import peer_of
 from milvus_cdc_controller.outbox import Outbox
+from milvus_cdc_controller.sealing import Seals
 
 if TYPE_CHECKING:
     from milvus_cdc_controller.loop import ControlLoop
@@ -78,6 +79,7 @@ class ReplicationService(rpc.ReplicationServiceServicer):
         progress_ms: int,
         silence_ms: int,
         cluster: str = "",
+        seals: Seals | None = None,
     ) -> None:
         self._loop = loop
         self._streams = streams
@@ -86,6 +88,7 @@ class ReplicationService(rpc.ReplicationServiceServicer):
         self._progress_ms = progress_ms
         self._silence_ms = silence_ms
         self._cluster = cluster
+        self._seals = seals or Seals()
 
     async def Connect(
         self, request_iterator: AsyncIterator[pb.ConnectRequest], context: Context
@@ -101,13 +104,15 @@ class ReplicationService(rpc.ReplicationServiceServicer):
                 if messages is None:
                     break
                 for message in messages:
-                    yield wire.response(
+                    response = wire.response(
                         message,
                         self._controller_id,
                         self._leases,
                         self._progress_ms,
                         self._silence_ms,
                     )
+                    self._seals.open_response(response)
+                    yield response
             reason, text = outbox.closed or ("CLOSED", "")
             if reason != "HALF_CLOSED":
                 kind = "FAILED_PRECONDITION" if reason in REFUSED else "UNAVAILABLE"

@@ -28,6 +28,7 @@ from milvus_cdc_controller.front import Front
 from milvus_cdc_controller.loop import ControlLoop
 from milvus_cdc_controller.metrics import Metrics
 from milvus_cdc_controller.reign import Reign
+from milvus_cdc_controller.sealing import Seals
 from milvus_cdc_controller.store import LeadershipLost, Store
 from milvus_cdc_controller.store.election import Election, Member, Term
 from milvus_cdc_controller.store.etcd import EtcdStore
@@ -157,6 +158,7 @@ class Elected:
             self._etcd.endpoints, self._etcd.prefix, self._etcd.lease_seconds, self.me
         )
         self._election.on_change = self._changed
+        Seals.read(config.secrets_keys)  # a key that cannot be read is told now, not when elected
         self._front = Front(self._roster, self._forwarder)
         self._told = asyncio.Event()
 

@@ -98,6 +98,7 @@ async def _serve(settings: Settings) -> int:
     )
     replicator = Replicator(settings, version("milvus-cdc"), connections)
     watcher = asyncio.create_task(_report_health(replicator, health_servicer))
+    rotation = asyncio.create_task(connections.follow_secrets())
     log.info(
         "replicator started",
         name=settings.name,
@@ -109,6 +110,7 @@ async def _serve(settings: Settings) -> int:
         await run_until(replicator, stop, settings.shutdown_seconds)
     finally:
         watcher.cancel()
+        rotation.cancel()
         await connections.close()
         await server.stop(0.5)
         metrics_server.shutdown()

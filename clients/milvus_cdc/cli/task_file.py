@@ -177,9 +177,10 @@ def _check_value(node: yaml.Node, field: FieldDescriptor, path: str, partial: bo
     elif kind.full_name == _SECRET and isinstance(node, yaml.ScalarNode):
         raise InputError(
             "LITERAL_SECRET",
-            f"{path} is written out; secrets never travel in a task",
+            f"{path} is written out; a secret is a mapping",
             f"use `{path.rpartition('.')[2]}: {{env: NAME}}` or `{{file: PATH}}`,"
-            " read where the replicator runs",
+            " read where the replicator runs, or `{literal: SECRET}` at a controller with "
+            "secretsKeys",
             field=path,
             line=_line(node),
         )
