@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
+from milvus_cdc import plain_yaml
 from milvus_cdc.errors import UserError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
@@ -130,6 +130,16 @@ class KeyConfig(_Part):
         return self
 
 
+class LimitConfig(_Part):
+    """What one controller takes on. More of it is refused, and what is there works on."""
+
+    tasks: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    streams: Annotated[int, Field(ge=1, le=100_000)] = 1_000
+    """Of replicators."""
+    watches: Annotated[int, Field(ge=1, le=100_000)] = 1_000
+    """Of tasks."""
+
+
 class LogConfig(_Part):
     format: Literal["console", "json"] = "console"
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -146,6 +156,7 @@ class Config(_Part):
     placement: PlacementConfig = PlacementConfig()
     cluster: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,63}$")] = ""
     """Replicators that name another one are refused."""
+    limits: LimitConfig = LimitConfig()
     secrets_keys: Annotated[tuple[KeyConfig, ...], Field(max_length=100)] = ()
     """Without one, secrets in requests are references only. The first encrypts, all decrypt."""
     log: LogConfig = LogConfig()
@@ -188,11 +199,11 @@ class Config(_Part):
 def load(path: Path) -> Config:
     """Raises UserError CONFIG_UNREADABLE, CONFIG_INVALID with the key at fault."""
     try:
-        body = yaml.safe_load(path.read_text())
+        body = plain_yaml.load_file(path)
     except OSError as error:
         raise UserError("CONFIG_UNREADABLE", f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError("CONFIG_UNREADABLE", f"{path} is not YAML: {error}") from error
+    except plain_yaml.BadYamlError as error:
+        raise UserError("CONFIG_UNREADABLE", f"{path} is not YAML: {_place(error)}") from error
     try:
         config = Config.model_validate({} if body is None else body)
     except ValidationError as error:
@@ -210,6 +221,10 @@ def load(path: Path) -> Config:
         key, why = fault
         raise UserError("CONFIG_INVALID", f"{path}: {key}: {why}", field=key)
     return config
+
+
+def _place(error: plain_yaml.BadYamlError) -> str:
+    return f"line {error.line}: {error}" if error.line else str(error)
 
 
 def _say(message: str) -> str:

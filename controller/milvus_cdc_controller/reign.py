@@ -123,12 +123,12 @@ class Reign:
     ) -> None:
         self._store = store
         self._metrics = metrics
-        self._streams = Streams()
+        self._streams = Streams(config.limits.streams)
         self.loop = ControlLoop(controller, store, metrics)
         self._catalogues = Catalogues(
             self.loop.post, controller.world.source_records.get, _opening(connect, seals)
         )
-        self._hub = WatchHub(store.incarnation, self._snapshot)
+        self._hub = WatchHub(store.incarnation, self._snapshot, config.limits.watches)
         self.handlers = Handlers()
         tasks = TaskService(self.loop, self._catalogues, self._hub, seals)
         task_service_pb2_grpc.add_TaskServiceServicer_to_server(tasks, self.handlers)  # type: ignore[arg-type]
@@ -181,6 +181,7 @@ class Reign:
             log.info("secrets encrypted with the first key", tasks=len(resealed))
         controller = Controller(config.lease.leases, records)
         controller.world.warn_fraction = config.retention.warn_fraction
+        controller.world.tasks_max = config.limits.tasks
         controller.world.policy = config.placement.policy
         controller.world.inherited_ttl_ms = inherited_ms
         controller.world.check_every_ms = round(config.retention.check_seconds * 1000)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 HELLO_SECONDS = 10.0
+STREAMS_MAX = 1_000
 REFUSED = frozenset({"INSTANCE_IN_USE"})
 """Ends of a stream that the replicator must not answer by connecting anew."""
 
@@ -36,12 +37,21 @@ Context = grpc.aio.ServicerContext[pb.ConnectRequest, pb.ConnectResponse]
 class Streams:
     """The open streams by number."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = STREAMS_MAX) -> None:
+        self._most = most
         self._outboxes: dict[int, Outbox] = {}
         self._last = 0
         self._closed: tuple[str, str] | None = None
 
     def open(self) -> tuple[int, Outbox]:
+        """Raises ApiError TOO_MANY_STREAMS."""
+        if len(self._outboxes) >= self._most:
+            raise ApiError(
+                "RESOURCE_EXHAUSTED",
+                "TOO_MANY_STREAMS",
+                f"{self._most} replicators are connected already; stop one, or raise "
+                "limits.streams in the controller's configuration.",
+            )
         self._last += 1
         outbox = self._outboxes[self._last] = Outbox()
         if self._closed is not None:
@@ -93,7 +103,11 @@ class ReplicationService(rpc.ReplicationServiceServicer):
     async def Connect(
         self, request_iterator: AsyncIterator[pb.ConnectRequest], context: Context
     ) -> AsyncIterator[pb.ConnectResponse]:
-        stream, outbox = self._streams.open()
+        try:
+            stream, outbox = self._streams.open()
+        except ApiError as error:
+            log.warning("replicator refused", reason=error.reason, peer=peer_of(context))
+            await abort(context, error)
         reader: asyncio.Task[None] | None = None
         try:
             begin = await self._hello(stream, request_iterator, context)

@@ -52,6 +52,9 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
+    # Who opens a connection and says nothing is let go.
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_concurrent_streams", 10_000),
     # A second controller on the port must fail, not share its calls.
     ("grpc.so_reuseport", 0),
 )

@@ -32,6 +32,7 @@ from milvus_cdc_controller.specs import planned_spec
 from milvus_cdc_controller.validation import (
     check,
     check_batching,
+    check_globs,
     check_task_part,
     check_update,
 )
@@ -191,6 +192,7 @@ class TaskService(rpc.TaskServiceServicer):
             if paths & {"selection", "selection.exclude"}:
                 whole.selection.exclude[:] = request.task.selection.exclude
             check_task_part(whole, "selection")
+            check_globs(whole)
         paths = set(request.update_mask.paths)
         with_carry = _take_over(request.task.carry, whole.carry, paths, "carry")
         if "drift" in paths:

@@ -35,6 +35,17 @@ _MALLOC_OPTIONS = (
 )
 
 
+_HEALTH_OPTIONS = (
+    # Health and reflection take little.
+    ("grpc.max_receive_message_length", 65_536),
+    ("grpc.max_concurrent_streams", 100),
+    # A peer that vanished, or never says anything, is let go.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="milvus-cdc-replicator",
@@ -119,7 +130,7 @@ async def _serve(settings: Settings) -> int:
 
 
 async def _health_server(listen: str) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=_HEALTH_OPTIONS)
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection(

@@ -109,7 +109,12 @@ class HandFedSource:
         return self, self
 
 
-def config(path: Path, keys: Sequence[Mapping[str, str]] = (), **lease: float) -> Config:
+def config(
+    path: Path,
+    keys: Sequence[Mapping[str, str]] = (),
+    limits: Mapping[str, int] | None = None,
+    **lease: float,
+) -> Config:
     timing = {"ttl": 30.0, "heartbeat": 2.0, "clock_margin": 0.2, "progress": 0.05, **lease}
     return Config.model_validate(
         {
@@ -118,6 +123,7 @@ def config(path: Path, keys: Sequence[Mapping[str, str]] = (), **lease: float) -
             "store": {"sqlite": {"path": str(path)}},
             "lease": timing,
             "secretsKeys": keys,
+            "limits": dict(limits or {}),
         }
     )
 
@@ -158,13 +164,18 @@ class Reachable(Protocol):
 
 @asynccontextmanager
 async def controller(
-    path: Path, source: HandFedSource, *, keys: Sequence[Mapping[str, str]] = (), **lease: float
+    path: Path,
+    source: HandFedSource,
+    *,
+    keys: Sequence[Mapping[str, str]] = (),
+    limits: Mapping[str, int] | None = None,
+    **lease: float,
 ) -> AsyncIterator[Api]:
     """A controller on a store file; leaving the block is a clean stop. `keys`: its secretsKeys."""
     store = await BreakableStore.open(path)
     assert isinstance(store, BreakableStore)
     try:
-        async with serve(config(path, keys, **lease), store, source.connect) as running:
+        async with serve(config(path, keys, limits, **lease), store, source.connect) as running:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}") as channel:
                 yield Api(running, channel, store)
     finally:

@@ -13,7 +13,7 @@ from typing import NoReturn
 import grpc
 from milvuscdc.v1 import task_pb2
 
-from milvus_cdc.cli import commands, fleet
+from milvus_cdc.cli import commands, fleet, support
 from milvus_cdc.cli.diff import diff
 from milvus_cdc.cli.positions import positions, set_positions
 from milvus_cdc.cli.restore import restore
@@ -105,6 +105,7 @@ def build_parser() -> _Parser:
     listing.set_defaults(run=commands.controllers)
 
     fleet.add_commands(groups, shared)
+    support.add_commands(groups, shared)
 
     sink = groups.add_parser("sink", help="what a person has to do at a sink")
     user = sink.add_subparsers(metavar="COMMAND", required=True).add_parser(
