@@ -9,7 +9,7 @@ TYPED := $(wildcard tests examples benchmarks)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo secure test check fmt protos protos-go check-protos bench soak sim clean
+.PHONY: help demo secure test check fmt protos protos-go check-protos bench soak fuzz sim clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ bench: $(INSTALLED) ## measure throughput, lag and memory on real servers
 
 soak: $(INSTALLED) ## long crash runs, each verified row by row (ARGS go to pytest)
 	@$(BIN)/python -m pytest -m soak --timeout=0 $(ARGS)
+
+fuzz: $(INSTALLED) ## a million mutated inputs for each decoder (ARGS='--target "log entry" --seed 7')
+	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 sim: $(INSTALLED) ## both services in made-up worlds of virtual time (ARGS='--seed 7 --trace' for the story of one)
 	@$(BIN)/python -m tests.sim --seeds 10000 $(ARGS)

@@ -86,11 +86,16 @@ class MilvusClient:
         self._tls = tls
         self._channels = Channels(self._address, _CHANNEL_OPTIONS, tls)
         self.metadata: tuple[tuple[str, str], ...] = ()
+        self.use_token(token)
+        self._methods: dict[str, Any] = {}
+        self._methods_of: grpc.aio.Channel | None = None
+
+    def use_token(self, token: str | None) -> None:
+        """From the next call on."""
+        self.metadata = ()
         if token:
             encoded = base64.b64encode(token.encode()).decode()
             self.metadata = (("authorization", encoded),)
-        self._methods: dict[str, Any] = {}
-        self._methods_of: grpc.aio.Channel | None = None
 
     async def __aenter__(self) -> Self:
         return self

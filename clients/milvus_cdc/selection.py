@@ -7,6 +7,7 @@ ever meets, it never misses one.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,6 +35,11 @@ class Selection:
         )
 
 
+def wildcards(globs: Iterable[str]) -> int:
+    """Characters of those that hold a wildcard: what comparing them with others costs."""
+    return sum(len(glob) for glob in globs if "*" in glob or "?" in glob)
+
+
 def selects_nothing(selection: Selection) -> tuple[int, str] | None:
     """Index of an include glob by which no collection can ever be followed, and why."""
     for index, glob in enumerate(selection.include):
@@ -47,95 +53,92 @@ def selects_nothing(selection: Selection) -> tuple[int, str] | None:
 
 @lru_cache(maxsize=65536)
 def matches(glob: str, text: str) -> bool:
-    """Linear with one backtrack point, so that no pattern can make it slow."""
-    g = t = 0
-    star, mark = -1, 0
-    while t < len(text):
-        if g < len(glob) and glob[g] == "*":
-            star, mark = g, t
-            g += 1
-        elif g < len(glob) and glob[g] in ("?", text[t]):
-            g += 1
-            t += 1
-        elif star >= 0:
-            mark += 1
-            g, t = star + 1, mark
-        else:
+    """In steps that grow with the sum of the lengths, whatever the glob."""
+    if "?" in glob:
+        return _takes(glob, text, single="", run="")
+    head, *rest = glob.split("*")
+    if not rest:
+        return glob == text
+    tail = rest.pop()
+    if len(text) < len(head) + len(tail) or not text.startswith(head) or not text.endswith(tail):
+        return False
+    at, end = len(head), len(text) - len(tail)
+    for part in rest:
+        found = text.find(part, at, end)
+        if found < 0:
             return False
-    return all(char == "*" for char in glob[g:])
+        at = found + len(part)
+    return True
 
 
 def intersect(a: str, b: str) -> bool:
     """Whether some text matches both globs."""
-    for left, right in zip(a, b, strict=False):
-        if left == "*" or right == "*":
-            break
-        if left != right and "?" not in (left, right):
-            return False
-    reach = {(0, 0)}
-    todo = [(0, 0)]
+    if "*" not in a:
+        return _takes(b, a, single="?", run="")
+    if "*" not in b:
+        return _takes(a, b, single="?", run="")
+    # Between what they begin and end with, each can hold all that the other one asks for.
+    (head_a, _, rest_a), (head_b, _, rest_b) = a.partition("*"), b.partition("*")
+    tail_a, tail_b = rest_a.rpartition("*")[2], rest_b.rpartition("*")[2]
+    return _agree(head_a, head_b) and _agree(tail_a[::-1], tail_b[::-1])
 
-    def visit(i: int, j: int) -> None:
-        if (i, j) not in reach:
-            reach.add((i, j))
-            todo.append((i, j))
 
-    while todo:
-        i, j = todo.pop()
-        if i == len(a) and j == len(b):
-            return True
-        star_a = i < len(a) and a[i] == "*"
-        star_b = j < len(b) and b[j] == "*"
-        if star_a:
-            visit(i + 1, j)
-            if j < len(b):
-                visit(i, j + 1)
-        if star_b:
-            visit(i, j + 1)
-            if i < len(a):
-                visit(i + 1, j)
-        if not star_a and not star_b and i < len(a) and j < len(b):
-            if a[i] == b[j] or "?" in (a[i], b[j]):
-                visit(i + 1, j + 1)
-    return False
+def _agree(a: str, b: str) -> bool:
+    """Over the length of the shorter one."""
+    return all(x == y or "?" in (x, y) for x, y in zip(a, b, strict=False))
 
 
 def covers(outer: str, inner: str) -> bool:
     """Whether all that `inner` matches is surely matched by `outer` (sound, not complete)."""
-    reach = {(0, 0)}
-    todo = [(0, 0)]
-    while todo:
-        i, j = todo.pop()
-        if i == len(outer):
-            if j == len(inner):
-                return True
+    if "*" not in outer and ("*" in inner or len(outer) != len(inner)):
+        return False
+    return _takes(outer, inner, single="", run="*")
+
+
+def _takes(glob: str, text: str, *, single: str, run: str) -> bool:
+    """Whether the glob matches the text, in which `single` stands for any one character of the
+    glob's choice, and `run` is taken only by a `*` of the glob.
+
+    All places in the glob where one can be are the bits of a number, so that each character of the
+    text is one step: no glob makes it go back.
+    """
+    masks: dict[str, int] = {}
+    anything = stay = 0
+    place = 1
+    for char in glob:
+        if char == "*":
+            stay |= place
             continue
-        steps: list[tuple[int, int]] = []
-        if outer[i] == "*":
-            steps.append((i + 1, j))
-            if j < len(inner):
-                steps.append((i, j + 1))
-        elif j < len(inner) and inner[j] != "*" and outer[i] in ("?", inner[j]):
-            steps.append((i + 1, j + 1))
-        for step in steps:
-            if step not in reach:
-                reach.add(step)
-                todo.append(step)
-    return False
+        if char == "?":
+            anything |= place
+        else:
+            masks[char] = masks.get(char, 0) | place
+        place <<= 1
+    here = 1
+    for char in text:
+        if char == single:
+            step = here
+        elif char == run:
+            step = 0
+        else:
+            step = here & (masks.get(char, 0) | anything)
+        here = step << 1 | here & stay
+        if not here:
+            return False
+    return bool(here & place)
 
 
 def overlap(a: Selection, b: Selection) -> tuple[str, str] | None:
     """A pair of include globs that both selections could follow a collection by; None when they
     are disjoint.
 
-    A pair whose one side lies wholly below an exclude of either selection does not count.
+    A glob that lies wholly below an exclude of either selection does not count.
     """
     excludes = a.exclude + b.exclude
-    for left in a.include:
-        for right in b.include:
-            if not intersect(left, right):
-                continue
-            if any(covers(out, left) or covers(out, right) for out in excludes):
-                continue
-            return left, right
+    left = [glob for glob in a.include if not any(covers(out, glob) for out in excludes)]
+    right = [glob for glob in b.include if not any(covers(out, glob) for out in excludes)]
+    for one in left:
+        for other in right:
+            if intersect(one, other):
+                return one, other
     return None

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
+from milvus_cdc import plain_yaml
 from milvus_cdc.errors import UserError
 from milvus_cdc.etcd import EtcdSecurity
 from milvus_cdc.secrets import SecretResolver
@@ -205,6 +205,30 @@ class PlacementConfig(_Part):
         )
 
 
+class KeyConfig(_Part):
+    """A key that secrets are encrypted with: base64 of 32 bytes, in exactly one of the two."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,63}$")]
+    file: Path | None = None
+    env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> KeyConfig:
+        if (self.file is None) == (self.env is None):
+            raise ValueError("needs exactly one of file and env")
+        return self
+
+
+class LimitConfig(_Part):
+    """What one controller takes on. More of it is refused, and what is there works on."""
+
+    tasks: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    streams: Annotated[int, Field(ge=1, le=100_000)] = 1_000
+    """Of replicators."""
+    watches: Annotated[int, Field(ge=1, le=100_000)] = 1_000
+    """Of tasks."""
+
+
 class LogConfig(_Part):
     format: Literal["console", "json"] = "console"
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -222,6 +246,9 @@ class Config(_Part):
     cluster: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,63}$")] = ""
     """Replicators that name another one are refused."""
     secrets: SecretsConfig = SecretsConfig()
+    limits: LimitConfig = LimitConfig()
+    secrets_keys: Annotated[tuple[KeyConfig, ...], Field(max_length=100)] = ()
+    """Without one, secrets in requests are references only. The first encrypts, all decrypt."""
     log: LogConfig = LogConfig()
     tls: trust.ServerTls | None = None
     """Of what listens."""
@@ -246,7 +273,13 @@ class Config(_Part):
 
     def fault(self) -> tuple[str, str] | None:
         """What does not fit together: the key to blame, and why."""
-        return self._fault_of_leases() or self._fault_of_trust()
+        return self._fault_of_keys() or self._fault_of_leases() or self._fault_of_trust()
+
+    def _fault_of_keys(self) -> tuple[str, str] | None:
+        ids = [key.id for key in self.secrets_keys]
+        if len(set(ids)) < len(ids):
+            return "secretsKeys", "two keys have the same id; the id says which one to decrypt with"
+        return None
 
     def _fault_of_trust(self) -> tuple[str, str] | None:
         fault = trust.fault(
@@ -296,11 +329,11 @@ class Config(_Part):
 def load(path: Path) -> Config:
     """Raises UserError CONFIG_UNREADABLE, CONFIG_INVALID with the key at fault."""
     try:
-        body = yaml.safe_load(path.read_text())
+        body = plain_yaml.load_file(path)
     except OSError as error:
         raise UserError("CONFIG_UNREADABLE", f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError("CONFIG_UNREADABLE", f"{path} is not YAML: {error}") from error
+    except plain_yaml.BadYamlError as error:
+        raise UserError("CONFIG_UNREADABLE", f"{path} is not YAML: {_place(error)}") from error
     try:
         config = Config.model_validate({} if body is None else body)
     except ValidationError as error:
@@ -318,6 +351,10 @@ def load(path: Path) -> Config:
         key, why = fault
         raise UserError("CONFIG_INVALID", f"{path}: {key}: {why}", field=key)
     return config
+
+
+def _place(error: plain_yaml.BadYamlError) -> str:
+    return f"line {error.line}: {error}" if error.line else str(error)
 
 
 def _say(message: str) -> str:

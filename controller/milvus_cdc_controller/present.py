@@ -31,6 +31,7 @@ from milvus_cdc_controller.core.status import (
 from milvus_cdc_controller.core.task import LeftCollection, StartAt, TaskRecord, TaskSpec, TaskState
 from milvus_cdc_controller.core.world import World
 from milvus_cdc_controller.retention_alarm import RETENTION_LOW, retention_text
+from milvus_cdc_controller.sealing import shown
 from milvus_cdc_controller.specs import (
     DRIFTS,
     batching_message,
@@ -229,6 +230,7 @@ def task_message(world: World, task: TaskRecord, store_error: str = "") -> task_
         update_time=timestamp(task.update_time_ms),
         conditions=[_left_condition(each) for each in task.left],
     )
+    shown(result)
     if spec.start is StartAt.LATEST:
         result.start.latest.SetInParent()
     else:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import structlog
 from milvus_cdc.errors import CdcError
 from milvuscdc.v1 import (
     fleet_service_pb2_grpc,
@@ -24,7 +25,7 @@ from milvuscdc.v1 import (
 )
 
 from milvus_cdc_controller import clock, present
-from milvus_cdc_controller.catalogues import Catalogues, Connect
+from milvus_cdc_controller.catalogues import Catalogues, Closable, Connect, Watcher
 from milvus_cdc_controller.config import Config
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core.controller import Controller
@@ -34,10 +35,13 @@ from milvus_cdc_controller.loop import ControlLoop
 from milvus_cdc_controller.metrics import Metrics
 from milvus_cdc_controller.replication_service import ReplicationService, Streams
 from milvus_cdc_controller.retention_alarm import RetentionAlarm
+from milvus_cdc_controller.sealing import Seals
 from milvus_cdc_controller.store import Store
-from milvus_cdc_controller.store.records import decode
+from milvus_cdc_controller.store.records import decode, encode
 from milvus_cdc_controller.task_service import TaskService
 from milvus_cdc_controller.watch import WatchHub
+
+log = structlog.get_logger(__name__)
 
 OBSERVE_SECONDS = 2.0
 DRAIN_SECONDS = 5.0
@@ -93,6 +97,18 @@ class _Outward:
         self.catalogues.handle(effect)
 
 
+def _opening(connect: Connect, seals: Seals) -> Connect:
+    """The source as it is stored, opened for whoever connects."""
+
+    def opened(source: task_pb2.Source) -> tuple[Closable, Watcher]:
+        plain = task_pb2.Source()
+        plain.CopyFrom(source)
+        seals.open(plain, "source")
+        return connect(plain)
+
+    return opened
+
+
 class Reign:
     """Made with `prepare`, then `start`, at last `end`."""
 
@@ -103,15 +119,18 @@ class Reign:
         metrics: Metrics,
         connect: Connect,
         controller: Controller,
+        seals: Seals,
     ) -> None:
         self._store = store
         self._metrics = metrics
-        self._streams = Streams()
+        self._streams = Streams(config.limits.streams)
         self.loop = ControlLoop(controller, store, metrics)
-        self._catalogues = Catalogues(self.loop.post, controller.world.source_records.get, connect)
-        self._hub = WatchHub(store.incarnation, self._snapshot)
+        self._catalogues = Catalogues(
+            self.loop.post, controller.world.source_records.get, _opening(connect, seals)
+        )
+        self._hub = WatchHub(store.incarnation, self._snapshot, config.limits.watches)
         self.handlers = Handlers()
-        tasks = TaskService(self.loop, self._catalogues, self._hub)
+        tasks = TaskService(self.loop, self._catalogues, self._hub, seals)
         task_service_pb2_grpc.add_TaskServiceServicer_to_server(tasks, self.handlers)  # type: ignore[arg-type]
         # ListControllers is answered before a call comes here, see `Front`.
         self._fleet = FleetService(self.loop)  # type: ignore[abstract]
@@ -125,6 +144,7 @@ class Reign:
                 round(config.lease.progress * 1000),
                 round(config.silence_seconds * 1000),
                 config.cluster,
+                seals,
             ),
             self.handlers,  # type: ignore[arg-type]
         )
@@ -143,19 +163,29 @@ class Reign:
         """Loads what is stored. `inherited_ms`: the longest lease that replicators may have from
         others.
 
-        Raises what decoding it raises, and RetryableError.
+        Raises what decoding it raises, RetryableError, and UserError for secrets that it cannot
+        open.
         """
+        seals = Seals.read(config.secrets_keys)
         records: list[Record] = []
+        resealed: dict[str, bytes | None] = {}
         for number, (key, value) in enumerate((await store.load()).items()):
-            records.append(decode(key, value))
+            stored = decode(key, value)
+            records.append(seals.renewed(stored))
+            if records[-1] is not stored:
+                resealed[key] = encode(records[-1])
             if number % DECODED_AT_ONCE == 0:
                 await asyncio.sleep(0)  # the lease must be renewed meanwhile
+        if resealed:
+            await store.commit(resealed)
+            log.info("secrets encrypted with the first key", tasks=len(resealed))
         controller = Controller(config.lease.leases, records)
         controller.world.warn_fraction = config.retention.warn_fraction
+        controller.world.tasks_max = config.limits.tasks
         controller.world.policy = config.placement.policy
         controller.world.inherited_ttl_ms = inherited_ms
         controller.world.check_every_ms = round(config.retention.check_seconds * 1000)
-        return cls(config, store, metrics, connect, controller)
+        return cls(config, store, metrics, connect, controller, seals)
 
     def start(self) -> None:
         outward = _Outward(self._streams, self._catalogues, self._hub, self.loop)

@@ -20,6 +20,7 @@ from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core.liveness import Leases
 from milvus_cdc_controller.forwarding import peer_of
 from milvus_cdc_controller.outbox import Outbox
+from milvus_cdc_controller.sealing import Seals
 
 if TYPE_CHECKING:
     from milvus_cdc_controller.loop import ControlLoop
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 HELLO_SECONDS = 10.0
+STREAMS_MAX = 1_000
 REFUSED = frozenset({"INSTANCE_IN_USE"})
 """Ends of a stream that the replicator must not answer by connecting anew."""
 
@@ -36,12 +38,21 @@ Context = grpc.aio.ServicerContext[pb.ConnectRequest, pb.ConnectResponse]
 class Streams:
     """The open streams by number."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = STREAMS_MAX) -> None:
+        self._most = most
         self._outboxes: dict[int, Outbox] = {}
         self._last = 0
         self._closed: tuple[str, str] | None = None
 
     def open(self) -> tuple[int, Outbox]:
+        """Raises ApiError TOO_MANY_STREAMS."""
+        if len(self._outboxes) >= self._most:
+            raise ApiError(
+                "RESOURCE_EXHAUSTED",
+                "TOO_MANY_STREAMS",
+                f"{self._most} replicators are connected already; stop one, or raise "
+                "limits.streams in the controller's configuration.",
+            )
         self._last += 1
         outbox = self._outboxes[self._last] = Outbox()
         if self._closed is not None:
@@ -79,6 +90,7 @@ class ReplicationService(rpc.ReplicationServiceServicer):
         progress_ms: int,
         silence_ms: int,
         cluster: str = "",
+        seals: Seals | None = None,
     ) -> None:
         self._loop = loop
         self._streams = streams
@@ -87,11 +99,16 @@ class ReplicationService(rpc.ReplicationServiceServicer):
         self._progress_ms = progress_ms
         self._silence_ms = silence_ms
         self._cluster = cluster
+        self._seals = seals or Seals()
 
     async def Connect(
         self, request_iterator: AsyncIterator[pb.ConnectRequest], context: Context
     ) -> AsyncIterator[pb.ConnectResponse]:
-        stream, outbox = self._streams.open()
+        try:
+            stream, outbox = self._streams.open()
+        except ApiError as error:
+            log.warning("replicator refused", reason=error.reason, peer=peer_of(context))
+            await abort(context, error)
         reader: asyncio.Task[None] | None = None
         try:
             begin = await self._hello(stream, request_iterator, context)
@@ -102,13 +119,15 @@ class ReplicationService(rpc.ReplicationServiceServicer):
                 if messages is None:
                     break
                 for message in messages:
-                    yield wire.response(
+                    response = wire.response(
                         message,
                         self._controller_id,
                         self._leases,
                         self._progress_ms,
                         self._silence_ms,
                     )
+                    self._seals.open_response(response)
+                    yield response
             reason, text = outbox.closed or ("CLOSED", "")
             if reason != "HALF_CLOSED":
                 kind = "FAILED_PRECONDITION" if reason in REFUSED else "UNAVAILABLE"

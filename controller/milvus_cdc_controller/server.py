@@ -31,6 +31,7 @@ from milvus_cdc_controller.front import Front
 from milvus_cdc_controller.loop import ControlLoop
 from milvus_cdc_controller.metrics import Metrics
 from milvus_cdc_controller.reign import Reign
+from milvus_cdc_controller.sealing import Seals
 from milvus_cdc_controller.store import LeadershipLost, Store
 from milvus_cdc_controller.store.election import Election, Member, Term
 from milvus_cdc_controller.store.etcd import EtcdStore
@@ -54,6 +55,9 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
+    # Who opens a connection and says nothing is let go.
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_concurrent_streams", 10_000),
     # A second controller on the port must fail, not share its calls.
     ("grpc.so_reuseport", 0),
 )
@@ -175,6 +179,7 @@ class Elected:
             self._etcd.security,
         )
         self._election.on_change = self._changed
+        Seals.read(config.secrets_keys)  # a key that cannot be read is told now, not when elected
         self._front = Front(self._roster, self._forwarder)
         self._told = asyncio.Event()
 

@@ -26,11 +26,13 @@ from milvus_cdc_controller.core.mapping import sink_name
 from milvus_cdc_controller.core.task import TaskRecord, TaskSpec
 from milvus_cdc_controller.diffing import diff
 from milvus_cdc_controller.pages import page
+from milvus_cdc_controller.sealing import Seals
 from milvus_cdc_controller.setting_positions import set_positions
 from milvus_cdc_controller.specs import planned_spec
 from milvus_cdc_controller.validation import (
     check,
     check_batching,
+    check_globs,
     check_task_part,
     check_update,
 )
@@ -51,18 +53,22 @@ PLANNED_AT_ONCE = 500
 
 
 class TaskService(rpc.TaskServiceServicer):
-    def __init__(self, loop: ControlLoop, catalogues: Catalogues, hub: WatchHub) -> None:
+    def __init__(
+        self, loop: ControlLoop, catalogues: Catalogues, hub: WatchHub, seals: Seals
+    ) -> None:
         self._loop = loop
         self._catalogues = catalogues
         self._hub = hub
+        self._seals = seals
         self._reached: dict[tuple[bytes, bytes], float] = {}
 
     @unary
     async def CreateTask(self, request: pb.CreateTaskRequest) -> pb.CreateTaskResponse:
         check_create_request(request)
-        spec = present.task_spec(request.task)
-        fingerprint = present.fingerprint(request.task)
         uid = str(uuid.uuid4())
+        fingerprint = self._fingerprint(request.task)
+        self._seals.seal_task(request.task, uid)  # nothing below holds a secret in clear
+        spec = present.task_spec(request.task)
 
         def command(probed: bool, at: ev.Instant, call: int) -> ev.CreateTask:
             return ev.CreateTask(
@@ -77,6 +83,12 @@ class TaskService(rpc.TaskServiceServicer):
             probed = await self._look(request)
         task = await self._loop.call(lambda at, call: command(probed, at, call))
         return pb.CreateTaskResponse(task=self._message(task))
+
+    def _fingerprint(self, task: task_pb2.Task) -> str:
+        marked = task_pb2.Task()
+        marked.CopyFrom(task)
+        self._seals.mark_literals(marked)
+        return present.fingerprint(marked)
 
     async def _look(self, request: pb.CreateTaskRequest) -> bool:
         """Reads the source's metadata, has a replicator reach queue and sink; False when none is
@@ -180,6 +192,7 @@ class TaskService(rpc.TaskServiceServicer):
             if paths & {"selection", "selection.exclude"}:
                 whole.selection.exclude[:] = request.task.selection.exclude
             check_task_part(whole, "selection")
+            check_globs(whole)
         paths = set(request.update_mask.paths)
         with_carry = _take_over(request.task.carry, whole.carry, paths, "carry")
         if "drift" in paths:
@@ -198,6 +211,9 @@ class TaskService(rpc.TaskServiceServicer):
             if request.task.HasField("dead_letters"):
                 whole.dead_letters.CopyFrom(request.task.dead_letters)
                 check_task_part(whole, "dead_letters")
+                self._seals.seal_dead_letters(
+                    whole.dead_letters, current.spec.dead_letters, current.uid
+                )
                 probe = jobs.ProbeJob(b"", b"", dead_letters=present.dead_letters(whole))
                 places = tuple(whole.replicator_labels.items())
                 await self._probe(probe, places, required=request.validate_only)

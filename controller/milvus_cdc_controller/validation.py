@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import protovalidate
 from google.protobuf.message import Message
+from milvus_cdc.selection import wildcards
 from milvuscdc.v1 import task_pb2, tls_pb2
 from milvuscdc.v1 import task_service_pb2 as pb
 
@@ -32,6 +33,8 @@ _UPDATABLE = (
     | _BATCHING
     | _LIMITS
 )
+WILDCARDS_MAX = 8_192
+WAYS_MAX = 2_000
 _PARTS = frozenset(path.partition(".")[0] for path in _UPDATABLE)
 _ROTATION = {"max_bytes": "rotate_bytes", "linger": "rotate_interval"}
 _OUTPUT_ONLY = {
@@ -64,6 +67,32 @@ def check_create(request: pb.CreateTaskRequest) -> None:
         )
     _check_trust(task)
     check_batching(task)
+    check_globs(task)
+
+
+def check_globs(task: task_pb2.Task) -> None:
+    """Raises ApiError SELECTION_TOO_COMPLEX: every task's globs are compared with those of the
+    others, while everything else waits.
+    """
+    include, exclude = list(task.selection.include), list(task.selection.exclude)
+    rules = [getattr(rule, "from") for rule in task.rename]
+    wild = [glob for glob in include if wildcards([glob])]
+    wild_rules = [rule for rule in rules if wildcards([rule])]
+    ways = len(wild) * len(rules) + len(wild_rules) * len(include)
+    length = wildcards([*include, *exclude, *rules])
+    if length > WILDCARDS_MAX:
+        what = f"globs with a wildcard have {length} characters together, {WILDCARDS_MAX} may be"
+    elif ways > WAYS_MAX:
+        what = f"selection and rename meet in {ways} ways, {WAYS_MAX} may be"
+    else:
+        return
+    raise ApiError(
+        "INVALID_ARGUMENT",
+        "SELECTION_TOO_COMPLEX",
+        f"The {what}; say it with fewer globs, name collections without a wildcard, or divide it "
+        "into several tasks.",
+        field="task.selection",
+    )
 
 
 def _check_trust(task: task_pb2.Task) -> None:

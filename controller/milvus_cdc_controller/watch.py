@@ -19,19 +19,26 @@ from milvus_cdc_controller.api_errors import ApiError
 HISTORY_MAX = 10_000
 BACKLOG_MAX = 2_000
 BOOKMARK_SECONDS = 10.0
+WATCHES_MAX = 1_000
 _START_BITS = 32
 
 
 class WatchHub:
     """Filled by the control loop. `snapshot` lists every task as it is."""
 
-    def __init__(self, incarnation: int, snapshot: Callable[[], list[task_pb2.Task]]) -> None:
+    def __init__(
+        self,
+        incarnation: int,
+        snapshot: Callable[[], list[task_pb2.Task]],
+        watches_max: int = WATCHES_MAX,
+    ) -> None:
         self._first = incarnation << _START_BITS
         self.revision = self._first
         self._snapshot = snapshot
         self._history: deque[pb.WatchTasksResponse] = deque(maxlen=HISTORY_MAX)
         self._shown: dict[str, bytes] = {}
         self._watchers: set[asyncio.Queue[pb.WatchTasksResponse | None]] = set()
+        self._watches_max = watches_max
         self._closed = False
 
     def changed(self, task: task_pb2.Task) -> None:
@@ -67,7 +74,14 @@ class WatchHub:
                 _end(watcher)
 
     async def watch(self, revision: int, name: str) -> AsyncIterator[pb.WatchTasksResponse]:
-        """Raises ApiError WATCH_TOO_OLD, WATCH_TOO_SLOW."""
+        """Raises ApiError WATCH_TOO_OLD, WATCH_ENDED, TOO_MANY_WATCHES."""
+        if len(self._watchers) >= self._watches_max:
+            raise ApiError(
+                "RESOURCE_EXHAUSTED",
+                "TOO_MANY_WATCHES",
+                f"{self._watches_max} watch tasks already; end one, or raise limits.watches in the "
+                "controller's configuration.",
+            )
         queue: asyncio.Queue[pb.WatchTasksResponse | None] = asyncio.Queue(BACKLOG_MAX)
         past = self._past(revision)
         snapshot = [] if past is not None else self._snapshot()

@@ -38,6 +38,17 @@ _MALLOC_OPTIONS = (
 )
 
 
+_HEALTH_OPTIONS = (
+    # Health and reflection take little.
+    ("grpc.max_receive_message_length", 65_536),
+    ("grpc.max_concurrent_streams", 100),
+    # A peer that vanished, or never says anything, is let go.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="milvus-cdc-replicator",
@@ -102,6 +113,7 @@ async def _serve(settings: Settings) -> int:
     )
     replicator = Replicator(settings, version("milvus-cdc"), connections)
     watcher = asyncio.create_task(_report_health(replicator, health_servicer))
+    rotation = asyncio.create_task(connections.follow_secrets())
     log.info(
         "replicator started",
         name=settings.name,
@@ -113,6 +125,7 @@ async def _serve(settings: Settings) -> int:
         await run_until(replicator, stop, settings.shutdown_seconds)
     finally:
         watcher.cancel()
+        rotation.cancel()
         await connections.close()
         await server.stop(0.5)
         if authenticator is not None:
@@ -125,7 +138,9 @@ async def _serve(settings: Settings) -> int:
 async def _health_server(
     settings: Settings, authenticator: Authenticator | None
 ) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
-    server = grpc.aio.server(interceptors=(Guard(EVERYWHERE, authenticator),))
+    server = grpc.aio.server(
+        interceptors=(Guard(EVERYWHERE, authenticator),), options=_HEALTH_OPTIONS
+    )
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection(

@@ -1,5 +1,8 @@
 """Connections shared by all assignments: one per sink, one per queue, one reader hub per
 pchannel.
+
+Law: a secret's file that was replaced counts from then on. A Milvus, asked with its token in every
+call, goes on with the new one; what logs in when it connects is opened anew for whoever comes next.
 """
 
 from __future__ import annotations
@@ -8,13 +11,15 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Generic, TypeVar
 
+import structlog
 from milvus_cdc.dead_letters import Place
 from milvus_cdc.dead_letters.opening import open_place
 from milvus_cdc.errors import CdcError
 from milvus_cdc.milvus_client import MilvusClient
 from milvus_cdc.milvus_endpoint import open_endpoint
-from milvus_cdc.secrets import SecretResolver, resolve
+from milvus_cdc.secrets import RecordingResolver, SecretResolver, live, resolve
 from milvus_cdc.sink import Sink
 from milvus_cdc.sink.registry import open_milvus, open_writer
 from milvus_cdc.sink.writer import Writer
@@ -27,6 +32,56 @@ from milvus_cdc_replicator.core.source_clock import SourceClock
 from milvus_cdc_replicator.reader import PchannelHub
 from milvus_cdc_replicator.spec import queue_config
 
+log = structlog.get_logger()
+
+LOOK_SECONDS = 5.0
+"""Between two looks at the files of secrets in use."""
+T = TypeVar("T", Writer, Place)
+
+
+class _Shared(Generic[T]):
+    """What was opened with which secrets, by what a task says of it."""
+
+    def __init__(self, secrets: SecretResolver) -> None:
+        self._secrets = secrets
+        self._open: dict[bytes, tuple[T, RecordingResolver]] = {}
+        self._replaced: list[T] = []
+
+    def get(self, key: bytes, make: Callable[[SecretResolver], T]) -> T:
+        found = self._open.get(key)
+        if found is not None and not found[1].changed:
+            return found[0]
+        secrets = RecordingResolver(self._secrets)
+        made = make(secrets)
+        if found is not None:
+            # Others may still be at work with it.
+            self._replaced.append(found[0])
+        self._open[key] = made, secrets
+        return made
+
+    async def close(self) -> None:
+        for opened in (*self._replaced, *(opened for opened, _ in self._open.values())):
+            with contextlib.suppress(CdcError):
+                await opened.close()
+
+
+class _Token:
+    """Of one Milvus; `use` is told when its file holds another one."""
+
+    def __init__(
+        self, now: Callable[[], str | None], use: Callable[[str | None], None], who: str
+    ) -> None:
+        self._now, self._use, self._who = now, use, who
+        self._used = now()
+        use(self._used)
+
+    def look(self) -> None:
+        token = self._now()
+        if token != self._used:
+            self._used = token
+            self._use(token)
+            log.info("token replaced", milvus=self._who)
+
 
 class Connections:
     """Opened on first use, closed with the process."""
@@ -34,8 +89,9 @@ class Connections:
     def __init__(self, secrets: SecretResolver) -> None:
         self._secrets = secrets
         self._sinks: dict[bytes, Sink] = {}
-        self._writers: dict[bytes, Writer] = {}
-        self._places: dict[bytes, Place] = {}
+        self._tokens: list[_Token] = []
+        self._writers = _Shared[Writer](secrets)
+        self._places = _Shared[Place](secrets)
         self._sources: dict[object, LogSource] = {}
         self._source_clients: dict[bytes, MilvusClient] = {}
         self._hubs: dict[tuple[object, str], PchannelHub] = {}
@@ -49,20 +105,31 @@ class Connections:
             if spec.WhichOneof("kind") == "milvus":
                 sink = self._sinks.get(key)
                 if sink is None:
-                    sink = self._sinks[key] = open_milvus(spec.milvus, self._secrets)
+                    milvus = open_milvus(spec.milvus, self._secrets)
+                    sink = self._sinks[key] = milvus
+                    self._watch(spec.milvus, "sink.milvus.token", milvus.use_token)
                 return sink
-            writer = self._writers.get(key)
-            if writer is None:
-                writer = self._writers[key] = open_writer(spec, self._secrets)
+            writer = self._writers.get(key, lambda secrets: open_writer(spec, secrets))
             return WriterSink(writer, origin)
 
     def dead_letters(self, spec: dead_letters_pb2.DeadLetters) -> Place:
         """Raises UserError for settings or secrets that cannot be used."""
         key = spec.SerializeToString(deterministic=True)
-        place = self._places.get(key)
-        if place is None:
-            place = self._places[key] = open_place(spec, self._secrets)
-        return place
+        return self._places.get(key, lambda secrets: open_place(spec, secrets))
+
+    def _watch(
+        self, endpoint: task_pb2.MilvusEndpoint, field: str, use: Callable[[str | None], None]
+    ) -> None:
+        if endpoint.token.WhichOneof("ref") == "file":
+            now = live(self._secrets, endpoint.token, field)
+            self._tokens.append(_Token(now, use, endpoint.uri))
+
+    async def follow_secrets(self) -> None:
+        """Goes on until it is cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            for token in self._tokens:
+                token.look()
 
     def milvus(self, endpoint: task_pb2.MilvusEndpoint, *, who: str) -> MilvusClient:
         """A client of the caller's own; `who` is `sink` or `source`. Raises UserError for a secret
@@ -76,6 +143,7 @@ class Connections:
         client = self._source_clients.get(key)
         if client is None:
             client = self._source_clients[key] = self.milvus(spec, who="source")
+            self._watch(spec, "source.milvus.token", client.use_token)
         return client
 
     async def source(self, spec: task_pb2.Source) -> LogSource:
@@ -127,12 +195,8 @@ class Connections:
         for sink in self._sinks.values():
             with contextlib.suppress(CdcError):
                 await sink.close()
-        for writer in self._writers.values():
-            with contextlib.suppress(CdcError):
-                await writer.close()
-        for place in self._places.values():
-            with contextlib.suppress(CdcError):
-                await place.close()
+        await self._writers.close()
+        await self._places.close()
         for client in self._source_clients.values():
             await client.close()
         for source in self._sources.values():

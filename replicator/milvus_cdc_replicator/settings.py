@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
+from milvus_cdc import plain_yaml
 from milvus_cdc.errors import UserError
 from milvus_cdc.trust import settings as trust
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -128,13 +128,12 @@ def load(path: Path | None) -> Settings:
     if path is None:
         return Settings()
     try:
-        text = path.read_text()
+        data = plain_yaml.load_file(path) or {}
     except OSError as error:
         raise UserError("CONFIG_UNREADABLE", f"{path}: {error.strerror}") from error
-    try:
-        data = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError("CONFIG_INVALID", f"{path} is not YAML: {error}") from error
+    except plain_yaml.BadYamlError as error:
+        place = f"line {error.line}: " if error.line else ""
+        raise UserError("CONFIG_INVALID", f"{path} is not YAML: {place}{error}") from error
     if not isinstance(data, dict):
         raise UserError("CONFIG_INVALID", f"{path} must hold keys and values")
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -109,7 +109,12 @@ class HandFedSource:
         return self, self
 
 
-def config(path: Path, **lease: float) -> Config:
+def config(
+    path: Path,
+    keys: Sequence[Mapping[str, str]] = (),
+    limits: Mapping[str, int] | None = None,
+    **lease: float,
+) -> Config:
     timing = {"ttl": 30.0, "heartbeat": 2.0, "clock_margin": 0.2, "progress": 0.05, **lease}
     return Config.model_validate(
         {
@@ -117,6 +122,8 @@ def config(path: Path, **lease: float) -> Config:
             "metrics": None,
             "store": {"sqlite": {"path": str(path)}},
             "lease": timing,
+            "secretsKeys": keys,
+            "limits": dict(limits or {}),
         }
     )
 
@@ -156,12 +163,19 @@ class Reachable(Protocol):
 
 
 @asynccontextmanager
-async def controller(path: Path, source: HandFedSource, **lease: float) -> AsyncIterator[Api]:
-    """A controller on a store file; leaving the block is a clean stop."""
+async def controller(
+    path: Path,
+    source: HandFedSource,
+    *,
+    keys: Sequence[Mapping[str, str]] = (),
+    limits: Mapping[str, int] | None = None,
+    **lease: float,
+) -> AsyncIterator[Api]:
+    """A controller on a store file; leaving the block is a clean stop. `keys`: its secretsKeys."""
     store = await BreakableStore.open(path)
     assert isinstance(store, BreakableStore)
     try:
-        async with serve(config(path, **lease), store, source.connect) as running:
+        async with serve(config(path, keys, limits, **lease), store, source.connect) as running:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}") as channel:
                 yield Api(running, channel, store)
     finally:

@@ -90,7 +90,9 @@ _PLACES: dict[str, tuple[Kind, tuple[str, ...]]] = {
 """By all that comes before the first id or name: what those are."""
 _IMPORTS = ("importtask", "datacoord-meta/import-job", "datacoord-meta/import-task")
 _LONGEST = max(prefix.count("/") for prefix in _PLACES) + 1
-_SNAPSHOT = re.compile(r"snapshots/(?P<key>.+)_ts(?P<ts>\d+)", re.DOTALL)
+_ID_DIGITS = 20
+"""Of 64 bits; a longer number is none of Milvus'."""
+_SNAPSHOT = re.compile(r"snapshots/(?P<key>.+)_ts(?P<ts>\d{1,20})", re.DOTALL)
 _SNAPSHOT_KINDS = {
     Kind.DATABASE: Kind.DATABASE_SNAPSHOT,
     Kind.COLLECTION: Kind.COLLECTION_SNAPSHOT,
@@ -103,8 +105,10 @@ def locate(key: str) -> Place | None:
     """The place of a key, relative to `{root}/{meta}/`; None for keys that say nothing here."""
     if key.startswith("snapshots/"):
         snapshot = _SNAPSHOT.fullmatch(key)
-        place = locate(snapshot["key"]) if snapshot else None
-        if snapshot is None or place is None or place.kind not in _SNAPSHOT_KINDS:
+        if snapshot is None or snapshot["key"].startswith("snapshots/"):
+            return None
+        place = locate(snapshot["key"])
+        if place is None or place.kind not in _SNAPSHOT_KINDS:
             return None
         return Place(
             _SNAPSHOT_KINDS[place.kind],
@@ -131,7 +135,7 @@ def _place(kind: Kind, wanted: tuple[str, ...], found: list[str]) -> Place | Non
     for what, text in zip(wanted, found, strict=True):
         if what == "name":
             names += (text,)
-        elif text.isdecimal():
+        elif text.isdecimal() and len(text) <= _ID_DIGITS:
             ids[what] = int(text)
         else:
             return None

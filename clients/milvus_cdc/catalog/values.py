@@ -284,7 +284,7 @@ def _unfolded(params: dict[str, str]) -> dict[str, str]:
     """
     try:
         folded = json.loads(params.get("params", ""))
-    except ValueError:
+    except (ValueError, RecursionError):
         return params
     if not isinstance(folded, dict):
         return params

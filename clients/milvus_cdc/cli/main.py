@@ -14,7 +14,7 @@ import grpc
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc import logs
-from milvus_cdc.cli import access, commands, fleet, holds
+from milvus_cdc.cli import access, commands, fleet, holds, support
 from milvus_cdc.cli.diff import diff
 from milvus_cdc.cli.positions import positions, set_positions
 from milvus_cdc.cli.restore import restore
@@ -118,6 +118,7 @@ def build_parser() -> _Parser:
 
     fleet.add_commands(groups, shared)
     holds.add_commands(groups, shared)
+    support.add_commands(groups, shared)
 
     sink = groups.add_parser("sink", help="what a person has to do at a sink")
     user = sink.add_subparsers(metavar="COMMAND", required=True).add_parser(

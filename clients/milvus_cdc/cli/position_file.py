@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from google.protobuf.message import DecodeError
 
+from milvus_cdc import plain_yaml
 from milvus_cdc.cli.task_file import InputError
 
 KNOWN_SHAPES = (
@@ -47,10 +47,12 @@ def parse_positions(text: str) -> list[FilePosition]:
     """Raises InputError."""
     try:
         data = json.loads(text)
+    except RecursionError as error:
+        raise _bad("nested too deeply", "INVALID_FILE", KNOWN_SHAPES) from error
     except ValueError:
         try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            data = plain_yaml.load(text)
+        except plain_yaml.BadYamlError as error:
             raise _bad("neither JSON nor YAML", "INVALID_FILE", KNOWN_SHAPES) from error
     if isinstance(data, Mapping):
         for inner in ("request_data", "data"):

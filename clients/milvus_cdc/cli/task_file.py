@@ -16,6 +16,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from milvuscdc.v1 import secret_pb2, task_pb2
 
+from milvus_cdc import plain_yaml
 from milvus_cdc.errors import UserError
 
 _SECRET = secret_pb2.Secret.DESCRIPTOR.full_name
@@ -34,16 +35,6 @@ class InputError(UserError):
         super().__init__(reason, message, field=field)
         self.advice = advice
         self.line = line
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without dates: a time is a string, as in JSON."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 
 
 def parse_task(text: str) -> task_pb2.Task:
@@ -73,9 +64,11 @@ def parse_patch(text: str) -> tuple[task_pb2.Task, list[str]]:
 
 
 def _parse(text: str, message: Message, *, partial: bool) -> dict[str, Any]:
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
+        node, loader = plain_yaml.compose(text)
+    except plain_yaml.BadYamlError as err:
+        raise _not_yaml(err) from err
+    try:
         if not isinstance(node, yaml.MappingNode):
             raise InputError(
                 "INVALID_FILE",
@@ -84,18 +77,9 @@ def _parse(text: str, message: Message, *, partial: bool) -> dict[str, Any]:
                 line=1,
             )
         _check(node, cast("Descriptor", message.DESCRIPTOR), "", partial)
-        data: dict[str, Any] = loader.construct_document(node)
-    except yaml.MarkedYAMLError as err:
-        mark = err.problem_mark or err.context_mark
-        raise InputError(
-            "INVALID_FILE",
-            f"not YAML: {err.problem or err.context}",
-            "check indentation and quotes there",
-            line=mark.line + 1 if mark else 0,
-        ) from err
-    except yaml.YAMLError as err:
-        advice = "save the file as plain UTF-8 text"
-        raise InputError("INVALID_FILE", f"not YAML: {err}".splitlines()[0], advice) from err
+        data: dict[str, Any] = plain_yaml.construct(node, loader)
+    except plain_yaml.BadYamlError as err:
+        raise _not_yaml(err) from err
     finally:
         loader.dispose()
     try:
@@ -103,6 +87,11 @@ def _parse(text: str, message: Message, *, partial: bool) -> dict[str, Any]:
     except json_format.ParseError as err:
         raise InputError("INVALID_FILE", str(err).rstrip("."), "correct that value") from err
     return data
+
+
+def _not_yaml(err: plain_yaml.BadYamlError) -> InputError:
+    advice = "check indentation and quotes there" if err.line else "save it as plain UTF-8 text"
+    return InputError("INVALID_FILE", f"not YAML: {err}", advice, line=err.line)
 
 
 def _line(node: yaml.Node) -> int:
@@ -177,9 +166,10 @@ def _check_value(node: yaml.Node, field: FieldDescriptor, path: str, partial: bo
     elif kind.full_name == _SECRET and isinstance(node, yaml.ScalarNode):
         raise InputError(
             "LITERAL_SECRET",
-            f"{path} is written out; secrets never travel in a task",
+            f"{path} is written out; a secret is a mapping",
             f"use `{path.rpartition('.')[2]}: {{env: NAME}}` or `{{file: PATH}}`,"
-            " read where the replicator runs",
+            " read where the replicator runs, or `{literal: SECRET}` at a controller with "
+            "secretsKeys",
             field=path,
             line=_line(node),
         )

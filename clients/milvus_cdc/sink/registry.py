@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc.errors import UserError
 from milvus_cdc.milvus_endpoint import open_endpoint
 from milvus_cdc.secrets import SecretResolver
-from milvus_cdc.sink import Sink
 from milvus_cdc.sink.writer import Writer
 
+if TYPE_CHECKING:
+    from milvus_cdc.sink.milvus import MilvusSink
 
-def open_milvus(spec: task_pb2.MilvusEndpoint, secrets: SecretResolver) -> Sink:
+
+def open_milvus(spec: task_pb2.MilvusEndpoint, secrets: SecretResolver) -> MilvusSink:
     """No I/O yet. Raises UserError for a secret that cannot be resolved."""
     from milvus_cdc.sink.milvus import MilvusSink
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19milvuscdc/v1/secret.proto\x12\x0cmilvuscdc.v1\x1a\x1b\x62uf/validate/validate.proto\"h\n\x06Secret\x12\x34\n\x03\x65nv\x18\x01 \x01(\tB%\xbaH\"r 2\x1e^[A-Za-z_][A-Za-z0-9_]{0,127}$H\x00\x12\x1a\n\x04\x66ile\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 H\x00\x42\x0c\n\x03ref\x12\x05\xbaH\x02\x08\x01\x42Y\n\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19milvuscdc/v1/secret.proto\x12\x0cmilvuscdc.v1\x1a\x1b\x62uf/validate/validate.proto\"\xb6\x01\n\x06Secret\x12\x34\n\x03\x65nv\x18\x01 \x01(\tB%\xbaH\"r 2\x1e^[A-Za-z_][A-Za-z0-9_]{0,127}$H\x00\x12\x1a\n\x04\x66ile\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 H\x00\x12\x1e\n\x07literal\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x10\x01(\x80\x80\x04H\x00\x12,\n\x06sealed\x18\x04 \x01(\x0b\x32\x1a.milvuscdc.v1.SealedSecretH\x00\x42\x0c\n\x03ref\x12\x05\xbaH\x02\x08\x01\"U\n\x0cSealedSecret\x12\x14\n\x03key\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18?\x12\x19\n\x08task_uid\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18\x00\x12\x14\n\x03\x62ox\x18\x03 \x01(\x0c\x42\x07\xbaH\x04z\x02\x18\x00\x42Y\n\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,6 +39,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SECRET'].fields_by_name['env']._serialized_options = b'\272H\"r 2\036^[A-Za-z_][A-Za-z0-9_]{0,127}$'
   _globals['_SECRET'].fields_by_name['file']._loaded_options = None
   _globals['_SECRET'].fields_by_name['file']._serialized_options = b'\272H\007r\005\020\001\030\200 '
-  _globals['_SECRET']._serialized_start=72
-  _globals['_SECRET']._serialized_end=176
+  _globals['_SECRET'].fields_by_name['literal']._loaded_options = None
+  _globals['_SECRET'].fields_by_name['literal']._serialized_options = b'\272H\010r\006\020\001(\200\200\004'
+  _globals['_SEALEDSECRET'].fields_by_name['key']._loaded_options = None
+  _globals['_SEALEDSECRET'].fields_by_name['key']._serialized_options = b'\272H\004r\002\030?'
+  _globals['_SEALEDSECRET'].fields_by_name['task_uid']._loaded_options = None
+  _globals['_SEALEDSECRET'].fields_by_name['task_uid']._serialized_options = b'\272H\004r\002\030\000'
+  _globals['_SEALEDSECRET'].fields_by_name['box']._loaded_options = None
+  _globals['_SEALEDSECRET'].fields_by_name['box']._serialized_options = b'\272H\004z\002\030\000'
+  _globals['_SECRET']._serialized_start=73
+  _globals['_SECRET']._serialized_end=255
+  _globals['_SEALEDSECRET']._serialized_start=257
+  _globals['_SEALEDSECRET']._serialized_end=342
 # @@protoc_insertion_point(module_scope)

@@ -9,37 +9,79 @@ import builtins as _builtins
 import sys
 import typing as _typing
 
-if sys.version_info >= (3, 10):
-    from typing import TypeAlias as _TypeAlias
+if sys.version_info >= (3, 11):
+    from typing import TypeAlias as _TypeAlias, Never as _Never
 else:
-    from typing_extensions import TypeAlias as _TypeAlias
+    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Secret(_message.Message):
-    """A reference to a secret. Secrets never travel in a request: the process that connects resolves the reference."""
+    """A secret: by reference, resolved by the process that connects, or written out to a controller that can seal it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ENV_FIELD_NUMBER: _builtins.int
     FILE_FIELD_NUMBER: _builtins.int
+    LITERAL_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
     env: _builtins.str
     """Name of an environment variable of the replicator."""
     file: _builtins.str
     """Path of a file on the replicator; surrounding white space is not part of the secret."""
+    literal: _builtins.str
+    """The secret itself. Taken only by a controller with `secretsKeys`, which stores it encrypted and never shows it
+    again; every other one refuses it (LITERAL_SECRET).
+    """
+    @_builtins.property
+    def sealed(self) -> Global___SealedSecret:
+        """What a controller shows in the place of a literal. In an update it stands for the secret that is there."""
+
     def __init__(
         self,
         *,
         env: _builtins.str = ...,
         file: _builtins.str = ...,
+        literal: _builtins.str = ...,
+        sealed: Global___SealedSecret | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["env", b"env", "file", b"file", "ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["env", b"env", "file", b"file", "literal", b"literal", "ref", b"ref", "sealed", b"sealed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["env", b"env", "file", b"file", "ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["env", b"env", "file", b"file", "literal", b"literal", "ref", b"ref", "sealed", b"sealed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_ref: _TypeAlias = _typing.Literal["env", "file"]  # noqa: Y015
+    _WhichOneofReturnType_ref: _TypeAlias = _typing.Literal["env", "file", "literal", "sealed"]  # noqa: Y015
     _WhichOneofArgType_ref: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_ref) -> _WhichOneofReturnType_ref | None: ...
 
 Global___Secret: _TypeAlias = Secret  # noqa: Y015
+
+@_typing.final
+class SealedSecret(_message.Message):
+    """A secret that was written out, encrypted by the controller."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    TASK_UID_FIELD_NUMBER: _builtins.int
+    BOX_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Id of the key that it is encrypted with."""
+    task_uid: _builtins.str
+    """The task it belongs to. Only in the controller's store."""
+    box: _builtins.bytes
+    """Nonce and ciphertext. Only in the controller's store: never shown, and refused in requests."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        task_uid: _builtins.str = ...,
+        box: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["box", b"box", "key", b"key", "task_uid", b"task_uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealedSecret: _TypeAlias = SealedSecret  # noqa: Y015

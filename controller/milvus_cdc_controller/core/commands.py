@@ -77,6 +77,14 @@ def find_repeated(world: World, command: CreateTask) -> Effect | None:
 
 
 def check_create(world: World, command: CreateTask) -> Refusal | None:
+    if len(world.tasks) >= world.tasks_max:
+        return Refusal(
+            "RESOURCE_EXHAUSTED",
+            "TOO_MANY_TASKS",
+            f"There are {len(world.tasks)} tasks; delete one, or raise limits.tasks in the "
+            "controller's configuration.",
+            "task",
+        )
     if command.spec.name in world.uid_by_name:
         return Refusal(
             "ALREADY_EXISTS",

@@ -156,6 +156,7 @@ class World:
     check_every_ms: int = 60_000
     warn_fraction: float = 0.2
     """Less than this part of a limit of the queue is a reason to warn."""
+    tasks_max: int = 1_000_000
     dirty: set[str] = field(default_factory=set)
     """Tasks whose assignments and state must be looked at in this step."""
     stirred: set[str] = field(default_factory=set)

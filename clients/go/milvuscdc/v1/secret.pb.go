@@ -24,13 +24,15 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// A reference to a secret. Secrets never travel in a request: the process that connects resolves the reference.
+// A secret: by reference, resolved by the process that connects, or written out to a controller that can seal it.
 type Secret struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Ref:
 	//
 	//	*Secret_Env
 	//	*Secret_File
+	//	*Secret_Literal
+	//	*Secret_Sealed
 	Ref           isSecret_Ref `protobuf_oneof:"ref"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -91,6 +93,24 @@ func (x *Secret) GetFile() string {
 	return ""
 }
 
+func (x *Secret) GetLiteral() string {
+	if x != nil {
+		if x, ok := x.Ref.(*Secret_Literal); ok {
+			return x.Literal
+		}
+	}
+	return ""
+}
+
+func (x *Secret) GetSealed() *SealedSecret {
+	if x != nil {
+		if x, ok := x.Ref.(*Secret_Sealed); ok {
+			return x.Sealed
+		}
+	}
+	return nil
+}
+
 type isSecret_Ref interface {
 	isSecret_Ref()
 }
@@ -105,20 +125,105 @@ type Secret_File struct {
 	File string `protobuf:"bytes,2,opt,name=file,proto3,oneof"`
 }
 
+type Secret_Literal struct {
+	// The secret itself. Taken only by a controller with `secretsKeys`, which stores it encrypted and never shows it
+	// again; every other one refuses it (LITERAL_SECRET).
+	Literal string `protobuf:"bytes,3,opt,name=literal,proto3,oneof"`
+}
+
+type Secret_Sealed struct {
+	// What a controller shows in the place of a literal. In an update it stands for the secret that is there.
+	Sealed *SealedSecret `protobuf:"bytes,4,opt,name=sealed,proto3,oneof"`
+}
+
 func (*Secret_Env) isSecret_Ref() {}
 
 func (*Secret_File) isSecret_Ref() {}
+
+func (*Secret_Literal) isSecret_Ref() {}
+
+func (*Secret_Sealed) isSecret_Ref() {}
+
+// A secret that was written out, encrypted by the controller.
+type SealedSecret struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Id of the key that it is encrypted with.
+	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// The task it belongs to. Only in the controller's store.
+	TaskUid string `protobuf:"bytes,2,opt,name=task_uid,json=taskUid,proto3" json:"task_uid,omitempty"`
+	// Nonce and ciphertext. Only in the controller's store: never shown, and refused in requests.
+	Box           []byte `protobuf:"bytes,3,opt,name=box,proto3" json:"box,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SealedSecret) Reset() {
+	*x = SealedSecret{}
+	mi := &file_milvuscdc_v1_secret_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SealedSecret) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SealedSecret) ProtoMessage() {}
+
+func (x *SealedSecret) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_secret_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SealedSecret.ProtoReflect.Descriptor instead.
+func (*SealedSecret) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_secret_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *SealedSecret) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *SealedSecret) GetTaskUid() string {
+	if x != nil {
+		return x.TaskUid
+	}
+	return ""
+}
+
+func (x *SealedSecret) GetBox() []byte {
+	if x != nil {
+		return x.Box
+	}
+	return nil
+}
 
 var File_milvuscdc_v1_secret_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_secret_proto_rawDesc = "" +
 	"\n" +
-	"\x19milvuscdc/v1/secret.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\"s\n" +
+	"\x19milvuscdc/v1/secret.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\"\xd2\x01\n" +
 	"\x06Secret\x129\n" +
 	"\x03env\x18\x01 \x01(\tB%\xbaH\"r 2\x1e^[A-Za-z_][A-Za-z0-9_]{0,127}$H\x00R\x03env\x12 \n" +
 	"\x04file\x18\x02 \x01(\tB\n" +
-	"\xbaH\ar\x05\x10\x01\x18\x80 H\x00R\x04fileB\f\n" +
-	"\x03ref\x12\x05\xbaH\x02\b\x01BY\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80 H\x00R\x04file\x12'\n" +
+	"\aliteral\x18\x03 \x01(\tB\v\xbaH\br\x06\x10\x01(\x80\x80\x04H\x00R\aliteral\x124\n" +
+	"\x06sealed\x18\x04 \x01(\v2\x1a.milvuscdc.v1.SealedSecretH\x00R\x06sealedB\f\n" +
+	"\x03ref\x12\x05\xbaH\x02\b\x01\"h\n" +
+	"\fSealedSecret\x12\x19\n" +
+	"\x03key\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x18?R\x03key\x12\"\n" +
+	"\btask_uid\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18\x00R\ataskUid\x12\x19\n" +
+	"\x03box\x18\x03 \x01(\fB\a\xbaH\x04z\x02\x18\x00R\x03boxBY\n" +
 	"\x0fio.milvuscdc.v1P\x01ZDgithub.com/milvus-cdc/milvus-cdc/clients/go/milvuscdc/v1;milvuscdcv1b\x06proto3"
 
 var (
@@ -133,16 +238,18 @@ func file_milvuscdc_v1_secret_proto_rawDescGZIP() []byte {
 	return file_milvuscdc_v1_secret_proto_rawDescData
 }
 
-var file_milvuscdc_v1_secret_proto_msgTypes = make([]protoimpl.MessageInfo, 1)
+var file_milvuscdc_v1_secret_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
 var file_milvuscdc_v1_secret_proto_goTypes = []any{
-	(*Secret)(nil), // 0: milvuscdc.v1.Secret
+	(*Secret)(nil),       // 0: milvuscdc.v1.Secret
+	(*SealedSecret)(nil), // 1: milvuscdc.v1.SealedSecret
 }
 var file_milvuscdc_v1_secret_proto_depIdxs = []int32{
-	0, // [0:0] is the sub-list for method output_type
-	0, // [0:0] is the sub-list for method input_type
-	0, // [0:0] is the sub-list for extension type_name
-	0, // [0:0] is the sub-list for extension extendee
-	0, // [0:0] is the sub-list for field type_name
+	1, // 0: milvuscdc.v1.Secret.sealed:type_name -> milvuscdc.v1.SealedSecret
+	1, // [1:1] is the sub-list for method output_type
+	1, // [1:1] is the sub-list for method input_type
+	1, // [1:1] is the sub-list for extension type_name
+	1, // [1:1] is the sub-list for extension extendee
+	0, // [0:1] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_secret_proto_init() }
@@ -153,6 +260,8 @@ func file_milvuscdc_v1_secret_proto_init() {
 	file_milvuscdc_v1_secret_proto_msgTypes[0].OneofWrappers = []any{
 		(*Secret_Env)(nil),
 		(*Secret_File)(nil),
+		(*Secret_Literal)(nil),
+		(*Secret_Sealed)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -160,7 +269,7 @@ func file_milvuscdc_v1_secret_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_secret_proto_rawDesc), len(file_milvuscdc_v1_secret_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   1,
+			NumMessages:   2,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -57,6 +57,10 @@ class MilvusSink:
         )
         self._rows = RowWriter(self._client, self.capabilities)
 
+    def use_token(self, token: str | None) -> None:
+        """From the next call on."""
+        self._client.use_token(token)
+
     async def heartbeat(self, target: CollectionTarget, resolved_ts: int) -> None:
         """Its own clock goes on by itself."""
 

@@ -132,6 +132,7 @@ class Connections:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 connection = await psycopg.AsyncConnection.connect(
                     **self._settings.connection,  # type: ignore[arg-type]
+                    password=self._settings.password() or "",
                     autocommit=True,
                     prepare_threshold=None,
                 )

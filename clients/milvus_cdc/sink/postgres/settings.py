@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ssl
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from milvuscdc.v1 import sink_postgres_pb2
 
 from milvus_cdc.errors import UserError
-from milvus_cdc.secrets import SecretResolver, resolve
+from milvus_cdc.secrets import SecretResolver, live
 
 FIELD = "sink.postgres"
 DEFAULT_PORT = 5432
@@ -41,7 +41,9 @@ _SYSTEM_AUTHORITIES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one sink. `connection` is what libpq gets, by keyword."""
+    """Of one sink. `connection` is what libpq gets, by keyword, beside `password`, which is asked
+    for each new connection.
+    """
 
     schema: str
     table: str
@@ -50,6 +52,7 @@ class Settings:
     sparsevec: bool
     strip_nul: bool
     connection: Mapping[str, str | int] = field(repr=False)
+    password: Callable[[], str | None] = field(repr=False)
 
     @property
     def place(self) -> str:
@@ -78,7 +81,8 @@ def read(spec: sink_postgres_pb2.PostgresSink, secrets: SecretResolver) -> Setti
         max_connections=spec.max_connections or DEFAULT_CONNECTIONS,
         sparsevec=spec.sparse_vectors == sink_postgres_pb2.POSTGRES_SPARSE_VECTORS_SPARSEVEC,
         strip_nul=spec.nul_characters == sink_postgres_pb2.POSTGRES_NUL_CHARACTERS_STRIP,
-        connection=_connection(spec, secrets),
+        connection=_connection(spec),
+        password=_password(spec, secrets),
     )
 
 
@@ -103,19 +107,24 @@ def _template(name: str, template: str) -> str:
     return template
 
 
-def _connection(
+def _password(
     spec: sink_postgres_pb2.PostgresSink, secrets: SecretResolver
-) -> dict[str, str | int]:
+) -> Callable[[], str | None]:
+    password = live(secrets, spec.password, f"{FIELD}.password")
+    if "\0" in (password() or ""):
+        raise _invalid("password", "a password cannot hold U+0000")
+    return password
+
+
+def _connection(spec: sink_postgres_pb2.PostgresSink) -> dict[str, str | int]:
     # https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS
-    password = resolve(secrets, spec.password, f"{FIELD}.password") or ""
-    if "\0" in spec.database + spec.user + password:
-        raise _invalid("user", "user, password and database cannot hold U+0000")
+    if "\0" in spec.database + spec.user:
+        raise _invalid("user", "user and database cannot hold U+0000")
     return {
         "host": spec.host,
         "port": spec.port or DEFAULT_PORT,
         "dbname": spec.database,
         "user": spec.user,
-        "password": password,
         "passfile": "/dev/null",
         "application_name": "milvus-cdc",
         "client_encoding": "UTF8",

@@ -45,7 +45,7 @@ def test_the_password_is_in_no_text() -> None:
     one = spec()
     one.password.env = "S_P"
     found = settings.read(one, SecretResolver(env_prefix="S_", environ={"S_P": "secret!"}))
-    assert found.connection["password"] == "secret!"
+    assert found.password() == "secret!"
     assert "secret!" not in repr(found) + found.place
     one.password.env = "S_MISSING"
     with pytest.raises(UserError, match="SECRET_MISSING") as raised:
@@ -56,7 +56,7 @@ def test_the_password_is_in_no_text() -> None:
 def test_libpq_takes_nothing_from_its_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that its environment could say is said by us."""
     given = read().connection
-    said = {"host", "port", "dbname", "user", "password", "passfile", "options", "sslmode"}
+    said = {"host", "port", "dbname", "user", "passfile", "options", "sslmode"}
     assert said | {"application_name", "client_encoding", "gssencmode"} <= set(given)
     assert given["passfile"] == "/dev/null"
 
