@@ -28,7 +28,7 @@ from milvuscdc.v1 import (
 )
 
 from milvus_cdc.errors import CdcError
-from milvus_cdc.trust.dialing import Credentials, Line
+from milvus_cdc.trust.dialing import Credentials, Line, Showing
 
 DEFAULT_ADDRESS = "127.0.0.1:7070"
 PAGE_SIZE = 1000
@@ -118,19 +118,6 @@ def task_name(name: str) -> str:
     return name if name.startswith("tasks/") else f"tasks/{name}"
 
 
-class _Showing:
-    """A stub whose calls carry the credentials of the moment."""
-
-    def __init__(self, stub: Any, line: Line, credentials: Credentials) -> None:
-        self._stub = stub
-        self._line = line
-        self._credentials = credentials
-
-    def __getattr__(self, method: str) -> Any:
-        call = getattr(self._stub(self._line.channel), method)
-        return lambda request, **more: call(request, metadata=self._credentials.metadata(), **more)
-
-
 class ControlClient:
     """One connection to a controller; every unary call ends within `timeout_seconds`."""
 
@@ -153,11 +140,11 @@ class ControlClient:
     # have changed, so they are made for each call; that costs microseconds.
     @property
     def _tasks(self) -> Any:
-        return _Showing(task_service_pb2_grpc.TaskServiceStub, self._line, self._credentials)
+        return Showing(task_service_pb2_grpc.TaskServiceStub, self._line, self._credentials)
 
     @property
     def _fleet(self) -> Any:
-        return _Showing(fleet_service_pb2_grpc.FleetServiceStub, self._line, self._credentials)
+        return Showing(fleet_service_pb2_grpc.FleetServiceStub, self._line, self._credentials)
 
     async def __aenter__(self) -> Self:
         return self

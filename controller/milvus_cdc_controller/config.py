@@ -287,8 +287,13 @@ class Config(_Part):
         ) or trust.dialing_fault(
             (self.advertised,), self.controller_tls, self.controller_token, self.insecure
         )
-        if fault is not None or self.store.etcd is None:
+        if fault is not None:
             return fault
+        if self.store.etcd is None:
+            if self.controller_tls is None and self.controller_token is None:
+                return None
+            key = "controllerToken" if self.controller_tls is None else "controllerTls"
+            return key, "says nothing without store.etcd: there is no other controller to call"
         if self.tls is not None and self.controller_tls is None:
             return "controllerTls", (
                 "is needed because tls is set: the other controllers listen like this one, and "

@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import re
+import ssl
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -406,8 +407,11 @@ class _KeyHandler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def key_server() -> Iterator[_KeyServer]:
+def key_server(world: World) -> Iterator[_KeyServer]:
     server = _KeyServer(("127.0.0.1", 0), _KeyHandler)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(world.server.certificate, world.server.key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
     server.issuer = Issuer()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -418,13 +422,18 @@ def key_server() -> Iterator[_KeyServer]:
 
 
 async def test_keys_of_tokens_come_from_an_address(
-    world: World, key_server: _KeyServer, monkeypatch: pytest.MonkeyPatch
+    world: World, key_server: _KeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("milvus_cdc.trust.key_sets.AGAIN_SECONDS", 0.2)
-    url = f"http://127.0.0.1:{key_server.server_port}/keys"
+    url = f"https://127.0.0.1:{key_server.server_port}/keys"
+    web: dict[str, Any] = {"issuer": ISSUER, "audience": AUDIENCE, "jwksUrl": url}
+    foreign = Authority(tmp_path).file
+    async with world.serving(auth={"jwt": {**web, "jwksCaFile": str(foreign)}}) as address:
+        answer = await refused(world.client(address, key_server.issuer.token(roles=["viewer"])))
+        assert answer == ("UNAVAILABLE", "JWKS_UNAVAILABLE"), "not of the issuer's authority"
     key_server.down = True
-    auth = {"jwt": {"issuer": ISSUER, "audience": AUDIENCE, "jwksUrl": url}}
-    async with world.serving(auth=auth) as address:
+    web["jwksCaFile"] = str(world.authority.file)
+    async with world.serving(auth={"jwt": web}) as address:
         token = key_server.issuer.token(roles=["viewer"])
         answer = await refused(world.client(address, token))
         assert answer == ("UNAVAILABLE", "JWKS_UNAVAILABLE")

@@ -161,3 +161,16 @@ class Line:
         await asyncio.gather(*closing, return_exceptions=True)
         for channel in (*closing.values(), self._channel):
             await channel.close()
+
+
+class Showing:
+    """A stub whose calls carry the credentials of the moment."""
+
+    def __init__(self, stub: Any, line: Line, credentials: Credentials) -> None:
+        self._stub = stub
+        self._line = line
+        self._credentials = credentials
+
+    def __getattr__(self, method: str) -> Any:
+        call = getattr(self._stub(self._line.channel), method)
+        return lambda request, **more: call(request, metadata=self._credentials.metadata(), **more)

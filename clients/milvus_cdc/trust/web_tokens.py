@@ -178,7 +178,7 @@ class WebTokens:
         given = claims.get(settings.roles_claim, ())
         words = given.split() if isinstance(given, str) else given
         words = words if isinstance(words, (list, tuple)) else ()
-        roles = frozenset(Role(word) for word in words if word in set(Role))
+        roles = frozenset(Role(word) for word in words if _is_role(word))
         bound = claims.get(settings.replicator_claim, "") if settings.replicator_claim else ""
         if not isinstance(bound, str):
             raise unauthenticated(
@@ -190,6 +190,10 @@ class WebTokens:
             bound = grant.replicator or bound
         until = float(claims["exp"]) + settings.leeway_seconds
         return Caller(name, "jwt", roles, bound, until)
+
+
+def _is_role(word: object) -> bool:
+    return isinstance(word, str) and word in set(Role)
 
 
 def unavailable() -> Refusal:

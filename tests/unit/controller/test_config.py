@@ -81,6 +81,8 @@ SHOWN = {"caFile": "ca.pem", "certificateFile": "client.crt", "keyFile": "client
         ({**ETCD, "auth": TOKENS}, "controllerToken"),
         ({"controllerTls": {"keyFile": "client.key"}}, "controllerTls"),
         ({"controllerToken": {}}, "controllerToken"),
+        ({"controllerTls": {}}, "controllerTls"),
+        ({"controllerToken": {"file": "token"}}, "controllerToken"),
         ({"auth": {"jwt": {**ISSUER, "jwksFile": "k", "algorithms": ["HS256"]}}},
          "auth.jwt.algorithms.0"),
         ({"auth": {"jwt": {**ISSUER, "jwksUrl": "http://example.com/keys"}}}, "auth.jwt.jwksUrl"),
