@@ -45,6 +45,39 @@ def test_leases_of_replicators_outlast_an_election(tmp_path: Path) -> None:
     assert alone.silence_seconds == 0, "there is no election on SQLite"
 
 
+@pytest.mark.parametrize(
+    ("etcd", "why"),
+    [
+        ({"username": "cdc"}, "username and password go together"),
+        ({"password": {"env": "PW"}}, "username and password go together"),
+        ({"username": "cdc", "password": "literal"}, "store.etcd.password"),
+        ({"username": "cdc", "password": {}}, "exactly one of env and file"),
+        ({"tls": {"certificateFile": "c.pem"}}, "certificateFile and keyFile go together"),
+        ({"tls": {"ca": "c.pem"}}, "store.etcd.tls.ca: unknown key"),
+    ],
+)
+def test_trust_that_cannot_be_meant_so(tmp_path: Path, etcd: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, store={"etcd": {"endpoints": ["etcd:2379"], **etcd}})
+    assert refused.value.field.startswith("store.etcd")
+    assert why in refused.value.message
+
+
+def test_a_password_is_read_where_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pw").write_text("first\n")
+    monkeypatch.setenv("ETCD_PW", "of env")
+    for password, found in (
+        ({"file": str(tmp_path / "pw")}, "first"),
+        ({"env": "ETCD_PW"}, "of env"),
+    ):
+        etcd = {"endpoints": ["etcd:2379"], "username": "cdc", "password": password}
+        loaded = load(tmp_path, store={"etcd": etcd}).store.etcd
+        assert loaded is not None
+        assert loaded.security.password() == found
+
+
 def test_others_must_be_able_to_reach_it(tmp_path: Path) -> None:
     for address in ("0.0.0.0:7070", "[::]:7070"):
         assert load(tmp_path, listen=address, insecure=True).listen == address
