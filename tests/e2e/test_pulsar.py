@@ -25,6 +25,21 @@ from tests.servers import Stack
 pytestmark = pytest.mark.pulsar
 
 
+def prove(pair: Pair) -> int:
+    """Missing 0, extra 0, different 0, doubled 0; the rows compared.
+
+    A Milvus doubles rows itself when its topic moves under a write: it tries again with what had
+    been taken. The sink has them once.
+    """
+    results = pair.verify()
+    for result in results:
+        found = (result.missing, result.extra, result.different, result.doubled)
+        assert found == (0, 0, 0, 0), result
+        assert result.reason in ("", "SOURCE_DUPLICATE_KEYS"), result
+        assert result.rows_source - result.source_doubled == result.rows_sink, result
+    return sum(result.rows_source for result in results)
+
+
 @pytest.mark.timeout(400)
 def test_followed_through_a_killed_replicator_a_new_ledger_and_a_new_broker(
     pulsar_stack: Stack, tmp_path: Path
@@ -54,7 +69,7 @@ def test_followed_through_a_killed_replicator_a_new_ledger_and_a_new_broker(
         time.sleep(3)
         again.stop()
         pair.wait_running(*names, seconds=180)
-        assert pair.prove() > 100
+        assert prove(pair) > 100
         pair.quiet(*LOST_PEER)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from milvus_cdc.changes import op_of
+from milvus_cdc.codec.messages import Delete, Keys
 from milvus_cdc.order.lane import Lane
 from milvus_cdc.order.ops import LogOp, Rank
 from milvus_cdc_replicator.core.budget import Budget
@@ -93,6 +97,16 @@ def test_a_producers_retry_is_one_message_but_two_messages_of_one_request_are_tw
     assert lane.add(_row(5, 0, msg_id=9))
     assert not lane.add(_row(5, 1, msg_id=9))
     assert lane.add(_row(5, 2, msg_id=9, payload="other rows of the same request"))
+
+
+@pytest.mark.parametrize("keys", [np.array([1, 2, 3]), ("a", "b", "c")])
+def test_a_delete_that_its_producer_sent_again_is_one_too(keys: Keys) -> None:
+    lane = _lane()
+    copies = [
+        op_of(Delete("v", 1, -1, "", 5, keys[:count], 9, 40), bytes([n]), n, "v", 100)
+        for n, count in enumerate((3, 3, 2))
+    ]
+    assert [op is not None and lane.add(op) for op in copies] == [True, False, True]
 
 
 def test_a_message_beyond_the_tick_but_before_it_in_the_log_holds_read_from_back() -> None:
