@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 from milvuscdc.v1 import (
     fleet_service_pb2,
     fleet_service_pb2_grpc,
+    hold_pb2,
     task_pb2,
     task_service_pb2,
     task_service_pb2_grpc,
@@ -87,7 +88,6 @@ class Pair:
         elif self.stack.pulsar is not None:
             source.pulsar.service_url = self.stack.pulsar.service_url
             source.pulsar.admin_url = self.stack.pulsar.admin_url
-            source.pulsar.hold = task_pb2.PULSAR_HOLD_NONE
         else:
             source.nats.url = self.stack.source.nats_url
         return source
@@ -128,6 +128,11 @@ class Pair:
         return self.fleet.ListAssignments(
             fleet_service_pb2.ListAssignmentsRequest(page_size=1000), timeout=10
         ).assignments
+
+    def holds(self) -> Sequence[hold_pb2.Hold]:
+        """With the orphans at the task's queue."""
+        request = hold_pb2.ListHoldsRequest(task=TASK)
+        return self.fleet.ListHolds(request, timeout=60).holds
 
     # ---- waiting and proving
 

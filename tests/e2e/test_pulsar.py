@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from milvuscdc.v1 import hold_pb2, task_service_pb2
 
 from tests.e2e.load import SHAPES, Load
-from tests.e2e.pair import Pair
+from tests.e2e.pair import TASK, Pair
 from tests.e2e.test_crashes import (
     HOW,
     LOST_PEER,
@@ -69,6 +71,48 @@ def test_followed_through_a_killed_replicator_a_new_ledger_and_a_new_broker(
         pair.wait_running(*names, seconds=180)
         assert prove(pair) > 100
         pair.quiet(*LOST_PEER)
+
+
+@pytest.mark.timeout(400)
+def test_a_pause_outlasts_what_pulsar_deletes_and_the_last_deletion_leaves_nothing_behind(
+    pulsar_stack: Stack, tmp_path: Path
+) -> None:
+    assert pulsar_stack.pulsar is not None
+    broker, shapes = pulsar_stack.pulsar, (SHAPES[0],)
+    topics = [f"{pulsar_stack.source.cluster}-rootcoord-dml_{n}" for n in range(16)]
+    load = Load(pulsar_stack.source.uri, "held", shapes=shapes, pause_seconds=0.05)
+    load.create()
+    with Pair(pulsar_stack, tmp_path) as pair:
+        pair.create("held.*")
+        pair.wait_running(f"held.{shapes[0].name}", seconds=120)
+        (hold,) = pair.holds()
+        assert hold.state == hold_pb2.HOLD_STATE_KEPT
+        pair.tasks.PauseTask(task_service_pb2.PauseTaskRequest(name=TASK), timeout=30)
+        pair.replicators[0].kill()
+        load.start()
+        time.sleep(2)
+        load.stop()
+        broker.retain(0, 0)
+        try:
+            for _ in range(2):  # nothing of ours is connected, and Milvus has acknowledged it all
+                for topic in topics:
+                    broker.roll(topic)
+        finally:
+            broker.retain(-1)
+        pair.replicators[0].start()
+        pair.tasks.ResumeTask(task_service_pb2.ResumeTaskRequest(name=TASK), timeout=30)
+        pair.wait_running(f"held.{shapes[0].name}", seconds=120)
+        assert pair.prove() > 100
+        pair.tasks.DeleteTask(task_service_pb2.DeleteTaskRequest(name=TASK), timeout=30)
+        pair.replicators[0].kill()
+        pair.controller.restart(hard=True)
+        pair.replicators[0].start()
+        _, name, topic = hold.name.split("/")
+        subscriptions = f"persistent/public/default/{topic}/subscriptions"
+        left: Any = [name]
+        while name in left:
+            time.sleep(0.5)
+            left = broker.admin("GET", subscriptions)
 
 
 @pytest.mark.soak

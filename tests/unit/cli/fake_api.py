@@ -12,6 +12,7 @@ from milvuscdc.v1 import (
     diff_pb2,
     fleet_service_pb2,
     fleet_service_pb2_grpc,
+    hold_pb2,
     task_pb2,
     task_service_pb2,
     task_service_pb2_grpc,
@@ -285,6 +286,29 @@ class FakeFleet(fleet_service_pb2_grpc.FleetServiceServicer):
             replicator="replicators/r1",
         )
         return fleet_service_pb2.ListAssignmentsResponse(assignments=[one])
+
+    async def ListHolds(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        kept = hold_pb2.Hold(
+            name="holds/milvus-cdc-1-a/dml_0",
+            state=hold_pb2.HOLD_STATE_KEPT,
+            tasks=["tasks/copy"],
+            backlog_entries=7,
+            backlog_bytes=900,
+        )
+        found = [kept]
+        if request.task or request.HasField("source"):
+            orphan = hold_pb2.HOLD_STATE_ORPHAN
+            name = "holds/milvus-cdc-2-b/dml_0"
+            found.append(hold_pb2.Hold(name=name, state=orphan, backlog_bytes=-1))
+        return hold_pb2.ListHoldsResponse(holds=found)
+
+    async def DeleteHold(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        if request.name == "holds/milvus-cdc-1-a/dml_0":
+            code = grpc.StatusCode.FAILED_PRECONDITION
+            await refuse(context, code, "HOLD_IN_USE", "keeps the log for tasks/copy", "name")
+        return hold_pb2.DeleteHoldResponse()
 
 
 async def serve(tasks: FakeTasks) -> tuple[grpc.aio.Server, str]:
