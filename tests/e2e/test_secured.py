@@ -334,10 +334,11 @@ def test_a_user_is_made_at_a_sink_with_mutual_tls(
     call = ["sink", "create-user", "--uri", secured.sink.uri, "--user", "reader"]
     call += ["--password-file", str(password), "--token-env", TOKEN]
     monkeypatch.setenv(TOKEN, ROOT)
-    trust = ["--ca-file", str(secured.authority.ca_file)]
-    own = [f"--certificate-file={secured.client.certificate}", f"--key-file={secured.client.key}"]
+    files = {"certificate": secured.client.certificate, "key": secured.client.key}
+    trust = ["--milvus-ca-file", str(secured.authority.ca_file)]
+    own = [f"--milvus-{what}-file={path}" for what, path in files.items()]
     assert command(call) == 3
-    assert "--ca-file: the certificate of" in capsys.readouterr().err
+    assert "--milvus-ca-file: the certificate of" in capsys.readouterr().err
     assert command([*call, *trust]) == 3
-    assert "--certificate-file: " in capsys.readouterr().err
+    assert "--milvus-certificate-file: " in capsys.readouterr().err
     assert command([*call, *trust, *own]) == 0

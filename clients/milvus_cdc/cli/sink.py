@@ -53,19 +53,27 @@ def milvus_options(parser: argparse.ArgumentParser) -> None:
         "--token-env", default="", metavar="VAR", help="variable with user:password or an API key"
     )
     for option, text in (
-        ("--ca-file", "authorities to trust, PEM; default: the system's"),
-        ("--certificate-file", "a certificate to show, PEM"),
-        ("--key-file", "its key, PEM"),
+        ("--milvus-ca-file", "authorities to trust, PEM; default: the system's"),
+        ("--milvus-certificate-file", "a certificate to show, PEM"),
+        ("--milvus-key-file", "its key, PEM"),
     ):
         parser.add_argument(option, default="", metavar="FILE", help=text)
     parser.add_argument(
-        "--server-name", default="", metavar="NAME", help="that the server's certificate must have"
+        "--milvus-server-name",
+        default="",
+        metavar="NAME",
+        help="that the server's certificate must have",
     )
 
 
 def milvus_of(args: argparse.Namespace) -> MilvusClient:
     """Raises InputError, UserError."""
-    files = (args.ca_file, args.certificate_file, args.key_file, args.server_name)
+    files = (
+        args.milvus_ca_file,
+        args.milvus_certificate_file,
+        args.milvus_key_file,
+        args.milvus_server_name,
+    )
     # Also without any: errors then name options and not the fields of a task.
     tls = TlsFiles(*files, Fields("", _option))
     given = any(files) or args.uri.startswith("https://")
@@ -73,7 +81,7 @@ def milvus_of(args: argparse.Namespace) -> MilvusClient:
 
 
 def _option(field: str) -> str:
-    return f"--{field.replace('_', '-')}"
+    return f"--milvus-{field.replace('_', '-')}"
 
 
 def token_of(variable: str) -> str | None:
