@@ -51,7 +51,7 @@ def own_etcd(tmp_path: Path, authority: Authority) -> Iterator[EtcdServer]:
         yield server
 
 
-def files(authority: Authority, pair: Pair | None = None, **other: str) -> TlsFiles:
+def files(authority: Authority, pair: Pair | None = None, **other: Any) -> TlsFiles:
     made = TlsFiles(str(authority.ca_file), **other)
     if pair is None:
         return made
@@ -165,7 +165,8 @@ class TestTls:
         self, tls_etcd: EtcdServer, authority: Authority, tmp_path: Path, field: str
     ) -> None:
         whole = files(authority, authority.issue("client"))
-        missing = replace(whole, **{field: str(tmp_path / "missing.pem")})
+        changed: dict[str, Any] = {field: str(tmp_path / "missing.pem")}
+        missing = replace(whole, **changed)
         said = await refusal(tls_etcd, login(tls=missing))
         assert (said.reason, said.field) == ("TLS_FILE_UNUSABLE", f"tls.{field}")
         other = authority.issue("another")
@@ -174,7 +175,8 @@ class TestTls:
             "certificate_file": other.key,
             "key_file": other.key,
         }[field]
-        said = await refusal(tls_etcd, login(tls=replace(whole, **{field: str(wrong)})))
+        changed[field] = str(wrong)
+        said = await refusal(tls_etcd, login(tls=replace(whole, **changed)))
         assert said.reason == "TLS_FILE_UNUSABLE"
         assert str(wrong) in said.message
 

@@ -109,7 +109,8 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
         for server in servers:
             server.wait_ready()
         stranger = Authority(folder / "stranger", "stranger")
-        yield Secured(authority, stranger, etcd, *servers, client=client)
+        source, sink = servers
+        yield Secured(authority, stranger, etcd, source, sink, client)
 
 
 @pytest.fixture(scope="module")
