@@ -165,8 +165,8 @@ class TestTls:
         self, tls_etcd: EtcdServer, authority: Authority, tmp_path: Path, field: str
     ) -> None:
         whole = files(authority, authority.issue("client"))
-        change: dict[str, Any] = {field: str(tmp_path / "missing.pem")}
-        missing = replace(whole, **change)
+        changed: dict[str, Any] = {field: str(tmp_path / "missing.pem")}
+        missing = replace(whole, **changed)
         said = await refusal(tls_etcd, login(tls=missing))
         assert (said.reason, said.field) == ("TLS_FILE_UNUSABLE", f"tls.{field}")
         other = authority.issue("another")
@@ -175,8 +175,8 @@ class TestTls:
             "certificate_file": other.key,
             "key_file": other.key,
         }[field]
-        change = {field: str(wrong)}
-        said = await refusal(tls_etcd, login(tls=replace(whole, **change)))
+        changed[field] = str(wrong)
+        said = await refusal(tls_etcd, login(tls=replace(whole, **changed)))
         assert said.reason == "TLS_FILE_UNUSABLE"
         assert str(wrong) in said.message
 

@@ -171,7 +171,7 @@ def test_a_sources_etcd_is_logged_in_to_by_the_controller(
     info = error_info(refused.value)
     assert (info.reason, info.metadata["field"]) == (reason, field)
     if secret == "HOME":
-        assert "this controller allows" in (refused.value.details() or "")
+        assert "this controller allows" in str(refused.value.details())
 
 
 def _no_password(task: task_pb2.Task) -> None:
