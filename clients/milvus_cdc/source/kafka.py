@@ -217,6 +217,7 @@ class KafkaSource(Numbered):
         admin = self._connected()
         with self._foreign_errors(admin, pchannel):
             deadline = time.monotonic() + REQUEST_SECONDS + 1
+            admin.client.poll(0)  # what it has to say, and new tokens, wait for somebody who asks
             futures = question(admin.client)
             return {key: self._wait(admin, future, deadline) for key, future in futures.items()}
 

@@ -23,6 +23,9 @@ async def test_readers_that_open_at_the_same_time_share_one_client(
             time.sleep(0.05)
             made.append(self)
 
+        def poll(self, timeout: float) -> None:
+            pass
+
         def describe_cluster(self, request_timeout: float) -> Future[None]:
             answer: Future[None] = Future()
             answer.set_result(None)
