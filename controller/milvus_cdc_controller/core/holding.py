@@ -46,6 +46,8 @@ class _Need:
     places: dict[Shard, tuple[bytes, ...]] = field(default_factory=dict)
     frozen: bool = False
     """It may be that somebody needs more than `places` says."""
+    resolving: bool = False
+    """That is so because the log's end is being looked up, which takes a moment only."""
 
 
 def restored(world: World) -> None:
@@ -167,7 +169,7 @@ def _needs(world: World, log_id: str) -> dict[str, _Need]:
             if not record.started:
                 for vchannel in record.want.vchannels:
                     need = needs.setdefault(vchannel.pchannel, _Need())
-                    need.frozen |= record.collection_id in resolving
+                    need.resolving |= record.collection_id in resolving
                 continue
             progress = world.progress[record.assignment_id]
             recounts = progress.recount.starts if progress.recount is not None else ()
@@ -185,7 +187,7 @@ def _needs(world: World, log_id: str) -> dict[str, _Need]:
             place = metadata.operations_read_from[1:]
             need.places[metadata_assignment_id(task.uid), ""] = (place,)
     for need in needs.values():
-        need.frozen |= blind
+        need.frozen |= blind or need.resolving
     return needs
 
 
@@ -201,7 +203,8 @@ def _begin(world: World, log_id: str, known: Round) -> None:
     shards: dict[str, set[Shard]] = {}
     for pchannel, record in sorted(world.holds.of(log_id).items()):
         need = needs[pchannel]
-        shards[record.key] = set(need.places)
+        # Where it could not be set back, who needs that waits for the next round.
+        shards[record.key] = set() if need.resolving else set(need.places)
         keep = () if need.frozen else _kept(world, need, in_time=in_time)
         places.append(HoldPlace(pchannel, record.name, keep))
     for key, record in sorted(world.holds.of(log_id, releasing=True).items()):
@@ -217,7 +220,7 @@ def _begin(world: World, log_id: str, known: Round) -> None:
     if send_job(world, job):
         known.job_id, known.shards = job.job_id, shards
     else:
-        known.due_ms = known.not_before_ms = world.now.mono_ms + RETRY_MS
+        known.due_ms = world.now.mono_ms + RETRY_MS
 
 
 def _kept(world: World, need: _Need, *, in_time: bool) -> tuple[bytes, ...]:

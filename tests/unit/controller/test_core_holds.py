@@ -123,9 +123,25 @@ def test_the_end_of_the_log_is_looked_up_once_it_is_held() -> None:
     (resolve,) = jobs(script, ResolveJob)
     # While it is looked up, nothing moves up, whatever other tasks have read.
     assert keeps(next_round(script)) == {"dml_1": ()}
+    (other,) = [job for job in script.core.world.jobs.values() if job.log_id]
     ends = ResolveDone((("dml_1", b"end", b""),), 0)
     script.take(ev.JobUpdated(script.now, 1, resolve.job_id, ends))
+    # The round under way began before: it has not kept this place.
+    script.take(ev.JobUpdated(script.now, 1, other.job_id, HoldDone((HoldSeen("dml_1", "x"),))))
     assert not assigned(script)
+    (job,) = jobs(script)
+    assert keeps(job) == {"dml_1": (b"end",)}
+    done(script, job)
+    assert assigned(script)
+
+
+def test_a_task_without_a_replicator_waits_for_the_first_one_alone() -> None:
+    script = Script()
+    script.create(held())
+    script.see(collection(1))
+    script.pass_time(10_500)
+    script.hello(1, "r1")
+    assert jobs(script)
 
 
 def test_a_task_without_holds_needs_none() -> None:
