@@ -43,10 +43,10 @@ def tls_etcd(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> 
         yield server
 
 
-@pytest.fixture
-def own_etcd(tmp_path: Path, authority: Authority) -> Iterator[EtcdServer]:
-    """With logins, without TLS; one that a test may kill."""
-    with EtcdServer(tmp_path / "own") as server:
+@pytest.fixture(scope="module")
+def login_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    """With logins, without TLS."""
+    with EtcdServer(tmp_path_factory.mktemp("login-etcd")) as server:
         server.enable_login(cdc="correct horse")
         yield server
 
@@ -260,30 +260,30 @@ class TestReplacedFiles:
 
 
 class TestLogin:
-    async def test_one_login_for_many_calls(self, own_etcd: EtcdServer) -> None:
-        before = own_etcd.logins
-        async with client_of(own_etcd, login()) as client:
-            await asyncio.gather(*(client.put(f"k{n}", b"") for n in range(30)))
+    async def test_one_login_for_many_calls(self, login_etcd: EtcdServer) -> None:
+        before = login_etcd.logins
+        async with client_of(login_etcd, login()) as client:
+            await asyncio.gather(*(client.put(f"many/{n}", b"") for n in range(30)))
             granted = await client.grant_lease(60)
             assert await client.keep_alive(granted.lease) == 60
-            watch = client.watch(KeyRange.prefix("k"), start_revision=1)
+            watch = client.watch(KeyRange.prefix("many/"), start_revision=1)
             assert len(await events_of(watch, 30)) == 30
             await watch.close()
             await client.revoke_lease(granted.lease)
             assert await client.version()
-        assert own_etcd.logins - before == 1
+        assert login_etcd.logins - before == 1
 
-    async def test_a_wrong_password_is_tried_once(self, own_etcd: EtcdServer) -> None:
-        before = own_etcd.logins
+    async def test_a_wrong_password_is_tried_once(self, login_etcd: EtcdServer) -> None:
+        before = login_etcd.logins
         passwords = [WRONG]
         security = replace(login(), password=lambda: passwords[0])
-        async with client_of(own_etcd, security) as client:
+        async with client_of(login_etcd, security) as client:
             tries = (client.get("k") for _ in range(20))
             for said in await asyncio.gather(*tries, return_exceptions=True):
                 assert isinstance(said, UserError)
                 assert (said.reason, said.field) == ("ETCD_AUTH", "etcd.password")
                 assert WRONG not in str(said)
-            assert own_etcd.logins - before == 1
+            assert login_etcd.logins - before == 1
             # Replaced where it is kept.
             passwords[0] = "correct horse"
             await client.get("k")
@@ -297,9 +297,9 @@ class TestLogin:
         ],
     )
     async def test_what_is_wrong_is_named(
-        self, own_etcd: EtcdServer, security: EtcdSecurity | None, field: str
+        self, login_etcd: EtcdServer, security: EtcdSecurity | None, field: str
     ) -> None:
-        said = await refusal(own_etcd, security)
+        said = await refusal(login_etcd, security)
         assert (said.reason, said.field) == ("ETCD_AUTH", field)
 
     async def test_a_user_without_the_right(
@@ -314,9 +314,9 @@ class TestLogin:
         assert (said.reason, said.field) == ("ETCD_AUTH", "etcd.username")
         assert "not enabled" in said.message
 
-    async def test_a_cluster_knows_the_token_everywhere(self, own_etcd: EtcdServer) -> None:
+    async def test_a_cluster_knows_the_token_everywhere(self, login_etcd: EtcdServer) -> None:
         dead = f"127.0.0.1:{free_port()}"
-        async with EtcdClient([dead, own_etcd.endpoint], security=login()) as client:
+        async with EtcdClient([dead, login_etcd.endpoint], security=login()) as client:
             await client.put("k", b"1")
 
 
@@ -345,28 +345,28 @@ class TestTokensThatEnd:
             assert secured_etcd.logins > before
             await watch.close()
 
-    async def test_when_etcd_starts_again(self, own_etcd: EtcdServer) -> None:
+    async def test_when_etcd_starts_again(self, login_etcd: EtcdServer) -> None:
         """It keeps them in memory only."""
-        async with client_of(own_etcd, login()) as client:
+        async with client_of(login_etcd, login()) as client:
             start = await client.put("k", b"1")
             granted = await client.grant_lease(60)
             watch = client.watch(KeyRange.key("k"), start_revision=start.revision)
             assert await events_of(watch, 1) == [b"1"]
-            await asyncio.to_thread(own_etcd.restart)
-            async with client_of(own_etcd, login()) as writer:
+            await asyncio.to_thread(login_etcd.restart)
+            async with client_of(login_etcd, login()) as writer:
                 await writer.put("k", b"2")
             assert await events_of(watch, 1) == [b"2"]
             assert await client.keep_alive(granted.lease) == 60
             await watch.close()
 
-    async def test_a_write_with_an_ended_token_happens_once(self, own_etcd: EtcdServer) -> None:
-        async with client_of(own_etcd, login()) as client:
-            before = (await client.put("k", b"0")).revision
+    async def test_a_write_with_an_ended_token_happens_once(self, login_etcd: EtcdServer) -> None:
+        async with client_of(login_etcd, login()) as client:
+            before = (await client.put("once", b"0")).revision
             for _ in range(5):
-                await asyncio.to_thread(own_etcd.end_tokens, "cdc")
-                await client.txn([], [PutOp("k", b"x")])
-            assert (await client.get("k")).kvs[0].version == 6
-            assert (await client.get("k")).revision == before + 5
+                await asyncio.to_thread(login_etcd.end_tokens, "cdc")
+                await client.txn([], [PutOp("once", b"x")])
+            assert (await client.get("once")).kvs[0].version == 6
+            assert (await client.get("once")).revision == before + 5
 
     async def test_a_signed_token(self, tmp_path: Path) -> None:
         """JWT, whose time is over after a second however much it is used."""
