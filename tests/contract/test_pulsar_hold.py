@@ -18,21 +18,20 @@ from milvus_cdc.source.pulsar import PulsarSource
 from milvus_cdc.source.pulsar_positions import decode, encode
 from milvus_cdc.source.pulsar_reader import place_of
 
-from tests.servers.pulsar import PulsarServer, pulsar_unavailable_reason
+from tests.servers import PulsarServer
 
-pytestmark = pytest.mark.skipif(
-    pulsar_unavailable_reason() is not None, reason=str(pulsar_unavailable_reason())
-)
+pytestmark = pytest.mark.pulsar
 
 NAME = "milvus-cdc-test-1"
 
 
 @pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PulsarServer]:
-    server = PulsarServer(tmp_path_factory.mktemp("pulsar"))
-    server.start()
-    yield server
-    server.stop()
+def broker(
+    tmp_path_factory: pytest.TempPathFactory, pulsar_available: None
+) -> Iterator[PulsarServer]:
+    """Its ledgers are rolled by tests alone."""
+    with PulsarServer(tmp_path_factory.mktemp("pulsar-hold")) as server:
+        yield server
 
 
 class Topic:

@@ -49,6 +49,8 @@ class Round:
     """After a failure."""
     shards: dict[str, set[Shard]] = field(default_factory=dict)
     """By hold's key: whose places the job under way keeps. A place set by hand leaves it."""
+    unused: bool = False
+    """A task has gone since the last one began."""
     reason: str = ""
     message: str = ""
     """Why the last one failed; empty when it did not."""

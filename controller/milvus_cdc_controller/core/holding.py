@@ -67,7 +67,9 @@ def advance(world: World, looked_at: Iterable[str]) -> None:
     for uid in looked_at:
         task = world.tasks.get(uid)
         if task is None:
-            hurried |= {r.log_id for r in holds.records.values() if not r.releasing}
+            for record in holds.records.values():
+                if not record.releasing:
+                    holds.rounds.setdefault(record.log_id, Round()).unused = True
         elif task.spec.held_log and _is_lacking(world, task):
             hurried.add(task.spec.held_log)
     now_ms = world.now.mono_ms
@@ -75,7 +77,10 @@ def advance(world: World, looked_at: Iterable[str]) -> None:
         known = holds.rounds.setdefault(log_id, Round())
         if known.job_id:
             _give_up_late(world, known)
-        elif now_ms >= known.due_ms or (log_id in hurried and now_ms >= known.not_before_ms):
+        elif now_ms >= known.due_ms or (
+            (log_id in hurried or known.unused) and now_ms >= known.not_before_ms
+        ):
+            known.unused = False
             _begin(world, log_id, known)
 
 

@@ -224,6 +224,19 @@ def test_a_clean_deletion_is_forgotten_at_once_and_the_next_hold_has_another_nam
     assert script.core.world.tasks["uid-next"].state is not TaskState.FAILED
 
 
+def test_a_deletion_during_a_round_is_seen_to_right_after_it() -> None:
+    script = begun()
+    job = next_round(script)
+    script.ask(ev.DeleteTask, name="tasks/copy", etag="", allow_missing=False)
+    for grant in list(script.core.world.grants.values()):
+        if grant.instance:
+            script.take(ev.Released(script.now, 1, grant.assignment_id, grant.epoch))
+    assert not script.core.world.tasks
+    done(script, job)
+    script.take(ev.Ticked(script.now))
+    assert releases(jobs(script)[0])
+
+
 def test_a_lost_replicator_s_round_is_done_by_another() -> None:
     script = Script()
     script.hello(1, "r1")
