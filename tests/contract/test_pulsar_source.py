@@ -176,6 +176,23 @@ async def test_a_ledger_that_stayed_empty_is_no_hole(pulsar_broker: PulsarServer
     await queue.source.close()
 
 
+async def test_limits_are_told_where_nothing_else_keeps_the_log(
+    pulsar_broker: PulsarServer,
+) -> None:
+    queue = PulsarQueue(pulsar_broker)
+    await queue.create()
+    nothing = await queue.source.limits(queue.topic)
+    assert (nothing.max_age_ms, nothing.max_bytes) == (1, 1), "it goes as soon as Milvus has it"
+    held = open_source(replace(queue.config, held=True))
+    limits = await held.limits(queue.topic)
+    assert (limits.max_age_ms, limits.max_bytes) == (0, 0)
+    await asyncio.to_thread(pulsar_broker.retain, 60, -1, f"public/{queue.namespace}")
+    hour = await queue.source.limits(queue.topic)
+    assert (hour.max_age_ms, hour.max_bytes) == (3_600_000, 0)
+    await held.close()
+    await queue.source.close()
+
+
 # ---- logins
 
 
