@@ -47,12 +47,14 @@ _FLEET = {
     "GetReplicator": _READS,
     "WatchReplicators": _READS,
     "ListAssignments": _READS,
+    "ListHolds": _READS,
     "CordonReplicator": _RUNS,
     "UncordonReplicator": _RUNS,
     "DrainReplicator": _RUNS,
     "CancelDrain": _RUNS,
     "MoveAssignment": _RUNS,
     "RebalanceAssignments": _RUNS,
+    "DeleteHold": _RULES,
 }
 METHODS: Mapping[str, Rule] = {
     **EVERYWHERE,
