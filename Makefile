@@ -9,7 +9,7 @@ TYPED := $(wildcard tests examples benchmarks)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo secure test check fmt protos protos-go check-protos bench soak fuzz sim sbom clean
+.PHONY: help demo secure test check fmt protos protos-go check-protos bench soak fuzz sim clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,15 +58,6 @@ fuzz: $(INSTALLED) ## a million mutated inputs for each decoder (ARGS='--target 
 
 sim: $(INSTALLED) ## both services in made-up worlds of virtual time (ARGS='--seed 7 --trace' for the story of one)
 	@$(BIN)/python -m tests.sim --seeds 10000 $(ARGS)
-
-sbom: $(INSTALLED) ## what the built package brings along, as CycloneDX: dist/milvus-cdc.cdx.json
-	@rm -rf build/sbom && mkdir -p build dist
-	@$(PYTHON) -m venv build/sbom
-	@build/sbom/bin/pip install --quiet --disable-pip-version-check -c constraints.txt .
-	@$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
-	  --output-file dist/milvus-cdc.cdx.json build/sbom/bin/python
-	@rm -rf build/sbom
-	@echo dist/milvus-cdc.cdx.json
 
 clean: ## remove .venv and caches; servers unpacked for tests stay in ~/.cache/milvus-cdc
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
