@@ -76,6 +76,18 @@ class Topic:
         while ledger in await self.ledgers():
             await asyncio.sleep(0.1)
 
+    async def connected(self, subscription: str) -> None:
+        """Waits until somebody is connected to it: who moves it sends the others away, and they
+        come back by themselves.
+        """
+
+        def consumers() -> Any:
+            stats: Any = self.server.admin("GET", f"{self.path}/stats")
+            return stats["subscriptions"][subscription]["consumers"]
+
+        while not await asyncio.to_thread(consumers):
+            await asyncio.sleep(0.1)
+
     async def read(self, position: bytes, count: int) -> list[bytes]:
         reader = await self.source.open(self.name, position)
         got: list[bytes] = []
@@ -186,6 +198,7 @@ async def test_a_forgotten_connection_hinders_nobody_for_long(topic: Topic) -> N
     hold = topic.source.holds.hold(topic.name, NAME)
     await hold.advance(places[2])
     assert (await hold.look()).entries == 1
+    await topic.connected(NAME)
     with pytest.raises(RetryableError, match=NAME):
         await hold.release()
     await asyncio.to_thread(zombie.close)
