@@ -26,7 +26,7 @@ from milvuscdc.v1 import task_pb2, task_service_pb2, tls_pb2
 from pymilvus import DataType, MilvusClient
 
 from tests.e2e.pair import Pair, error_info
-from tests.servers import Authority, EtcdServer, KafkaServer, MilvusServer
+from tests.servers import Authority, EtcdServer, KafkaServer, MilvusServer, PulsarServer
 from tests.servers import Pair as Certificate
 
 ROOT = "root:Milvus"
@@ -46,6 +46,7 @@ class Secured:
     sink: MilvusServer
     client: Certificate
     kafka: KafkaServer | None = None
+    pulsar: PulsarServer | None = None
 
     def tls(self, certificate: Certificate | None = None) -> tls_pb2.Tls:
         tls = tls_pb2.Tls(ca_file=str(self.authority.ca_file))
