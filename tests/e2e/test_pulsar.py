@@ -61,7 +61,9 @@ def test_followed_through_a_killed_replicator_a_new_ledger_and_a_new_broker(
             broker.roll(f"{pulsar_stack.source.cluster}-rootcoord-dml_{n}")
         time.sleep(2)
         load.stop()
-        broker.restart(hard=True)
+        # Not by kill -9, as the contract tests do: a standalone 3.0.7 may come back without end
+        # registering its own bookie, and then brings no entry (seen once).
+        broker.restart()
         # Automatic keys: a write that the client repeats at a source just coming back to itself
         # would leave two rows of one key there.
         again = PatientLoad(pulsar_stack.source.uri, "on_pulsar", seed=7, shapes=shapes[2:])
