@@ -316,7 +316,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.run is None:
         print(importlib.metadata.version("milvus-cdc"))
         return OK
-    logs.configure(level="warning")
+    if argv is None:  # else the process, and how it logs, is somebody else's
+        logs.configure(level="warning")
     try:
         return asyncio.run(_run(args))
     except KeyboardInterrupt:
