@@ -202,11 +202,16 @@ class Load:
             where = sample[0][1]
             keys = [key for key, place in sample if place == where]
             named = {"partition_name": where} if where else {}
-            client.upsert(shape.name, [make_row(shape, rng, key) for key in keys], **named)
+            self._upsert(client, shape.name, [make_row(shape, rng, key) for key in keys], named)
         else:
             self._delete(client, shape, rng, known)
             count = 0
         self.acknowledged += count
+
+    def _upsert(
+        self, client: MilvusClient, name: str, rows: list[Any], partition: dict[str, Any]
+    ) -> None:
+        client.upsert(name, rows, **partition)
 
     def _delete(
         self, client: MilvusClient, shape: Shape, rng: random.Random, known: list[Any]
