@@ -4,8 +4,7 @@ change, after a break of a connection and every few minutes; mended, or only tol
 Laws: what the source changed is always carried out; what others changed at the sink is mended under
 REPAIR and left alone under REPORT. A repair that is refused stands as a trouble that names its
 object, while rows and other repairs go on; it is tried again later, after a change or at the next
-comparison, never at once. A repair that shows no effect is not repeated before something changes. A
-surplus partition is dropped only while none of that name is made.
+comparison, never at once. A repair that shows no effect is not repeated before something changes.
 """
 
 from __future__ import annotations
@@ -13,17 +12,20 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from milvus_cdc.errors import CdcError, RetryableError, UserError
 from milvus_cdc.model import Carry, Collection, Drift, ObjectState, ms_to_tso
 from milvus_cdc.sink import Sink
 from milvus_cdc.sink.differences import DESCRIPTION, Action, ObjectDifference, is_missing
 
-from milvus_cdc_replicator.gate import Halted, WriteGate
+from milvus_cdc_replicator.cause import Place, by_source
+from milvus_cdc_replicator.gate import WriteGate
+from milvus_cdc_replicator.halting import Halted, pause, unless_halted
+from milvus_cdc_replicator.mending import Mender, trouble_place
 from milvus_cdc_replicator.sink_work import Troubles
 from milvus_cdc_replicator.source_properties import SourceProperties
 from milvus_cdc_replicator.spec import Applied, CollectionAssignment
@@ -33,15 +35,11 @@ ROUND_SECONDS = (0.5, 2.0)
 """Pauses before what was mended is looked at again; after the last one nothing is mended."""
 AGAIN_SECONDS = (2.0, 5.0, 15.0, 60.0)
 CONFIRM_SECONDS = 3.0
-SURE_SECONDS = 1.0
 JITTER = 0.2
 DROP_MARGIN_MS = 60_000
 """The log's message of a partition's drop is a little later than the drop in the metadata."""
 SHOWN = 3
 COMPARE = "compare with the sink"
-
-T = TypeVar("T")
-Place = tuple[str, str]
 
 
 def without_dropped(want: Collection, resolved_ts: int, dropped: frozenset[int]) -> Collection:
@@ -86,8 +84,14 @@ class Reconciler:
         self._troubles = troubles
         self._conditions = conditions
         self._properties = properties
-        self._partitions = partitions
-        self._current = current
+        self._mender = Mender(
+            sink,
+            gate=gate,
+            halt=halt,
+            troubles=troubles,
+            partitions=partitions,
+            current=current,
+        )
         self._every = every_seconds
         self.log = log
         self.applied_version = 0
@@ -174,21 +178,24 @@ class Reconciler:
         mended: set[Place] = set()
         first: set[Place] | None = None
         left: list[ObjectDifference] = []
-        for pause in (*ROUND_SECONDS, None):
+        for seconds in (*ROUND_SECONDS, None):
             differences = await self._look(assignment, want, carry)
             if properties is None:
                 differences = tuple(d for d in differences if not _is_property(d))
             for difference in filter(is_missing, differences):
-                await self._repair(assignment, want, difference)
+                await self._mender.repair(assignment, want, difference)
             first = {d.place for d in differences} if first is None else first
-            caused = {d for d in differences if self._caused(assignment, d, mended, first)}
+            base = self._applied or assignment.applied
+            caused = {
+                d for d in differences if by_source(assignment, base, d, mended=mended, first=first)
+            }
             ours = [d for d in differences if assignment.drift is Drift.REPAIR or d in caused]
             self._tell([d for d in differences if d not in ours])
             left = [
                 d for d in ours if d.place not in refused and d.place not in self._without_effect
             ]
             self._clear({d.place for d in differences})
-            if pause is None or not left:
+            if seconds is None or not left:
                 break
             for difference in left:
                 try:
@@ -196,9 +203,9 @@ class Reconciler:
                     mended.add(difference.place)
                 except CdcError as error:
                     refused[difference.place] = _named(error, want, difference)
-            await self._pause(pause)
+            await pause(self._halt, seconds)
         for difference in left:
-            if self._made_meanwhile(difference):
+            if self._mender.made_meanwhile(difference):
                 continue
             # Loading may fail later on, and may succeed when the sink has room again.
             if difference.kind != "load":
@@ -210,7 +217,7 @@ class Reconciler:
             )
         for place, trouble in refused.items():
             self._standing[place] = trouble
-            self._troubles.add(_where(place), trouble)
+            self._troubles.add(trouble_place(place), trouble)
         if not self._standing:
             self._applied = Applied.of(assignment.want)
             self.applied_version = assignment.version
@@ -219,14 +226,10 @@ class Reconciler:
         self, assignment: CollectionAssignment, want: Collection, carry: Carry
     ) -> tuple[ObjectDifference, ...]:
         async with self._gate.comparisons:
-            return await self._unless_halted(
-                partial(
-                    self._sink.diff,
-                    want,
-                    carry,
-                    sink_collection_id=assignment.sink_collection_id,
-                )
+            look = partial(
+                self._sink.diff, want, carry, sink_collection_id=assignment.sink_collection_id
             )
+            return await unless_halted(self._halt, look, seconds=LOOK_SECONDS)
 
     async def _effective(
         self, assignment: CollectionAssignment, want: Collection
@@ -238,9 +241,8 @@ class Reconciler:
             return want.properties
         base = self._applied or assignment.applied
         try:
-            found = await self._unless_halted(
-                partial(self._properties.of, want, assignment.source_database)
-            )
+            ask = partial(self._properties.of, want, assignment.source_database)
+            found = await unless_halted(self._halt, ask, seconds=LOOK_SECONDS)
         except CdcError:
             if base is not None and want.alter_ts > base.alter_ts:
                 raise  # a change that waits must be seen to wait
@@ -248,44 +250,6 @@ class Reconciler:
         if self._properties.unconfirmed:
             self.soon(CONFIRM_SECONDS)
         return found
-
-    def _caused(
-        self,
-        assignment: CollectionAssignment,
-        difference: ObjectDifference,
-        mended: set[Place],
-        first: set[Place],
-    ) -> bool:
-        """The source did it, since an owner last said that all was as wanted."""
-        base, want = self._applied or assignment.applied, assignment.want
-        touched = assignment.applied or base
-        if base is None or touched is None or difference.place in mended:
-            return True
-        match difference.kind:
-            case "index":
-                changed = set(base.indexes) ^ set(want.indexes)
-                names = {index.name for index in changed} | touched.touched_indexes
-                return difference.name in names
-            case "load":
-                alive = Applied.of(want).partition_ids
-                # Some servers let an index or a property be changed only after a release.
-                released = difference.place not in first and bool(mended)
-                changed_load = touched.touched_load or base.load != want.load
-                return released or changed_load or base.partition_ids != alive
-            case "property":
-                return want.alter_ts > base.alter_ts
-            case "partition":
-                drop = difference.action is Action.DROP
-                return any(
-                    p.name == difference.name
-                    and (
-                        p.state is ObjectState.DROPPED
-                        if drop
-                        else p.partition_id not in base.partition_ids
-                    )
-                    for p in want.partitions
-                )
-        return False
 
     def _tell(self, differences: list[ObjectDifference]) -> None:
         if not differences:
@@ -301,7 +265,7 @@ class Reconciler:
     def _clear(self, places: set[Place]) -> None:
         for place in [place for place in self._standing if place not in places]:
             del self._standing[place]
-            self._troubles.clear(_where(place))
+            self._troubles.clear(trouble_place(place))
         self._without_effect &= places
 
     # ---- one repair
@@ -313,51 +277,16 @@ class Reconciler:
         difference: ObjectDifference,
         caused: bool,
     ) -> None:
+        if not await self._mender.mend(assignment, want, difference):
+            return
         if difference.kind == "partition":
-            async with self._partitions:
-                if self._made_meanwhile(difference):
-                    return
-                await self._surely(assignment, want, difference)
             self._note_emptied(assignment, difference)
-        else:
-            await self._repair(assignment, want, difference)
         self._restored += difference.kind in ("collection", "partition")
         self.log.info(
             "change carried out" if caused else "drift mended",
             action=difference.action,
             object=difference.text,
         )
-
-    def _made_meanwhile(self, difference: ObjectDifference) -> bool:
-        """The source has made a partition of that name since the comparison began, or its drop came
-        with the log.
-        """
-        if difference.kind != "partition":
-            return False
-        there = any(p.name == difference.name for p in self._current().partitions)
-        return there if difference.action is Action.DROP else not there
-
-    async def _repair(
-        self, assignment: CollectionAssignment, want: Collection, difference: ObjectDifference
-    ) -> None:
-        async with self._gate.ddl(self._halt):
-            await self._sink.repair(
-                want, difference, sink_collection_id=assignment.sink_collection_id
-            )
-
-    async def _surely(
-        self, assignment: CollectionAssignment, want: Collection, difference: ObjectDifference
-    ) -> None:
-        """Until its outcome is known: a late drop would hit a partition made meanwhile."""
-        while True:
-            try:
-                await self._repair(assignment, want, difference)
-                return
-            except RetryableError as error:
-                self._troubles.add(_where(difference.place), error)
-                await self._pause(SURE_SECONDS)
-            finally:
-                self._troubles.clear(_where(difference.place))
 
     def _note_emptied(self, assignment: CollectionAssignment, difference: ObjectDifference) -> None:
         base = self._applied or assignment.applied
@@ -369,35 +298,6 @@ class Reconciler:
             if p.name == difference.name and p.partition_id in base.partition_ids
         ]
         note_emptied(self._conditions, emptied)
-
-    # ---- waiting
-
-    async def _unless_halted(self, call: Callable[[], Awaitable[T]]) -> T:
-        """What only looks need not come to its end."""
-        if self._halt.is_set():
-            raise Halted
-        work = asyncio.ensure_future(call())
-        halted = asyncio.create_task(self._halt.wait())
-        try:
-            await asyncio.wait(
-                {work, halted}, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED
-            )
-            if work.done():
-                return work.result()
-            if halted.done():
-                raise Halted
-            raise RetryableError("SINK_TIMEOUT", f"no answer within {LOOK_SECONDS:.0f} s")
-        finally:
-            for task in (work, halted):
-                task.cancel()
-            await asyncio.gather(work, halted, return_exceptions=True)
-
-    async def _pause(self, seconds: float) -> None:
-        try:
-            await asyncio.wait_for(self._halt.wait(), seconds)
-        except TimeoutError:
-            return
-        raise Halted
 
 
 def note_emptied(conditions: dict[str, str], partitions: list[str]) -> None:
@@ -411,11 +311,6 @@ def note_emptied(conditions: dict[str, str], partitions: list[str]) -> None:
 
 def _is_property(difference: ObjectDifference) -> bool:
     return difference.kind == "property" and difference.name != DESCRIPTION
-
-
-def _where(place: Place) -> str:
-    kind, name = place
-    return f"{kind} {name}".strip()
 
 
 def _named(error: CdcError, want: Collection, difference: ObjectDifference) -> CdcError:

@@ -18,6 +18,7 @@ from milvuscdc.v1 import task_pb2
 
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.core.lease import Lease
+from milvus_cdc_replicator.halting import Halted
 
 WRITE_TIMEOUT_SECONDS = 8.0
 LEAST_TIMEOUT_SECONDS = 1.0
@@ -28,10 +29,6 @@ OPENED_AT_ONCE = 8
 """Of one sink's collections: hundreds that begin together would all be late, again and again."""
 COMPARISONS = 8
 """Collections of the process that are compared with their sinks at once."""
-
-
-class Halted(Exception):
-    """The caller was told to stop while it waited."""
 
 
 def boottime() -> float:

@@ -20,7 +20,8 @@ from milvus_cdc.sink.metadata import MetadataDiff, Repair, Trouble, wish_items
 
 from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.core.assignment import Counters
-from milvus_cdc_replicator.gate import Halted, WriteGate
+from milvus_cdc_replicator.gate import WriteGate
+from milvus_cdc_replicator.halting import Halted
 from milvus_cdc_replicator.operations import OperationsReader
 from milvus_cdc_replicator.report import Report
 from milvus_cdc_replicator.spec import MetadataAssignment

@@ -33,7 +33,8 @@ from milvus_cdc.source import LogEntry, LogSource
 
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.connections import Connections
-from milvus_cdc_replicator.gate import Halted, WriteGate
+from milvus_cdc_replicator.gate import WriteGate
+from milvus_cdc_replicator.halting import Halted
 from milvus_cdc_replicator.spec import MetadataAssignment, Operations
 
 log = structlog.get_logger()

@@ -18,7 +18,7 @@ from milvus_cdc.model import RateLimits
 
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.core.pace import Pace
-from milvus_cdc_replicator.gate import Halted
+from milvus_cdc_replicator.halting import Halted
 
 LOOK_AGAIN_SECONDS = 1.0
 """Time that is waited is counted at least so often."""

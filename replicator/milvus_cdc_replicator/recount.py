@@ -25,7 +25,8 @@ from milvus_cdc_replicator.core.assignment import AssignmentCore
 from milvus_cdc_replicator.core.budget import Budget
 from milvus_cdc_replicator.core.ops import Write
 from milvus_cdc_replicator.core.tally import Tally
-from milvus_cdc_replicator.gate import Halted, WriteGate
+from milvus_cdc_replicator.gate import WriteGate
+from milvus_cdc_replicator.halting import Halted, pause, unless_halted
 from milvus_cdc_replicator.report import Recounted
 from milvus_cdc_replicator.sink_object import SinkObject
 from milvus_cdc_replicator.sink_work import look_again
@@ -238,11 +239,11 @@ class Recounting:
         for attempt in range(TRIES):
             try:
                 async with self._gate.comparisons:
-                    return await self._unless_halted(call())
+                    return await unless_halted(self._halt, call)
             except RetryableError as error:
                 if attempt + 1 == TRIES:
                     raise _CannotTell(error.message) from error
-                await self._pause(TRY_AGAIN_SECONDS)
+                await pause(self._halt, TRY_AGAIN_SECONDS)
             except UserError as error:
                 raise _CannotTell(error.message) from error
         raise AssertionError("unreachable")
@@ -295,24 +296,3 @@ class Recounting:
         if found is None:
             raise _CannotTell("the collection is not loaded there, or the sink has no such count")
         return found
-
-    async def _unless_halted(self, call: Coroutine[Any, Any, _Wrong]) -> _Wrong:
-        """What only looks need not come to its end."""
-        work = asyncio.create_task(call)
-        halted = asyncio.create_task(self._halt.wait())
-        try:
-            await asyncio.wait({work, halted}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                return work.result()
-            raise Halted
-        finally:
-            for task in (work, halted):
-                task.cancel()
-            await asyncio.gather(work, halted, return_exceptions=True)
-
-    async def _pause(self, seconds: float) -> None:
-        try:
-            await asyncio.wait_for(self._halt.wait(), seconds)
-        except TimeoutError:
-            return
-        raise Halted

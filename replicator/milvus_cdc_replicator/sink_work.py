@@ -31,7 +31,8 @@ from milvuscdc.v1 import task_pb2
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.convert import Converter
 from milvus_cdc_replicator.core.ops import Write, WriteKind
-from milvus_cdc_replicator.gate import Halted, WriteGate
+from milvus_cdc_replicator.gate import WriteGate
+from milvus_cdc_replicator.halting import Halted
 from milvus_cdc_replicator.pacing import Pacer
 
 RESTORES_MAX = 3

@@ -13,7 +13,8 @@ from milvus_cdc.sink import CollectionTarget, DeleteBatch, RowBatch
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.core.lease import Lease
 from milvus_cdc_replicator.core.pace import Pace
-from milvus_cdc_replicator.gate import Halted, boottime
+from milvus_cdc_replicator.gate import boottime
+from milvus_cdc_replicator.halting import Halted
 from milvus_cdc_replicator.pacing import Pacer, Pacers
 from milvus_cdc_replicator.runner import CollectionRunner
 from milvus_cdc_replicator.settings import Limits
