@@ -174,10 +174,10 @@ class ReplicatorHost(Host):
         replicator = self.replicator
         if replicator is None:
             return ""
-        held = replicator._holdings.all().get(assignment_id)
+        held = replicator._assigned.holdings.all().get(assignment_id)
         if held is None or held.epoch >= epoch:
             return ""
-        runner = replicator._runners.get(assignment_id)
+        runner = replicator._assigned.runners.get(assignment_id)
         if isinstance(runner, CollectionRunner) and runner._state()[0] == "FAILED":
             return ""
         left = replicator._lease.remaining(self.clock.now())

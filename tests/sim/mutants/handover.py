@@ -20,7 +20,7 @@ from milvus_cdc_controller.core import (
 )
 from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_controller.core.granting import let_go
-from milvus_cdc_replicator import runner, session
+from milvus_cdc_replicator import assigned, runner
 from milvus_cdc_replicator.core import assignment
 
 from tests.sim.mutants import handle, mutant, put
@@ -65,13 +65,13 @@ def release_not_awaited(stack: ExitStack) -> None:
 
 @mutant("Released is said before the last request has ended")
 def released_too_early(stack: ExitStack) -> None:
-    release = session.Replicator._release
+    release = assigned.Assigned._release
 
     async def early(self: Any, assignment_id: str, epoch: int) -> None:
-        self._send(session._released(assignment_id, epoch))
+        self._outbox.send(assigned.released(assignment_id, epoch))
         await release(self, assignment_id, epoch)
 
-    put(stack, session.Replicator, "_release", early)
+    put(stack, assigned.Assigned, "_release", early)
 
 
 @mutant("stopping a collection does not wait for its requests")

@@ -23,6 +23,7 @@ from milvus_cdc.model import Collection, Partition, Vchannel, ms_to_tso
 from milvus_cdc.sink import CollectionTarget, DeleteBatch, RowBatch
 from milvus_cdc.sink.memory import MemorySink
 from milvus_cdc.source.memory import MemorySource
+from milvus_cdc_replicator.assigned import RESTING_SECONDS
 from milvus_cdc_replicator.core.budget import Budget
 from milvus_cdc_replicator.core.lease import Lease
 from milvus_cdc_replicator.core.source_clock import SourceClock
@@ -30,7 +31,6 @@ from milvus_cdc_replicator.gate import WriteGate, boottime
 from milvus_cdc_replicator.reader import PchannelHub, Subscription
 from milvus_cdc_replicator.report import Report
 from milvus_cdc_replicator.runner import CollectionRunner
-from milvus_cdc_replicator.session import RESTING_SECONDS
 from milvus_cdc_replicator.settings import Limits
 from milvus_cdc_replicator.spec import CollectionAssignment, LaneStart
 from milvuscdc.internal import milvus_log_pb2 as log_pb2
