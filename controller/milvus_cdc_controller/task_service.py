@@ -20,8 +20,8 @@ from milvus_cdc_controller.api_errors import ApiError, streaming, unary
 from milvus_cdc_controller.catalogues import Catalogues
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core import jobs
+from milvus_cdc_controller.core.admission import check_create, find_repeated
 from milvus_cdc_controller.core.collection import named
-from milvus_cdc_controller.core.commands import check_create, find_repeated
 from milvus_cdc_controller.core.mapping import sink_name
 from milvus_cdc_controller.core.task import TaskRecord, TaskSpec
 from milvus_cdc_controller.diffing import diff

@@ -15,7 +15,7 @@ from functools import partial
 
 import grpc
 import structlog
-from milvus_cdc.control import api_error
+from milvus_cdc.control.refusal import api_error
 from milvus_cdc.errors import UserError
 from milvus_cdc.model import RateLimits, split_assignment_id
 from milvus_cdc.trust.dialing import Credentials

@@ -25,7 +25,7 @@ from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from milvus_cdc.control import ApiError, ControlClient
-from milvus_cdc.control import api_error as said
+from milvus_cdc.control.refusal import api_error as said
 from milvus_cdc.errors import UserError
 from milvus_cdc.trust import guard
 from milvus_cdc.trust.caller import ANYBODY, Caller, Role

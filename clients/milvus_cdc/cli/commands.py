@@ -12,7 +12,8 @@ from milvuscdc.v1 import task_pb2, task_service_pb2
 
 from milvus_cdc.cli import output
 from milvus_cdc.cli.task_file import InputError, parse_patch, parse_task
-from milvus_cdc.control import ControlClient, task_name
+from milvus_cdc.control import ControlClient
+from milvus_cdc.control.names import task_name
 
 _WATCH_SECONDS = 2.0
 

@@ -11,7 +11,8 @@ from typing import Any
 from milvuscdc.v1 import fleet_service_pb2 as pb
 
 from milvus_cdc.cli import output
-from milvus_cdc.control import ControlClient, assignment_name, replicator_name
+from milvus_cdc.control import ControlClient
+from milvus_cdc.control.names import assignment_name, replicator_name
 
 NOT_DONE = 1
 MOVE_SECONDS = 60.0

@@ -19,7 +19,8 @@ from milvus_cdc.cli import output
 from milvus_cdc.cli.commands import read_text
 from milvus_cdc.cli.position_file import FilePosition, parse_positions, pchannel_of
 from milvus_cdc.cli.task_file import InputError
-from milvus_cdc.control import ControlClient, task_name
+from milvus_cdc.control import ControlClient
+from milvus_cdc.control.names import task_name
 from milvus_cdc.model import tso_to_ms, tso_to_text
 from milvus_cdc.source.registry import position_text
 
