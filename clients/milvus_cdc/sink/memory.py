@@ -9,60 +9,34 @@ Milvus' query it hides none of that.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from milvus_cdc.errors import BugError, RetryableError, UserError
-from milvus_cdc.model import Carry, Collection, LoadKind, ObjectState
+from milvus_cdc.model import Carry, Collection, ObjectState
 from milvus_cdc.order.ops import Key
 from milvus_cdc.sink import (
     AnyBatch,
     CollectionTarget,
     Copies,
     DeleteBatch,
-    Op,
     Opened,
     RowBatch,
 )
 from milvus_cdc.sink.differences import (
-    DEFAULT_PARTITION,
-    DESCRIPTION,
-    Action,
     ObjectDifference,
-    Seen,
-    SeenIndex,
     compare,
-    loaded_partitions,
     missing,
-    wanted_properties,
 )
+from milvus_cdc.sink.memory_collection import HeldCollection
 from milvus_cdc.sink.memory_metadata import MemoryMetadata
-from milvus_cdc.sink.memory_rows import Row, decode_rows
+from milvus_cdc.sink.memory_rows import Row
 from milvus_cdc.sink.metadata import CredentialChange, MetadataDiff, MetadataWish
 from milvus_cdc.sink.milvus import schema as schemas
 from milvus_cdc.sink.writer import Batch
 
 WriteHook = Callable[[CollectionTarget, RowBatch | DeleteBatch], Awaitable[None]]
 RepairHook = Callable[[ObjectDifference], Awaitable[None]]
-
-
-@dataclass(slots=True)
-class _Held:
-    collection_id: int
-    want: Collection
-    key_field: str
-    partitions: dict[str, list[Row]]
-    indexes: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = field(default_factory=dict)
-    """Field and parameters by name."""
-    loaded: set[str] = field(default_factory=set)
-    """Partitions."""
-    replicas: int = 0
-    properties: dict[str, str] = field(default_factory=dict)
-    description: str = ""
-
-    def rows(self) -> Iterator[Row]:
-        for rows in self.partitions.values():
-            yield from rows
 
 
 class MemorySink:
@@ -73,7 +47,7 @@ class MemorySink:
     """
 
     def __init__(self) -> None:
-        self._databases: dict[str, dict[str, _Held]] = {"default": {}}
+        self._databases: dict[str, dict[str, HeldCollection]] = {"default": {}}
         self._ids = 0
         self.before_write: WriteHook | None = None
         self.after_write: WriteHook | None = None
@@ -244,21 +218,9 @@ class MemorySink:
             return (missing(want, "is gone, its rows with it"),)
         name = next(n for n, each in self._databases[want.database].items() if each is held)
         schema = schemas.parse(want)
-        seen = Seen(
-            name=name,
-            partitions=tuple(held.partitions),
-            indexes={
-                each: SeenIndex(each, field_name, dict(params))
-                for each, (field_name, params) in held.indexes.items()
-            },
-            loaded=frozenset(held.loaded),
-            properties=held.properties,
-            replicas=held.replicas if held.loaded else None,
-            description=held.description,
-        )
         return compare(
             want,
-            seen,
+            held.seen(name),
             carry,
             partition_key=schemas.has_partition_key(schema),
             description=schema.description,
@@ -273,36 +235,11 @@ class MemorySink:
         if held is None:
             raise UserError("SINK_COLLECTION_MISSING", f"{want.full_name} is gone; resync")
         self.repairs.append(difference)
-        name = difference.name
-        match difference.kind:
-            case "collection":
-                self._databases[want.database].pop(name, None)
-                self._databases[want.database][want.name] = held
-            case "property" if name == DESCRIPTION:
-                held.description = schemas.parse(want).description
-            case "property":
-                held.properties.pop(name, None)
-                wanted = wanted_properties(want)
-                if name in wanted:
-                    held.properties[name] = wanted[name]
-            case "partition" if difference.action is Action.DROP:
-                held.partitions.pop(name, None)
-                held.loaded.discard(name)
-            case "partition":
-                held.partitions.setdefault(name, [])
-            case "index":
-                held.indexes.pop(name, None)
-                for index in want.indexes:
-                    if index.name == name:
-                        held.indexes[name] = index.field_name, index.params
-            case "load":
-                names = {
-                    LoadKind.NONE: set[str](),
-                    LoadKind.COLLECTION: set(held.partitions),
-                    LoadKind.PARTITIONS: loaded_partitions(want) & set(held.partitions),
-                }
-                held.loaded = names[want.load.kind]
-                held.replicas = want.load.replicas
+        if difference.kind == "collection":
+            self._databases[want.database].pop(difference.name, None)
+            self._databases[want.database][want.name] = held
+        else:
+            held.mend(want, difference)
 
     async def look_at_metadata(self, wish: MetadataWish) -> MetadataDiff:
         return self.metadata.look(wish)
@@ -339,9 +276,9 @@ class MemorySink:
             await self.before_write(target, batch)
         held = self._at(target.database, target.collection)
         if isinstance(batch, DeleteBatch):
-            self._delete(held, target, batch)
+            held.delete(batch, partition_key=target.partition_key)
         else:
-            self._put(held, target, batch)
+            held.put(batch, partition_key=target.partition_key)
         self.writes.append(batch)
         if self.after_write is not None:
             await self.after_write(target, batch)
@@ -352,61 +289,27 @@ class MemorySink:
         if self.before_copies is not None:
             await self.before_copies()
         held = self._at(target.database, target.collection)
-        names = [partition] if partition and not target.partition_key else list(held.partitions)
-        if not held.loaded.issuperset(names):
-            return None
-        wanted = set(keys)
-        rows = [row[held.key_field] for name in names for row in self._partition(held, name)]
-        found = [key for key in rows if key in wanted]
-        return Copies(len(found), frozenset(found))
+        return held.copies(partition, keys, partition_key=target.partition_key)
 
-    def _put(self, held: _Held, target: CollectionTarget, batch: RowBatch) -> None:
-        name = DEFAULT_PARTITION if target.partition_key else batch.partition or DEFAULT_PARTITION
-        place = self._partition(held, name)
-        rows = [row for chunk in batch.chunks for row in decode_rows(chunk)]
-        if batch.op is Op.UPSERT:
-            keys = {row[held.key_field] for row in rows}
-            place[:] = [row for row in place if row[held.key_field] not in keys]
-        place += rows
-
-    def _delete(self, held: _Held, target: CollectionTarget, batch: DeleteBatch) -> None:
-        gone = set(batch.keys if isinstance(batch.keys, tuple) else batch.keys.tolist())
-        named = batch.partition and not target.partition_key
-        names = [batch.partition] if named else list(held.partitions)
-        for place in [self._partition(held, name) for name in names]:
-            place[:] = [row for row in place if row[held.key_field] not in gone]
-
-    def _partition(self, held: _Held, name: str) -> list[Row]:
-        try:
-            return held.partitions[name]
-        except KeyError:
-            raise UserError(
-                "SINK_PARTITION_MISSING", f"{held.want.full_name} has no partition {name!r}"
-            ) from None
-
-    def _create(self, want: Collection) -> _Held:
+    def _create(self, want: Collection) -> HeldCollection:
         if want.database not in self._databases:
             raise RetryableError("SINK_ERROR", f"database {want.database!r} not found")
         self._ids += 1
-        schema = schemas.parse(want)
-        key = schemas.key_field(schema).name
-        held = _Held(self._ids, want, key, {DEFAULT_PARTITION: []})
-        held.properties = wanted_properties(want)
-        held.description = schema.description
+        held = HeldCollection.make(self._ids, want)
         self._databases[want.database][want.name] = held
         return held
 
-    def _find(self, want: Collection) -> _Held | None:
+    def _find(self, want: Collection) -> HeldCollection | None:
         return self._databases.get(want.database, {}).get(want.name)
 
-    def _ours(self, want: Collection, sink_collection_id: int) -> _Held | None:
+    def _ours(self, want: Collection, sink_collection_id: int) -> HeldCollection | None:
         """By its id when that is known, whatever its name is now."""
         if not sink_collection_id:
             return self._find(want)
         named = self._databases.get(want.database, {}).values()
         return next((held for held in named if held.collection_id == sink_collection_id), None)
 
-    def _at(self, database: str, collection: str) -> _Held:
+    def _at(self, database: str, collection: str) -> HeldCollection:
         held = self._databases.get(database, {}).get(collection)
         if held is None:
             raise UserError("SINK_COLLECTION_MISSING", f"{database}.{collection} is not there")
