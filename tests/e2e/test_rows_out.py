@@ -220,7 +220,7 @@ def committed(brokers: str, topic: str) -> list[Message]:
         messages: list[Message] = []
         ended: set[int] = set()
         while len(ended) < len(listed):
-            for message in consumer.consume(1000, timeout=10):
+            for message in consumer.consume(1000, timeout=0.2):
                 error = message.error()
                 if error is None:
                     messages.append(message)
