@@ -17,7 +17,6 @@ from milvus_cdc import logs
 from milvus_cdc.cli import access, commands, fleet, holds, support
 from milvus_cdc.cli.diff import diff
 from milvus_cdc.cli.positions import positions, set_positions
-from milvus_cdc.cli.restore import restore
 from milvus_cdc.cli.sink import create_user, milvus_options
 from milvus_cdc.cli.task_file import InputError
 from milvus_cdc.cli.verify import verify
@@ -145,7 +144,7 @@ def _restore_command(
         parents=[shared],
         help="rebuild a collection in a Milvus from files of a sink",
     )
-    parser.set_defaults(run=restore)
+    parser.set_defaults(run=_restore)
     parser.add_argument(
         "--from",
         dest="source",
@@ -258,6 +257,13 @@ def _task_commands(
     setting.add_argument("--dry-run", action="store_true", help="check all, set nothing")
     shown = add("collections", commands.collections, "state, lag and rows per collection")
     shown.add_argument("--watch", action="store_true", help="again every two seconds")
+
+
+async def _restore(client: ControlClient, args: argparse.Namespace) -> int:
+    # Reading files takes libraries whose loading is half of the start of any command.
+    from milvus_cdc.cli.restore import restore
+
+    return await restore(client, args)
 
 
 def _fail(what: str, advice: str, code: int) -> int:
