@@ -184,12 +184,13 @@ async def test_a_log_that_no_longer_reaches_back_fails_at_once_and_names_what_is
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mq", ["natsmq", pytest.param("kafka", marks=pytest.mark.kafka)])
 async def test_a_topic_made_again_while_no_replicator_runs_is_noticed(
-    request: pytest.FixtureRequest, tmp_path: Path, mq: SourceQueue
+    request: pytest.FixtureRequest, nats_stack: Stack, tmp_path: Path, mq: SourceQueue
 ) -> None:
     if mq == "kafka":
         request.getfixturevalue("kafka_available")
     # A source of its own: one whose topic was deleted is of no use to anybody.
-    with Stack(tmp_path / "stack", mq=mq) as stack, Pair(stack, tmp_path) as pair:
+    alone = Stack(tmp_path / "stack", mq=mq, sink=nats_stack.sink)
+    with alone as stack, Pair(stack, tmp_path) as pair:
         source_with(stack, "fault_reset", "simple")
         pair.create("fault_reset.*")
         pair.wait_running("fault_reset.simple")

@@ -81,14 +81,14 @@ def test_keys_that_a_lost_replicator_doubles_late_are_mended(
 
 @pytest.mark.timeout(400)
 def test_under_a_mixed_load_nothing_is_taken_for_wrong(nats_stack: Stack, tmp_path: Path) -> None:
-    load = Load(nats_stack.source.uri, "recounted", pause_seconds=0.05)
+    load = Load(nats_stack.source.uri, "recounted", pause_seconds=0.1)
     load.create()
     names = {f"recounted.{shape.name}" for shape in SHAPES}
     with Pair(nats_stack, tmp_path, replicators=2) as pair:
         pair.create("recounted.*")
         load.start()
         pair.wait_running(*names)
-        time.sleep(5)
+        time.sleep(2)
         held = {a.replicator for a in pair.assignments() if a.collection}
         for replicator in pair.replicators:
             if f"replicators/{replicator.name}" in held:

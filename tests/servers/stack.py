@@ -46,9 +46,11 @@ class Stack:
         *,
         mq: SourceQueue = "natsmq",
         settings: Mapping[str, object] | None = None,
+        sink: MilvusServer | None = None,
     ) -> None:
-        """`settings` is laid over milvus.yaml of both servers. RuntimeError when no broker
-        of `mq` can run here. On Pulsar nothing is retained until a test says so.
+        """`settings` is laid over milvus.yaml of both servers. `sink`: another one's, which runs
+        and goes on; without it the stack has its own. RuntimeError when no broker of `mq` can run
+        here. On Pulsar nothing is retained until a test says so.
         """
         self.folder = folder
         self.mq = mq
@@ -70,7 +72,8 @@ class Stack:
             settings=settings,
             name="source",
         )
-        self.sink = MilvusServer(
+        self._own_sink = sink is None
+        self.sink = sink or MilvusServer(
             folder / "sink",
             etcd_endpoint=self.etcd.endpoint,
             root_path="sink",
@@ -88,7 +91,7 @@ class Stack:
     def servers(self) -> tuple[ManagedProcess, ...]:
         """In the order of starting; stopping goes backwards."""
         queue = (self.queue,) if self.queue else ()
-        return (self.etcd, *queue, self.source, self.sink)
+        return (self.etcd, *queue, self.source, *([self.sink] if self._own_sink else []))
 
     def start(self) -> Self:
         """Start everything; ServerStartError if a part does not come up, with nothing left."""
@@ -97,7 +100,8 @@ class Stack:
             if self.queue:
                 self.queue.spawn()
             self.etcd.wait_ready()
-            self.sink.spawn()
+            if self._own_sink:
+                self.sink.spawn()
             if self.queue:
                 self.queue.wait_ready()
             self.source.spawn()
