@@ -6,19 +6,19 @@ looked at too.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from milvuscdc.v1 import diff_pb2, task_pb2
 from milvuscdc.v1 import replication_service_pb2 as stream_pb
 from milvuscdc.v1 import task_service_pb2 as pb
 
-from milvus_cdc_controller.api_errors import ApiError
+from milvus_cdc_controller.asking import events
 from milvus_cdc_controller.core import jobs
 from milvus_cdc_controller.core.task import TaskRecord
 from milvus_cdc_controller.specs import carry_message, collection_spec, metadata_spec
-from milvus_cdc_controller.verification import check_comparable, chosen, failed
+from milvus_cdc_controller.verification import check_comparable, chosen
 
 if TYPE_CHECKING:
     from milvus_cdc_controller.loop import ControlLoop
@@ -31,17 +31,10 @@ async def diff(
     job = _job(loop, task, list(request.collections))
     verdict = diff_pb2.DiffVerdict(collections=len(job.collections))
     payload = jobs.DiffJob(task.spec.source, job.SerializeToString())
-    job_id = await loop.begin_job(payload, task.spec.replicator_labels)
-    try:
-        while True:
-            result, last = await loop.next_of_job(job_id)
-            if isinstance(result, jobs.JobFailed):
-                raise failed(result)
-            if not isinstance(result, jobs.DiffEvent):
-                raise ApiError(
-                    "INTERNAL", "BAD_JOB_RESULT", "A diff job answered with something else."
-                )
-            update = stream_pb.DiffUpdate.FromString(result.body)
+    asked = events(loop, payload, task.spec.replicator_labels, jobs.DiffEvent)
+    async with aclosing(asked) as told:
+        async for body in told:
+            update = stream_pb.DiffUpdate.FromString(body)
             match update.WhichOneof("event"):
                 case "progress":
                     yield pb.DiffTaskResponse(progress=update.progress)
@@ -50,10 +43,6 @@ async def diff(
                     yield pb.DiffTaskResponse(difference=update.difference)
                 case _:
                     pass
-            if last:
-                break
-    finally:
-        await asyncio.shield(loop.end_job(job_id))
     yield pb.DiffTaskResponse(verdict=verdict)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from milvuscdc.v1 import hold_pb2 as pb
 from milvuscdc.v1 import task_pb2
 
 from milvus_cdc_controller.api_errors import ApiError
+from milvus_cdc_controller.asking import outcome
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core.hold import HoldRecord
 from milvus_cdc_controller.core.holding import users
@@ -100,14 +100,9 @@ def _way(loop: ControlLoop, task: str, source: task_pb2.Source | None) -> _Way |
 
 async def _run(loop: ControlLoop, way: _Way, *places: HoldPlace, look: bool = False) -> HoldDone:
     source, labels = way
-    job_id = await loop.begin_job(HoldJob(source, places, look), labels)
-    try:
-        async with asyncio.timeout(LOOK_SECONDS):
-            result, _ = await loop.next_of_job(job_id)
-    except TimeoutError:
-        result = JobFailed("HOLD_TIMEOUT", f"The queue did not answer within {LOOK_SECONDS:.0f} s.")
-    finally:
-        await asyncio.shield(loop.end_job(job_id))
+    late = JobFailed("HOLD_TIMEOUT", f"The queue did not answer within {LOOK_SECONDS:.0f} s.")
+    job = HoldJob(source, places, look)
+    result = await outcome(loop, job, labels, seconds=LOOK_SECONDS, late=late)
     if isinstance(result, HoldDone):
         return result
     assert isinstance(result, JobFailed)

@@ -10,13 +10,14 @@ from milvuscdc.v1 import task_service_pb2 as pb
 
 from milvus_cdc_controller import clock
 from milvus_cdc_controller.api_errors import ApiError
+from milvus_cdc_controller.asking import single
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core import jobs
 from milvus_cdc_controller.core.effects import Refusal
 from milvus_cdc_controller.core.positions import by_vchannel, refuse_place, refuse_task
 from milvus_cdc_controller.core.task import TaskRecord
 from milvus_cdc_controller.loop import Refused
-from milvus_cdc_controller.verification import chosen, single
+from milvus_cdc_controller.verification import chosen
 
 if TYPE_CHECKING:
     from milvus_cdc_controller.loop import ControlLoop

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -17,6 +16,7 @@ from milvuscdc.v1 import task_service_pb2_grpc as rpc
 
 from milvus_cdc_controller import clock, present
 from milvus_cdc_controller.api_errors import ApiError, streaming, unary
+from milvus_cdc_controller.asking import outcome
 from milvus_cdc_controller.catalogues import Catalogues
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core import jobs
@@ -128,19 +128,12 @@ class TaskService(rpc.TaskServiceServicer):
         self, probe: jobs.ProbeJob, labels: tuple[tuple[str, str], ...], *, required: bool
     ) -> bool:
         """False when no replicator is there and none is `required`."""
-        job_id = await self._loop.begin_job(probe, labels)
-        result: jobs.JobResult
-        try:
-            async with asyncio.timeout(PROBE_SECONDS):
-                result, _ = await self._loop.next_of_job(job_id)
-        except TimeoutError:
-            result = jobs.JobFailed(
-                "PROBE_TIMEOUT",
-                f"Queue and sink did not answer within {PROBE_SECONDS:.0f} s; check their "
-                "addresses as the replicator sees them.",
-            )
-        finally:
-            await asyncio.shield(self._loop.end_job(job_id))
+        late = jobs.JobFailed(
+            "PROBE_TIMEOUT",
+            f"Queue and sink did not answer within {PROBE_SECONDS:.0f} s; check their "
+            "addresses as the replicator sees them.",
+        )
+        result = await outcome(self._loop, probe, labels, seconds=PROBE_SECONDS, late=late)
         if not isinstance(result, jobs.JobFailed):
             return True
         if result.reason in ("NO_REPLICATOR", "REPLICATOR_LOST") and not required:

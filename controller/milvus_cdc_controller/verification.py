@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from milvuscdc.v1 import replication_service_pb2, task_pb2, verify_pb2
 from milvuscdc.v1 import task_service_pb2 as pb
 
 from milvus_cdc_controller.api_errors import ApiError
+from milvus_cdc_controller.asking import events, single
 from milvus_cdc_controller.core import jobs
 from milvus_cdc_controller.core.collection import CollectionRecord, CollectionState
 from milvus_cdc_controller.core.mapping import split
@@ -117,25 +119,6 @@ async def _source_ts(loop: ControlLoop, task: TaskRecord, records: list[Collecti
     return result.source_ts
 
 
-async def single(
-    loop: ControlLoop, payload: jobs.JobPayload, labels: tuple[tuple[str, str], ...]
-) -> jobs.JobResult:
-    job_id = await loop.begin_job(payload, labels)
-    try:
-        result, _ = await loop.next_of_job(job_id)
-    finally:
-        await asyncio.shield(loop.end_job(job_id))
-    if isinstance(result, jobs.JobFailed):
-        raise failed(result)
-    return result
-
-
-def failed(result: jobs.JobFailed) -> ApiError:
-    """What a caller is told of a job that failed."""
-    kind = "UNAVAILABLE" if result.transient else "FAILED_PRECONDITION"
-    return ApiError(kind, result.reason, result.message, field=result.field)
-
-
 def _now(loop: ControlLoop, record: CollectionRecord) -> CollectionRecord:
     """The record as it is by now; it may be gone."""
     loop.check()
@@ -201,17 +184,9 @@ async def _compare(
 ) -> AsyncIterator[pb.VerifyTaskResponse]:
     verdict = verify_pb2.VerifyVerdict(equal=True, collections=len(job.targets))
     compared = 0
-    job_id = await loop.begin_job(job, labels)
-    try:
-        while True:
-            result, last = await loop.next_of_job(job_id)
-            if isinstance(result, jobs.JobFailed):
-                raise failed(result)
-            if not isinstance(result, jobs.VerifyEvent):
-                raise ApiError(
-                    "INTERNAL", "BAD_JOB_RESULT", "A verify job answered with something else."
-                )
-            update = replication_service_pb2.VerifyUpdate.FromString(result.body)
+    async with aclosing(events(loop, job, labels, jobs.VerifyEvent)) as told:
+        async for body in told:
+            update = replication_service_pb2.VerifyUpdate.FromString(body)
             match update.WhichOneof("event"):
                 case "progress":
                     yield pb.VerifyTaskResponse(progress=update.progress)
@@ -224,9 +199,5 @@ async def _compare(
                     yield pb.VerifyTaskResponse(collection=update.collection)
                 case _:
                     pass
-            if last:
-                break
-    finally:
-        await asyncio.shield(loop.end_job(job_id))
     verdict.equal = verdict.collections_equal == verdict.collections == compared
     yield pb.VerifyTaskResponse(verdict=verdict)
