@@ -36,7 +36,7 @@ def restore(folder: Path, uri: str, shape: Shape, to: str, *options: str) -> dic
         [sys.executable, "-m", "milvus_cdc.cli.main", "restore", "--from", folder.as_uri(),
          "--collection", f"{DATABASE}.{shape.name}", "--uri", uri, "--to", f"{to}.{shape.name}",
          "-o", "json", *options],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     facts: dict[str, Any] = json.loads(done.stdout)
