@@ -7,11 +7,8 @@ client's own reconnecting is trusted with nothing but bringing messages.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING
 
 import pulsar
@@ -21,6 +18,7 @@ from milvus_cdc.errors import CdcError, RetryableError
 from milvus_cdc.source import STREAMING_HEADER, TRACE_HEADER, LogEntry
 from milvus_cdc.source.pulsar_client import HELD_MESSAGES
 from milvus_cdc.source.pulsar_positions import Place, encode, gone
+from milvus_cdc.source.read_ahead import ReadAhead
 
 if TYPE_CHECKING:
     from milvus_cdc.source.pulsar import PulsarSource
@@ -50,17 +48,7 @@ class PulsarReader:
         """What lies before it is not handed out."""
         self._last: Place | None = None
         """The newest message that came, in order."""
-        self._entries: deque[LogEntry] = deque()
-        self._window = 0
-        self._handed = self._taken = 0
-        """Bytes so far; the first is counted by the thread, the second by the loop."""
-        self._error: BaseException | None = None
-        self._arrived = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._run, name=f"pulsar {pchannel}", daemon=True)
-        self._wanted = threading.Event()
-        """Set: the thread reads; cleared while it is ahead by half a window, and by an error."""
-        self._closed = False
+        self._ahead = ReadAhead(f"pulsar {pchannel}", self._fetch, self._drop)
         self._reader: pulsar.Reader | None = None
         self._anchor: Place | None = None
         """The place whose entry the client's reader must bring first."""
@@ -71,77 +59,21 @@ class PulsarReader:
         self._late: CdcError | None = None
 
     async def read(self, max_bytes: int, wait_seconds: float) -> list[LogEntry]:
-        self._window = max_bytes
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-            self._thread.start()
-        if not self._entries and self._error is None:
-            self._arrived.clear()
-            if not self._wanted.is_set():
-                self._wanted.set()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_seconds):
-                    await self._arrived.wait()
-        # Nothing below waits: entries are taken only by a call that returns them.
-        if not self._entries and self._error is not None:
-            error = self._error
-            if isinstance(error, RetryableError):
-                # Said once; the next read tries again.
-                self._error = None
-            raise error
-        return self._take(max_bytes)
+        return await self._ahead.read(max_bytes, wait_seconds)
 
     async def close(self) -> None:
-        self._closed = True
-        self._wanted.set()
-        if self._loop is not None:
-            await asyncio.to_thread(self._thread.join)
-
-    def _accept(self, entries: list[LogEntry], error: BaseException | None) -> None:
-        self._entries.extend(entries)
-        if error is not None:
-            self._error = error
-        self._arrived.set()
-
-    def _take(self, max_bytes: int) -> list[LogEntry]:
-        taken: list[LogEntry] = []
-        size = 0
-        while self._entries:
-            size += len(self._entries[0].payload)
-            if taken and size > max_bytes:
-                break
-            taken.append(self._entries.popleft())
-        self._taken += sum([len(entry.payload) for entry in taken])
-        if not self._wanted.is_set() and self._error is None and not self._far_ahead():
-            self._wanted.set()
-        return taken
-
-    def _far_ahead(self) -> bool:
-        return self._handed - self._taken > self._window // 2
+        await self._ahead.close()
 
     # Everything below runs in the reader's thread.
 
-    def _run(self) -> None:
-        assert self._loop is not None
-        while self._wanted.wait() and not self._closed:
-            entries: list[LogEntry] = []
-            failed: BaseException | None = None
-            try:
-                entries = self._fetch()
-            except BaseException as error:
-                self._drop()
-                failed = error
-            self._handed += sum([len(entry.payload) for entry in entries])
-            if failed is not None or self._far_ahead():
-                self._wanted.clear()
-                if self._closed or (failed is None and not self._far_ahead()):
-                    self._wanted.set()  # what was asked for while it was being cleared
-            if entries or failed is not None:
-                with contextlib.suppress(RuntimeError):  # the loop has ended
-                    self._loop.call_soon_threadsafe(self._accept, entries, failed)
-        self._drop()
-
     def _fetch(self) -> list[LogEntry]:
+        try:
+            return self._next_entries()
+        except BaseException:
+            self._drop()
+            raise
+
+    def _next_entries(self) -> list[LogEntry]:
         if self._late is not None:
             late, self._late = self._late, None
             raise late
@@ -152,7 +84,7 @@ class PulsarReader:
         entries: list[LogEntry] = []
         size = 0
         wait_ms = POLL_MS
-        while len(entries) < BATCH_MESSAGES and size <= self._window // 2:
+        while len(entries) < BATCH_MESSAGES and size <= self._ahead.batch_bytes:
             try:
                 message = reader.read_next(wait_ms)
             except pulsar.Timeout:
@@ -176,7 +108,7 @@ class PulsarReader:
             size += len(entry.payload)
             entries.append(entry)
         if self._late is not None and not entries:
-            return self._fetch()
+            return self._next_entries()
         return entries
 
     def _attach(self) -> pulsar.Reader:
