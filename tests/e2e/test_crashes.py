@@ -130,7 +130,9 @@ def test_killed_and_stopped_on_kafka(kafka_stack: Stack, tmp_path: Path) -> None
 @pytest.mark.soak
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("who", WHO)
-@pytest.mark.parametrize("queue", ["nats", "kafka"])
+@pytest.mark.parametrize(
+    "queue", ["nats", "kafka", pytest.param("pulsar", marks=pytest.mark.pulsar)]
+)
 def test_twenty_times(
     request: pytest.FixtureRequest, tmp_path: Path, queue: str, who: str, how: str
 ) -> None:

@@ -11,15 +11,7 @@ from milvuscdc.v1 import hold_pb2, task_service_pb2
 
 from tests.e2e.load import SHAPES, Load
 from tests.e2e.pair import TASK, Pair
-from tests.e2e.test_crashes import (
-    HOW,
-    LOST_PEER,
-    SOAK_ROUNDS,
-    WHO,
-    PatientLoad,
-    crash_rounds,
-    ending,
-)
+from tests.e2e.test_crashes import LOST_PEER, PatientLoad
 from tests.servers import Stack
 
 pytestmark = pytest.mark.pulsar
@@ -115,11 +107,3 @@ def test_a_pause_outlasts_what_pulsar_deletes_and_the_last_deletion_leaves_nothi
             while subscription in left:
                 time.sleep(0.5)
                 left = broker.admin("GET", f"persistent/public/default/{topic}/subscriptions")
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("who", WHO)
-def test_twenty_times(pulsar_stack: Stack, tmp_path: Path, who: str, how: str) -> None:
-    name = f"soak_pulsar_{who}_{how}"
-    assert crash_rounds(pulsar_stack, tmp_path, name, SOAK_ROUNDS, ending(who, how))

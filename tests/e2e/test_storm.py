@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from milvuscdc.v1 import task_service_pb2
@@ -20,6 +22,7 @@ from tests.servers import Stack
 from tests.servers.process import ManagedProcess
 
 STEPS_BETWEEN_CRASHES = 20
+SOAK_STEPS = 200
 SETTLE_SECONDS = 240.0
 QUIET_SECONDS = 3.0
 TOKEN_VARIABLE = "MILVUS_CDC_SECRET_STORM"
@@ -51,9 +54,8 @@ def rage(stack: Stack, folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int,
             return rows
     except BaseException:
         print("\n".join(storm.done))
-        print(
-            f"once more: make soak ARGS='-k \"storms and {seed}-\"'  (seed {seed}, {steps} steps)"
-        )
+        again = f"test_storms and {'pulsar' if stack.pulsar else 'nats'}{seed}-"
+        print(f"once more: make soak ARGS='-k \"{again}\"'  (seed {seed}, {steps} steps)")
         raise
     finally:
         storm.close()
@@ -150,9 +152,21 @@ def test_a_short_storm(nats_stack: Stack, tmp_path: Path, monkeypatch: pytest.Mo
     assert rage(nats_stack, tmp_path, monkeypatch, seed=1, steps=60)
 
 
+def _storms(queue: str, count: int, *marks: pytest.MarkDecorator) -> Iterator[Any]:
+    for seed in range(1, count + 1):
+        yield pytest.param(queue, seed, id=f"{queue}{seed}-", marks=marks)
+
+
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", [pytest.param(seed, id=f"{seed}-") for seed in range(1, 51)])
-def test_fifty_storms(
-    nats_stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+@pytest.mark.parametrize(
+    ("queue", "seed"), [*_storms("nats", 50), *_storms("pulsar", 10, pytest.mark.pulsar)]
+)
+def test_storms(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    queue: str,
+    seed: int,
 ) -> None:
-    assert rage(nats_stack, tmp_path, monkeypatch, seed=seed, steps=200)
+    stack: Stack = request.getfixturevalue(f"{queue}_stack")
+    assert rage(stack, tmp_path, monkeypatch, seed=seed, steps=SOAK_STEPS)
