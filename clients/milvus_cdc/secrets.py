@@ -116,6 +116,10 @@ class SecretResolver:
         )
 
 
+NO_SECRETS = SecretResolver(env_prefix="-", environ={})
+"""Allows none: no variable has such a name."""
+
+
 class RecordingResolver(SecretResolver):
     """Remembers what it was asked for, to tell when something opened with it is out of date."""
 

@@ -19,7 +19,7 @@ from milvus_cdc.model import (
     Vchannel,
 )
 from milvus_cdc.sink.metadata import AliasWish, MetadataWish, RbacWish
-from milvus_cdc.source import KafkaConfig, NatsConfig, PulsarConfig, PulsarTls, QueueConfig
+from milvus_cdc.source import KafkaConfig, NatsConfig, PulsarConfig, QueueConfig
 from milvuscdc.v1 import dead_letters_pb2, task_pb2
 from milvuscdc.v1 import replication_service_pb2 as pb
 
@@ -167,16 +167,16 @@ def queue_config(source: task_pb2.Source) -> QueueConfig:
 
 def _pulsar_config(queue: task_pb2.PulsarQueue) -> PulsarConfig:
     """Without its token, which only who connects can resolve."""
-    tls = queue.tls
     return PulsarConfig(
         queue.service_url,
         queue.admin_url,
         queue.tenant or "public",
         queue.namespace or "default",
-        PulsarTls(tls.ca_file, tls.certificate_file, tls.key_file)
-        if queue.HasField("tls")
-        else None,
-        queue.token.SerializeToString(deterministic=True).hex() if queue.HasField("token") else "",
+        tls=queue.tls if queue.HasField("tls") else None,
+        oauth=queue.oauth if queue.HasField("oauth") else None,
+        token_from=queue.token.SerializeToString(deterministic=True).hex()
+        if queue.HasField("token")
+        else "",
         held=queue.hold != task_pb2.PULSAR_HOLD_NONE,
     )
 

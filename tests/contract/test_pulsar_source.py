@@ -1,24 +1,20 @@
-"""What Pulsar does to a reader beyond the contract of the queues: holes, batches, logins."""
+"""What Pulsar does to a reader beyond the contract of the queues: holes, batches, ledgers."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from milvus_cdc.errors import LogResetError, LogTruncatedError, UserError
-from milvus_cdc.source import LogReader, LogSource, PulsarConfig, PulsarTls
+from milvus_cdc.source import LogReader
 from milvus_cdc.source.pulsar_positions import decode
 from milvus_cdc.source.registry import open_source
 
 from tests.contract.pulsar_queue import LEDGER_ENTRIES, PulsarQueue
 from tests.contract.test_sources import MANY, NUMBERS, beginning, payloads, read_all
 from tests.servers import PulsarServer
-from tests.servers.pulsar_security import PulsarSecurity
 
 pytestmark = pytest.mark.pulsar
 
@@ -191,140 +187,3 @@ async def test_limits_are_told_where_nothing_else_keeps_the_log(
     assert (hour.max_age_ms, hour.max_bytes) == (3_600_000, 0)
     await held.close()
     await queue.source.close()
-
-
-# ---- logins
-
-
-@pytest.fixture(scope="module")
-def guarded(
-    tmp_path_factory: pytest.TempPathFactory, pulsar_available: None
-) -> Iterator[PulsarServer]:
-    """`reader` may consume in public/default, where one topic holds one message."""
-    with PulsarServer(tmp_path_factory.mktemp("guarded-pulsar"), secured=True) as server:
-        server.retain(-1)
-        server.admin("POST", "namespaces/public/default/permissions/reader", ["consume"])
-        server.admin("PUT", f"persistent/public/default/{TOPIC}")
-        yield server
-
-
-TOPIC = "by-dev-rootcoord-dml_0"
-
-
-def security(server: PulsarServer) -> PulsarSecurity:
-    assert server.security is not None
-    return server.security
-
-
-def plain(server: PulsarServer, token: str | None, *, admin: bool) -> PulsarConfig:
-    return PulsarConfig(
-        server.service_url,
-        server.admin_url if admin else "",
-        token=None if token is None else lambda: token,
-    )
-
-
-async def outcome(config: PulsarConfig) -> str:
-    """`` when the topic can be read, else the error's reason and field."""
-    source: LogSource = open_source(config)
-    try:
-        await source.probe()
-        found = await source.log_range(TOPIC)
-        reader = await source.open(TOPIC, found.first)
-        await reader.read(MANY, 0.2)
-        await reader.close()
-    except UserError as error:
-        return f"{error.reason} {error.field}"
-    finally:
-        await source.close()
-    return ""
-
-
-TOKEN = "QUEUE_ACCESS_DENIED source.pulsar.token"
-
-
-@pytest.mark.parametrize("admin", [True, False])
-async def test_a_token_right_and_wrong(guarded: PulsarServer, admin: bool) -> None:
-    known = security(guarded)
-    token = known.token("reader")
-    expected = "" if admin else "QUEUE_EMPTY source.pulsar.admin_url"
-    assert await outcome(plain(guarded, token, admin=admin)) == expected
-    wrong = {
-        "signed by another": token[:-4] + "AAAA",
-        "expired": known.token("reader", expires_unix_s=int(time.time()) - 60),
-        "no token at all": "nonsense",
-    }
-    for what, bad in wrong.items():
-        assert await outcome(plain(guarded, bad, admin=admin)) == TOKEN, what
-    assert await outcome(plain(guarded, None, admin=admin)) == TOKEN
-    # It is somebody, who may not read.
-    assert await outcome(plain(guarded, known.token("nobody"), admin=admin)) == TOKEN
-
-
-async def test_tls_and_client_certificates_right_and_wrong(guarded: PulsarServer) -> None:
-    known = security(guarded)
-    token = known.token("reader")
-    encrypted = PulsarConfig(
-        known.service_url, known.admin_url, tls=PulsarTls(str(known.ca_file)), token=lambda: token
-    )
-    assert await outcome(encrypted) == ""
-    failed = "QUEUE_TLS_FAILED source.pulsar.tls"
-    assert await outcome(replace(encrypted, tls=None)) == failed
-    assert await outcome(replace(encrypted, tls=None, admin_url="")) == failed
-    assert await outcome(replace(encrypted, tls=PulsarTls("/nowhere/ca.pem"))) == failed
-
-    def mutual(role: str, authority: str = "ca") -> PulsarConfig:
-        certificate, key = known.certificate(role, authority=authority)
-        tls = PulsarTls(str(known.ca_file), str(certificate), str(key))
-        return replace(encrypted, tls=tls, token=None)
-
-    assert await outcome(mutual("reader")) == ""
-    denied = "QUEUE_ACCESS_DENIED source.pulsar.tls"
-    assert await outcome(mutual("nobody")) == denied
-    assert await outcome(replace(mutual("nobody"), admin_url="")) == denied
-    assert await outcome(mutual("reader", "other")) in (failed, denied)
-    assert await outcome(replace(mutual("reader", "other"), admin_url="")) in (failed, denied)
-
-
-async def test_a_new_token_needs_no_restart(guarded: PulsarServer) -> None:
-    tokens = ["nonsense"]
-    config = replace(plain(guarded, "", admin=True), token=lambda: tokens[0])
-    source = open_source(config)
-    with pytest.raises(UserError, match="QUEUE_ACCESS_DENIED"):
-        await source.probe()
-    tokens[0] = security(guarded).token("reader")
-    await source.probe()
-    await source.log_range(TOPIC)
-    await source.close()
-
-
-@pytest.fixture
-def redirector(guarded: PulsarServer) -> Iterator[str]:
-    """A broker that owns nothing: it sends everyone on, as one does of several."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(307)
-            self.send_header("Location", guarded.admin_url + self.path)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-async def test_the_token_goes_with_a_redirect_to_the_topics_broker(
-    guarded: PulsarServer, redirector: str
-) -> None:
-    config = plain(guarded, security(guarded).token("reader"), admin=True)
-    assert await outcome(replace(config, admin_url=redirector)) == ""
-    nobody = plain(guarded, security(guarded).token("nobody"), admin=True)
-    assert await outcome(replace(nobody, admin_url=redirector)) == TOKEN

@@ -1,18 +1,18 @@
 """Logins of a test broker of Pulsar: JWT tokens, TLS and client certificates.
 
-`admin` may do everything; any other role what the tests grant it. A token is signed with a secret
-that only the broker and `token` know; a certificate's common name is its role.
+`admin` may do everything; any other role what the tests grant it. A token is signed with a key
+that only `token` knows, the broker its public half; a certificate's common name is its role.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
-import hmac
-import json
-import secrets
 import subprocess
 from pathlib import Path
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests.servers.ports import free_port
 
@@ -28,15 +28,14 @@ class PulsarSecurity:
         self.admin_url = f"https://127.0.0.1:{self.ports[1]}"
         self._folder = folder / "tls"
         self.ca_file = self._folder / "ca.pem"
-        self._secret = secrets.token_bytes(32)
+        self._key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 
     def token(self, role: str, *, expires_unix_s: int | None = None) -> str:
         """A token the broker takes, until then if that is given."""
         claims: dict[str, object] = {"sub": role}
         if expires_unix_s is not None:
             claims["exp"] = expires_unix_s
-        parts = ".".join(_base64(json.dumps(part).encode()) for part in ({"alg": "HS256"}, claims))
-        return f"{parts}.{_base64(hmac.digest(self._secret, parts.encode(), hashlib.sha256))}"
+        return jwt.encode(claims, self._key, algorithm="RS256")
 
     def certificate(self, role: str, *, authority: str = "ca") -> tuple[Path, Path]:
         """Certificate and key (PKCS 8) of a client; the broker knows no authority but `ca`."""
@@ -63,13 +62,18 @@ class PulsarSecurity:
     def settings(self) -> dict[str, str]:
         """Of the broker."""
         certificate, key = self.certificate("broker")
+        public = self._key.public_key().public_bytes(
+            Encoding.DER, PublicFormat.SubjectPublicKeyInfo
+        )
         return {
             "authenticationEnabled": "true",
             "authorizationEnabled": "true",
             "authenticationProviders": (
                 f"{_PROVIDERS}.AuthenticationProviderToken,{_PROVIDERS}.AuthenticationProviderTls"
             ),
-            "tokenSecretKey": f"data:;base64,{base64.b64encode(self._secret).decode()}",
+            "tokenPublicKey": f"data:;base64,{base64.b64encode(public).decode()}",
+            # A token that has ended is asked for anew, and its connection ended, this soon.
+            "authenticationRefreshCheckSeconds": "1",
             "superUserRoles": "admin",
             "brokerClientAuthenticationPlugin": (
                 "org.apache.pulsar.client.impl.auth.AuthenticationToken"
@@ -89,10 +93,6 @@ class PulsarSecurity:
                 f"req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {certificate} -days 30 "
                 f"-subj /CN={name}-authority"
             )
-
-
-def _base64(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 def _openssl(arguments: str) -> None:

@@ -7,7 +7,7 @@ from milvus_cdc.follow.follower import Follower
 from milvus_cdc.follow.items import ChangeBatch, EventKind, Item, SchemaEvent
 from milvus_cdc.follow.positions import CollectionPosition, Positions, VchannelPosition
 from milvus_cdc.follow.writing import WriterFeed
-from milvus_cdc.source import KafkaConfig, NatsConfig, PulsarConfig, PulsarTls
+from milvus_cdc.source import KafkaConfig, NatsConfig, PulsarConfig
 
 __all__ = [
     "ChangeBatch",
@@ -19,7 +19,6 @@ __all__ = [
     "NatsConfig",
     "Positions",
     "PulsarConfig",
-    "PulsarTls",
     "SchemaEvent",
     "VchannelPosition",
     "WriterFeed",

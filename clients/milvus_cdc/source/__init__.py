@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from milvuscdc.v1 import secret_pb2, sink_kafka_pb2, tls_pb2
+from milvuscdc.v1 import secret_pb2, sink_kafka_pb2, task_pb2, tls_pb2
 
 from milvus_cdc.errors import LogResetError
 
@@ -168,29 +168,34 @@ class KafkaConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class PulsarTls:
-    """Files in PEM format; the system's authorities and no certificate where they are empty."""
-
-    ca_file: str = ""
-    certificate_file: str = ""
-    key_file: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class PulsarConfig:
-    """`tenant` and `namespace` as Milvus has them; without `admin_url` less can be told."""
+    """`tenant` and `namespace` as Milvus has them; without `admin_url` less can be told. Who has
+    `oauth` needs a SecretResolver.
+    """
 
     service_url: str
     admin_url: str = ""
     tenant: str = "public"
     namespace: str = "default"
-    tls: PulsarTls | None = None
+    tls: tls_pb2.Tls | None = field(default=None, hash=False)
+    oauth: task_pb2.PulsarOauth | None = field(default=None, hash=False)
+    """Where tokens come from, in place of `token`."""
     token_from: str = ""
     """Where the token comes from: configurations that differ in it are different ones."""
     token: Callable[[], str] | None = field(default=None, compare=False)
     """Asked at each connection, so that a new token needs no restart."""
     held: bool = False
     """A durable subscription keeps what was not read, whatever the namespace retains."""
+
+    @property
+    def login_field(self) -> str:
+        """Where in a task the login stands; empty when there is none."""
+        if self.oauth is not None:
+            return "source.pulsar.oauth"
+        if self.token is not None:
+            return "source.pulsar.token"
+        with_certificate = self.tls is not None and self.tls.certificate_file
+        return "source.pulsar.tls" if with_certificate else ""
 
 
 QueueConfig = NatsConfig | KafkaConfig | PulsarConfig

@@ -19,7 +19,7 @@ from confluent_kafka import KafkaError, KafkaException
 from milvus_cdc.errors import CdcError, RetryableError, UserError
 from milvus_cdc.kafka_faults import LastFault
 from milvus_cdc.kafka_security import FILES, Settings, blamed, security_settings
-from milvus_cdc.secrets import SecretResolver
+from milvus_cdc.secrets import NO_SECRETS, SecretResolver
 from milvus_cdc.source import KafkaConfig
 
 log = structlog.get_logger()
@@ -29,8 +29,6 @@ T = TypeVar("T")
 SECURITY = "source.kafka.security"
 OUT_OF_RANGE = frozenset((KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE))
 FAULT_SECONDS = 10.0
-NO_SECRETS = SecretResolver(env_prefix="-", environ={})
-"""Allows none: no variable has such a name."""
 
 _BLAMED = (
     (re.compile(r"verify failed|could not be verified"), "tls.ca_file"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pulsar
 import structlog
@@ -21,10 +22,12 @@ from milvus_cdc.errors import (
     RetryableError,
     UserError,
 )
+from milvus_cdc.secrets import NO_SECRETS, SecretResolver
 from milvus_cdc.source import LogLimits, LogRange, PulsarConfig, check_incarnation
 from milvus_cdc.source.pulsar_admin import PulsarAdmin, Topic
 from milvus_cdc.source.pulsar_client import MESSAGE_MS, PulsarConnection
 from milvus_cdc.source.pulsar_hold import PulsarHolds
+from milvus_cdc.source.pulsar_oauth import OauthTokens
 from milvus_cdc.source.pulsar_positions import (
     BEGINNING,
     Place,
@@ -45,7 +48,10 @@ SEEK_MESSAGES = 10_000
 class PulsarSource:
     """The queue of one source; readers share its client."""
 
-    def __init__(self, config: PulsarConfig) -> None:
+    def __init__(self, config: PulsarConfig, secrets: SecretResolver | None = None) -> None:
+        """`secrets` says which ones `config.oauth` may refer to: none when it is left out."""
+        if config.oauth is not None:
+            config = replace(config, token=OauthTokens(config.oauth, secrets or NO_SECRETS))
         self._config = config
         self.connection = PulsarConnection(config)
         self._admin = PulsarAdmin(config) if config.admin_url else None

@@ -7,7 +7,6 @@ from TLS to plaintext.
 from __future__ import annotations
 
 import contextlib
-import ssl
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -17,7 +16,9 @@ import httpx
 
 from milvus_cdc.errors import BugError, LogResetError, RetryableError, UserError
 from milvus_cdc.source import PulsarConfig
+from milvus_cdc.source.pulsar_oauth import renewed
 from milvus_cdc.source.pulsar_positions import Place
+from milvus_cdc.source.pulsar_tls import tls_context, tls_trouble
 
 REQUEST_SECONDS = 5.0
 REDIRECTS = 5
@@ -145,6 +146,8 @@ class PulsarAdmin:
         url = httpx.URL(f"{self._url}/admin/v2/{path}")
         for _ in range(REDIRECTS + 1):
             answer = self._ask(url)
+            if answer.status_code == 401 and renewed(self._config.token):
+                answer = self._ask(url)
             if not answer.has_redirect_location:
                 return self._content(answer, pchannel)
             target = url.join(answer.headers["Location"])
@@ -194,7 +197,7 @@ class PulsarAdmin:
                     "QUEUE_ACCESS_DENIED",
                     f"{self._where} refuses {_reason(answer)}; a role that may consume in "
                     f"{self._config.tenant}/{self._config.namespace} is needed",
-                    field="source.pulsar.token" if self._config.token else "source.pulsar.tls",
+                    field=self._config.login_field or "source.pulsar.token",
                 )
             case 404 if pchannel:
                 raise missing(pchannel, f"Pulsar at {self._config.service_url}")
@@ -216,31 +219,6 @@ def missing(pchannel: str, where: str) -> LogResetError:
         f"topic {pchannel} does not exist at {where}: it was deleted, or the task names "
         "another queue than the source writes to"
     )
-
-
-def tls_context(config: PulsarConfig) -> ssl.SSLContext:
-    """Raises UserError for files that cannot be read."""
-    tls = config.tls
-    try:
-        context = ssl.create_default_context(cafile=tls.ca_file or None if tls else None)
-        if tls is not None and tls.certificate_file:
-            context.load_cert_chain(tls.certificate_file, tls.key_file)
-    except OSError as error:
-        raise UserError(
-            "QUEUE_TLS_FAILED",
-            f"source.pulsar.tls: its files cannot be used at this replicator: {error}",
-            field="source.pulsar.tls",
-        ) from error
-    return context
-
-
-def tls_trouble(error: BaseException | None) -> bool:
-    """Whether certificates are to blame, here or at the other side."""
-    while error is not None:
-        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _reason(answer: httpx.Response) -> str:

@@ -1,7 +1,7 @@
 """Pulsar's client as a source uses it, and what its errors mean.
 
-Law: the client tries again for ever by itself and says little of why; whoever meets its trouble
-asks `trouble`, which finds out.
+Laws: the client tries again for ever by itself and says little of why; whoever meets its trouble
+asks `trouble`, which finds out. What it calls does not raise: that would end the process.
 """
 
 from __future__ import annotations
@@ -9,14 +9,20 @@ from __future__ import annotations
 import os
 import ssl
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pulsar
+import structlog
 
 from milvus_cdc.errors import CdcError, RetryableError, UserError
 from milvus_cdc.source import PulsarConfig
-from milvus_cdc.source.pulsar_admin import missing, tls_context
+from milvus_cdc.source.pulsar_admin import missing
 from milvus_cdc.source.pulsar_handshake import denied, diagnose
+from milvus_cdc.source.pulsar_oauth import renewed
+from milvus_cdc.source.pulsar_tls import tls_context
+
+log = structlog.get_logger()
 
 OPERATION_SECONDS = 8
 CONNECT_MS = 5_000
@@ -38,7 +44,9 @@ class PulsarConnection:
         return f"persistent://{self.config.tenant}/{self.config.namespace}/{pchannel}"
 
     def reader(self, pchannel: str, start: pulsar.MessageId, *, held: int = 1) -> pulsar.Reader:
-        """Its first message is the one at `start`, or what follows it if there is none."""
+        """Its first message is the one at `start`, or what follows it if there is none. Raises as
+        the token does.
+        """
         try:
             return self._get().create_reader(
                 self.topic(pchannel),
@@ -52,7 +60,8 @@ class PulsarConnection:
 
     def consumer(self, pchannel: str, subscription: str) -> pulsar.Consumer:
         """Of a durable subscription, which is made at the oldest message there is where it is
-        missing. It gets no messages; others may be connected beside it. PulsarException.
+        missing. It gets no messages; others may be connected beside it. PulsarException, and as
+        the token raises.
         """
         return self._get().subscribe(
             self.topic(pchannel),
@@ -63,10 +72,15 @@ class PulsarConnection:
         )
 
     def trouble(self, error: BaseException | None, pchannel: str = "") -> CdcError:
-        """Blocking: what is behind an error of the client, or behind its silence."""
+        """Blocking: what is behind an error of the client, or behind its silence. What keeps the
+        token from being known is raised.
+        """
         config = self.config
         said = str(error or "no connection")
-        if isinstance(error, pulsar.AuthenticationError | pulsar.AuthorizationError):
+        if config.token is not None:
+            config.token()  # the client only says that there was no access
+        refused = isinstance(error, pulsar.AuthenticationError | pulsar.AuthorizationError)
+        if refused and not renewed(config.token):
             return denied(config, said)
         if isinstance(error, pulsar.TopicNotFound):
             return missing(pchannel, f"Pulsar at {config.service_url}")
@@ -92,6 +106,8 @@ class PulsarConnection:
                 client.shutdown()
 
     def _get(self) -> pulsar.Client:
+        if self.config.token is not None:
+            self.config.token()  # raises here what could not be raised below the client
         with self._made:
             if self._client is None:
                 self._client = pulsar.Client(self.config.service_url, **self._settings())
@@ -116,9 +132,27 @@ class PulsarConnection:
                 settings["tls_certificate_file_path"] = tls.certificate_file
                 settings["tls_private_key_file_path"] = tls.key_file
         if config.token is not None:
-            settings["authentication"] = pulsar.AuthenticationToken(config.token)
+            settings["authentication"] = pulsar.AuthenticationToken(_Supplier(config.token))
         elif tls is not None and tls.certificate_file:
             settings["authentication"] = pulsar.AuthenticationTLS(
                 tls.certificate_file, tls.key_file
             )
         return settings
+
+
+class _Supplier:
+    """A token for the client. While there is none, the one from before, or an empty one: brokers
+    refuse it, and `trouble` says why. An error raised here when a broker wants a new token for an
+    open connection would go through the client's own thread and abort the process.
+    """
+
+    def __init__(self, token: Callable[[], str]) -> None:
+        self._token = token
+        self._given = ""
+
+    def __call__(self) -> str:
+        try:
+            self._given = self._token()
+        except Exception as error:
+            log.debug("no token for Pulsar's client", error=str(error))
+        return self._given

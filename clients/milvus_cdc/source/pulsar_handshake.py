@@ -15,17 +15,34 @@ from milvuscdc.internal.pulsar_wire_pb2 import BaseCommand, CommandConnect, Comm
 
 from milvus_cdc.errors import CdcError, RetryableError, UserError
 from milvus_cdc.source import PulsarConfig
-from milvus_cdc.source.pulsar_admin import tls_context
+from milvus_cdc.source.pulsar_oauth import renewed
+from milvus_cdc.source.pulsar_tls import tls_context
 
 SECONDS = 5.0
 _CONNECT, _CONNECTED, _ERROR, _LOOKUP, _LOOKUP_ANSWER = 2, 3, 14, 23, 24
 _AUTHENTICATION, _AUTHORIZATION = 3, 4
 _PROTOCOL_VERSION = 19
 _FRAME_MAX = 5 * 2**20
+_WHAT = {
+    "source.pulsar.oauth": "the identity provider's token",
+    "source.pulsar.token": "the token",
+    "source.pulsar.tls": "the client's certificate",
+    "": "access without a token",
+}
+"""By the field of the login."""
 
 
 def diagnose(config: PulsarConfig, topic: str = "") -> CdcError | None:
-    """Blocking: why there is no connection or no access to `topic`; None when there is both."""
+    """Blocking: why there is no connection or no access to `topic`; None when there is both, or a
+    token of an identity provider had to be fetched anew. Raises as the token and the files do.
+    """
+    found = _diagnose(config, topic)
+    if isinstance(found, UserError) and renewed(config.token):
+        return _diagnose(config, topic)
+    return found
+
+
+def _diagnose(config: PulsarConfig, topic: str) -> CdcError | None:
     scheme, _, hosts = config.service_url.partition("://")
     found: CdcError | None = None
     for address in hosts.split(","):
@@ -70,17 +87,12 @@ def _login(config: PulsarConfig) -> CommandConnect:
 
 def denied(config: PulsarConfig, said: str) -> UserError:
     """Access refused by the broker."""
-    if config.token is not None:
-        field, what = "source.pulsar.token", "the token"
-    elif config.tls is not None and config.tls.certificate_file:
-        field, what = "source.pulsar.tls", "the client's certificate"
-    else:
-        field, what = "source.pulsar.token", "access without a token"
+    field = config.login_field
     return UserError(
         "QUEUE_ACCESS_DENIED",
-        f"Pulsar at {config.service_url} refuses {what}: {said.strip()}; a role that may consume "
-        f"in {config.tenant}/{config.namespace} is needed",
-        field=field,
+        f"Pulsar at {config.service_url} refuses {_WHAT[field]}: {said.strip()}; a role that may "
+        f"consume in {config.tenant}/{config.namespace} is needed",
+        field=field or "source.pulsar.token",
     )
 
 

@@ -32,7 +32,7 @@ def open_source(config: QueueConfig, secrets: SecretResolver | None = None) -> L
         case PulsarConfig():
             from milvus_cdc.source.pulsar import PulsarSource
 
-            return PulsarSource(config)
+            return PulsarSource(config, secrets)
 
 
 def position_text(position: bytes) -> str:

@@ -716,6 +716,7 @@ class PulsarQueue(_message.Message):
     TLS_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
     HOLD_FIELD_NUMBER: _builtins.int
+    OAUTH_FIELD_NUMBER: _builtins.int
     service_url: _builtins.str
     """`pulsar://host:port`, or with TLS `pulsar+ssl://host:port`; several hosts with commas."""
     admin_url: _builtins.str
@@ -736,6 +737,10 @@ class PulsarQueue(_message.Message):
     def token(self) -> _secret_pb2.Secret:
         """A JWT, sent as it is."""
 
+    @_builtins.property
+    def oauth(self) -> Global___PulsarOauth:
+        """In place of `token`: one that an identity provider gives, again and again."""
+
     def __init__(
         self,
         *,
@@ -746,14 +751,56 @@ class PulsarQueue(_message.Message):
         tls: _tls_pb2.Tls | None = ...,
         token: _secret_pb2.Secret | None = ...,
         hold: Global___PulsarHold.ValueType = ...,
+        oauth: Global___PulsarOauth | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["tls", b"tls", "token", b"token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oauth", b"oauth", "tls", b"tls", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin_url", b"admin_url", "hold", b"hold", "namespace", b"namespace", "service_url", b"service_url", "tenant", b"tenant", "tls", b"tls", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin_url", b"admin_url", "hold", b"hold", "namespace", b"namespace", "oauth", b"oauth", "service_url", b"service_url", "tenant", b"tenant", "tls", b"tls", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PulsarQueue: _TypeAlias = PulsarQueue  # noqa: Y015
+
+@_typing.final
+class PulsarOauth(_message.Message):
+    """A client of an identity provider, by OAuth 2.0 client credentials."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ISSUER_URL_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_SECRET_FIELD_NUMBER: _builtins.int
+    AUDIENCE_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    CA_FILE_FIELD_NUMBER: _builtins.int
+    issuer_url: _builtins.str
+    """Its metadata are read at `.well-known/openid-configuration` below it. With `https` the secret goes to `https` only."""
+    client_id: _builtins.str
+    audience: _builtins.str
+    """Whom the token is for, as the provider calls it; some want none."""
+    scope: _builtins.str
+    """Several with spaces."""
+    ca_file: _builtins.str
+    """PEM file on the replicator of the authorities to trust at the provider; the system's when empty."""
+    @_builtins.property
+    def client_secret(self) -> _secret_pb2.Secret: ...
+    def __init__(
+        self,
+        *,
+        issuer_url: _builtins.str = ...,
+        client_id: _builtins.str = ...,
+        client_secret: _secret_pb2.Secret | None = ...,
+        audience: _builtins.str = ...,
+        scope: _builtins.str = ...,
+        ca_file: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["client_secret", b"client_secret"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "ca_file", b"ca_file", "client_id", b"client_id", "client_secret", b"client_secret", "issuer_url", b"issuer_url", "scope", b"scope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PulsarOauth: _TypeAlias = PulsarOauth  # noqa: Y015
 
 @_typing.final
 class MilvusEndpoint(_message.Message):

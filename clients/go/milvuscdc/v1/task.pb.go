@@ -1278,7 +1278,9 @@ type PulsarQueue struct {
 	// A JWT, sent as it is.
 	Token *Secret `protobuf:"bytes,6,opt,name=token,proto3" json:"token,omitempty"`
 	// What keeps the log from being deleted before it was read.
-	Hold          PulsarHold `protobuf:"varint,7,opt,name=hold,proto3,enum=milvuscdc.v1.PulsarHold" json:"hold,omitempty"`
+	Hold PulsarHold `protobuf:"varint,7,opt,name=hold,proto3,enum=milvuscdc.v1.PulsarHold" json:"hold,omitempty"`
+	// In place of `token`: one that an identity provider gives, again and again.
+	Oauth         *PulsarOauth `protobuf:"bytes,8,opt,name=oauth,proto3" json:"oauth,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1362,6 +1364,102 @@ func (x *PulsarQueue) GetHold() PulsarHold {
 	return PulsarHold_PULSAR_HOLD_UNSPECIFIED
 }
 
+func (x *PulsarQueue) GetOauth() *PulsarOauth {
+	if x != nil {
+		return x.Oauth
+	}
+	return nil
+}
+
+// A client of an identity provider, by OAuth 2.0 client credentials.
+type PulsarOauth struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its metadata are read at `.well-known/openid-configuration` below it. With `https` the secret goes to `https` only.
+	IssuerUrl    string  `protobuf:"bytes,1,opt,name=issuer_url,json=issuerUrl,proto3" json:"issuer_url,omitempty"`
+	ClientId     string  `protobuf:"bytes,2,opt,name=client_id,json=clientId,proto3" json:"client_id,omitempty"`
+	ClientSecret *Secret `protobuf:"bytes,3,opt,name=client_secret,json=clientSecret,proto3" json:"client_secret,omitempty"`
+	// Whom the token is for, as the provider calls it; some want none.
+	Audience string `protobuf:"bytes,4,opt,name=audience,proto3" json:"audience,omitempty"`
+	// Several with spaces.
+	Scope string `protobuf:"bytes,5,opt,name=scope,proto3" json:"scope,omitempty"`
+	// PEM file on the replicator of the authorities to trust at the provider; the system's when empty.
+	CaFile        string `protobuf:"bytes,6,opt,name=ca_file,json=caFile,proto3" json:"ca_file,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PulsarOauth) Reset() {
+	*x = PulsarOauth{}
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PulsarOauth) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PulsarOauth) ProtoMessage() {}
+
+func (x *PulsarOauth) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PulsarOauth.ProtoReflect.Descriptor instead.
+func (*PulsarOauth) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *PulsarOauth) GetIssuerUrl() string {
+	if x != nil {
+		return x.IssuerUrl
+	}
+	return ""
+}
+
+func (x *PulsarOauth) GetClientId() string {
+	if x != nil {
+		return x.ClientId
+	}
+	return ""
+}
+
+func (x *PulsarOauth) GetClientSecret() *Secret {
+	if x != nil {
+		return x.ClientSecret
+	}
+	return nil
+}
+
+func (x *PulsarOauth) GetAudience() string {
+	if x != nil {
+		return x.Audience
+	}
+	return ""
+}
+
+func (x *PulsarOauth) GetScope() string {
+	if x != nil {
+		return x.Scope
+	}
+	return ""
+}
+
+func (x *PulsarOauth) GetCaFile() string {
+	if x != nil {
+		return x.CaFile
+	}
+	return ""
+}
+
 // The public API of a Milvus.
 type MilvusEndpoint struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1377,7 +1475,7 @@ type MilvusEndpoint struct {
 
 func (x *MilvusEndpoint) Reset() {
 	*x = MilvusEndpoint{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1389,7 +1487,7 @@ func (x *MilvusEndpoint) String() string {
 func (*MilvusEndpoint) ProtoMessage() {}
 
 func (x *MilvusEndpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1402,7 +1500,7 @@ func (x *MilvusEndpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MilvusEndpoint.ProtoReflect.Descriptor instead.
 func (*MilvusEndpoint) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{11}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *MilvusEndpoint) GetUri() string {
@@ -1443,7 +1541,7 @@ type Sink struct {
 
 func (x *Sink) Reset() {
 	*x = Sink{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1455,7 +1553,7 @@ func (x *Sink) String() string {
 func (*Sink) ProtoMessage() {}
 
 func (x *Sink) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1468,7 +1566,7 @@ func (x *Sink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sink.ProtoReflect.Descriptor instead.
 func (*Sink) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{12}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Sink) GetKind() isSink_Kind {
@@ -1574,7 +1672,7 @@ type Selection struct {
 
 func (x *Selection) Reset() {
 	*x = Selection{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1586,7 +1684,7 @@ func (x *Selection) String() string {
 func (*Selection) ProtoMessage() {}
 
 func (x *Selection) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1599,7 +1697,7 @@ func (x *Selection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selection.ProtoReflect.Descriptor instead.
 func (*Selection) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{13}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Selection) GetInclude() []string {
@@ -1630,7 +1728,7 @@ type Start struct {
 
 func (x *Start) Reset() {
 	*x = Start{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1642,7 +1740,7 @@ func (x *Start) String() string {
 func (*Start) ProtoMessage() {}
 
 func (x *Start) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1655,7 +1753,7 @@ func (x *Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Start.ProtoReflect.Descriptor instead.
 func (*Start) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{14}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Start) GetAt() isStart_At {
@@ -1709,7 +1807,7 @@ type Earliest struct {
 
 func (x *Earliest) Reset() {
 	*x = Earliest{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1721,7 +1819,7 @@ func (x *Earliest) String() string {
 func (*Earliest) ProtoMessage() {}
 
 func (x *Earliest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1734,7 +1832,7 @@ func (x *Earliest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Earliest.ProtoReflect.Descriptor instead.
 func (*Earliest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{15}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{16}
 }
 
 type Latest struct {
@@ -1745,7 +1843,7 @@ type Latest struct {
 
 func (x *Latest) Reset() {
 	*x = Latest{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1757,7 +1855,7 @@ func (x *Latest) String() string {
 func (*Latest) ProtoMessage() {}
 
 func (x *Latest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1770,7 +1868,7 @@ func (x *Latest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Latest.ProtoReflect.Descriptor instead.
 func (*Latest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{16}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{17}
 }
 
 // One collection of a task: state, place in the log, counters.
@@ -1814,7 +1912,7 @@ type TaskCollection struct {
 
 func (x *TaskCollection) Reset() {
 	*x = TaskCollection{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1826,7 +1924,7 @@ func (x *TaskCollection) String() string {
 func (*TaskCollection) ProtoMessage() {}
 
 func (x *TaskCollection) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1839,7 +1937,7 @@ func (x *TaskCollection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskCollection.ProtoReflect.Descriptor instead.
 func (*TaskCollection) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{17}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *TaskCollection) GetName() string {
@@ -2001,7 +2099,7 @@ type Condition struct {
 
 func (x *Condition) Reset() {
 	*x = Condition{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[18]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2013,7 +2111,7 @@ func (x *Condition) String() string {
 func (*Condition) ProtoMessage() {}
 
 func (x *Condition) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[18]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2026,7 +2124,7 @@ func (x *Condition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Condition.ProtoReflect.Descriptor instead.
 func (*Condition) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{18}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Condition) GetType() string {
@@ -2067,7 +2165,7 @@ type VchannelProgress struct {
 
 func (x *VchannelProgress) Reset() {
 	*x = VchannelProgress{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[19]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2079,7 +2177,7 @@ func (x *VchannelProgress) String() string {
 func (*VchannelProgress) ProtoMessage() {}
 
 func (x *VchannelProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[19]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2092,7 +2190,7 @@ func (x *VchannelProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VchannelProgress.ProtoReflect.Descriptor instead.
 func (*VchannelProgress) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{19}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *VchannelProgress) GetVchannel() string {
@@ -2258,7 +2356,7 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\n" +
 	"KafkaQueue\x12>\n" +
 	"\abrokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10@\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\abrokers\x127\n" +
-	"\bsecurity\x18\x02 \x01(\v2\x1b.milvuscdc.v1.KafkaSecurityR\bsecurity\"\xc4\a\n" +
+	"\bsecurity\x18\x02 \x01(\v2\x1b.milvuscdc.v1.KafkaSecurityR\bsecurity\"\xdf\b\n" +
 	"\vPulsarQueue\x12j\n" +
 	"\vservice_url\x18\x01 \x01(\tBI\xbaHFrD\x18\x80 2?^pulsar(\\+ssl)?://[^/\\s,@]+:[0-9]{1,5}(,[^/\\s,@]+:[0-9]{1,5})*$R\n" +
 	"serviceUrl\x12N\n" +
@@ -2267,11 +2365,22 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\tnamespace\x18\x04 \x01(\tB\x15\xbaH\x12r\x10\x18\xff\x012\v^[-=:.\\w]*$R\tnamespace\x12#\n" +
 	"\x03tls\x18\x05 \x01(\v2\x11.milvuscdc.v1.TlsR\x03tls\x12*\n" +
 	"\x05token\x18\x06 \x01(\v2\x14.milvuscdc.v1.SecretR\x05token\x126\n" +
-	"\x04hold\x18\a \x01(\x0e2\x18.milvuscdc.v1.PulsarHoldB\b\xbaH\x05\x82\x01\x02\x10\x01R\x04hold:\x8b\x04\xbaH\x87\x04\x1a\xc4\x01\n" +
+	"\x04hold\x18\a \x01(\x0e2\x18.milvuscdc.v1.PulsarHoldB\b\xbaH\x05\x82\x01\x02\x10\x01R\x04hold\x12/\n" +
+	"\x05oauth\x18\b \x01(\v2\x19.milvuscdc.v1.PulsarOauthR\x05oauth:\xf5\x04\xbaH\xf1\x04\x1a\xc4\x01\n" +
 	"\n" +
 	"pulsar.tls\x12Mtls: is of no use without pulsar+ssl:// in serviceUrl or https:// in adminUrl\x1ag!has(this.tls) || this.service_url.startsWith('pulsar+ssl://') || this.admin_url.startsWith('https://')\x1a\xa5\x01\n" +
 	"\x16pulsar.tls.server_name\x12]tls.serverName: Pulsar's client knows none; give serviceUrl a host that the certificate names\x1a,!has(this.tls) || this.tls.server_name == ''\x1a\x95\x01\n" +
-	"\x13pulsar.tls.key_file\x12,tls: certificateFile and keyFile go together\x1aP!has(this.tls) || (this.tls.certificate_file == '') == (this.tls.key_file == '')\"\x9c\x01\n" +
+	"\x13pulsar.tls.key_file\x12,tls: certificateFile and keyFile go together\x1aP!has(this.tls) || (this.tls.certificate_file == '') == (this.tls.key_file == '')\x1ah\n" +
+	"\fpulsar.login\x122token and oauth: each is a login, give one of them\x1a$!has(this.token) || !has(this.oauth)\"\xa1\x02\n" +
+	"\vPulsarOauth\x12=\n" +
+	"\n" +
+	"issuer_url\x18\x01 \x01(\tB\x1e\xbaH\x1br\x19\x18\x80 2\x14^https?://[^\\s@?#]+$R\tissuerUrl\x12'\n" +
+	"\tclient_id\x18\x02 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\xff\x01R\bclientId\x12A\n" +
+	"\rclient_secret\x18\x03 \x01(\v2\x14.milvuscdc.v1.SecretB\x06\xbaH\x03\xc8\x01\x01R\fclientSecret\x12$\n" +
+	"\baudience\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\x80\bR\baudience\x12\x1e\n" +
+	"\x05scope\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\x80\bR\x05scope\x12!\n" +
+	"\aca_file\x18\x06 \x01(\tB\b\xbaH\x05r\x03\x18\x80 R\x06caFile\"\x9c\x01\n" +
 	"\x0eMilvusEndpoint\x129\n" +
 	"\x03uri\x18\x01 \x01(\tB'\xbaH$r\"2 ^https?://[^/\\s]+(:[0-9]{1,5})?$R\x03uri\x12*\n" +
 	"\x05token\x18\x02 \x01(\v2\x14.milvuscdc.v1.SecretR\x05token\x12#\n" +
@@ -2378,7 +2487,7 @@ func file_milvuscdc_v1_task_proto_rawDescGZIP() []byte {
 }
 
 var file_milvuscdc_v1_task_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(Drift)(0),                    // 0: milvuscdc.v1.Drift
 	(TaskState)(0),                // 1: milvuscdc.v1.TaskState
@@ -2395,85 +2504,88 @@ var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(*NatsQueue)(nil),             // 12: milvuscdc.v1.NatsQueue
 	(*KafkaQueue)(nil),            // 13: milvuscdc.v1.KafkaQueue
 	(*PulsarQueue)(nil),           // 14: milvuscdc.v1.PulsarQueue
-	(*MilvusEndpoint)(nil),        // 15: milvuscdc.v1.MilvusEndpoint
-	(*Sink)(nil),                  // 16: milvuscdc.v1.Sink
-	(*Selection)(nil),             // 17: milvuscdc.v1.Selection
-	(*Start)(nil),                 // 18: milvuscdc.v1.Start
-	(*Earliest)(nil),              // 19: milvuscdc.v1.Earliest
-	(*Latest)(nil),                // 20: milvuscdc.v1.Latest
-	(*TaskCollection)(nil),        // 21: milvuscdc.v1.TaskCollection
-	(*Condition)(nil),             // 22: milvuscdc.v1.Condition
-	(*VchannelProgress)(nil),      // 23: milvuscdc.v1.VchannelProgress
-	nil,                           // 24: milvuscdc.v1.Task.LabelsEntry
-	nil,                           // 25: milvuscdc.v1.Task.ReplicatorLabelsEntry
-	(*DeadLetters)(nil),           // 26: milvuscdc.v1.DeadLetters
-	(*timestamppb.Timestamp)(nil), // 27: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 28: google.protobuf.Duration
-	(*Tls)(nil),                   // 29: milvuscdc.v1.Tls
-	(*Secret)(nil),                // 30: milvuscdc.v1.Secret
-	(*KafkaSecurity)(nil),         // 31: milvuscdc.v1.KafkaSecurity
-	(*KafkaSink)(nil),             // 32: milvuscdc.v1.KafkaSink
-	(*FileSink)(nil),              // 33: milvuscdc.v1.FileSink
-	(*PostgresSink)(nil),          // 34: milvuscdc.v1.PostgresSink
-	(*Plugin)(nil),                // 35: milvuscdc.v1.Plugin
+	(*PulsarOauth)(nil),           // 15: milvuscdc.v1.PulsarOauth
+	(*MilvusEndpoint)(nil),        // 16: milvuscdc.v1.MilvusEndpoint
+	(*Sink)(nil),                  // 17: milvuscdc.v1.Sink
+	(*Selection)(nil),             // 18: milvuscdc.v1.Selection
+	(*Start)(nil),                 // 19: milvuscdc.v1.Start
+	(*Earliest)(nil),              // 20: milvuscdc.v1.Earliest
+	(*Latest)(nil),                // 21: milvuscdc.v1.Latest
+	(*TaskCollection)(nil),        // 22: milvuscdc.v1.TaskCollection
+	(*Condition)(nil),             // 23: milvuscdc.v1.Condition
+	(*VchannelProgress)(nil),      // 24: milvuscdc.v1.VchannelProgress
+	nil,                           // 25: milvuscdc.v1.Task.LabelsEntry
+	nil,                           // 26: milvuscdc.v1.Task.ReplicatorLabelsEntry
+	(*DeadLetters)(nil),           // 27: milvuscdc.v1.DeadLetters
+	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
+	(*Tls)(nil),                   // 30: milvuscdc.v1.Tls
+	(*Secret)(nil),                // 31: milvuscdc.v1.Secret
+	(*KafkaSecurity)(nil),         // 32: milvuscdc.v1.KafkaSecurity
+	(*KafkaSink)(nil),             // 33: milvuscdc.v1.KafkaSink
+	(*FileSink)(nil),              // 34: milvuscdc.v1.FileSink
+	(*PostgresSink)(nil),          // 35: milvuscdc.v1.PostgresSink
+	(*Plugin)(nil),                // 36: milvuscdc.v1.Plugin
 }
 var file_milvuscdc_v1_task_proto_depIdxs = []int32{
-	24, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
+	25, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
 	10, // 1: milvuscdc.v1.Task.source:type_name -> milvuscdc.v1.Source
-	16, // 2: milvuscdc.v1.Task.sink:type_name -> milvuscdc.v1.Sink
-	17, // 3: milvuscdc.v1.Task.selection:type_name -> milvuscdc.v1.Selection
-	18, // 4: milvuscdc.v1.Task.start:type_name -> milvuscdc.v1.Start
+	17, // 2: milvuscdc.v1.Task.sink:type_name -> milvuscdc.v1.Sink
+	18, // 3: milvuscdc.v1.Task.selection:type_name -> milvuscdc.v1.Selection
+	19, // 4: milvuscdc.v1.Task.start:type_name -> milvuscdc.v1.Start
 	5,  // 5: milvuscdc.v1.Task.rename:type_name -> milvuscdc.v1.NameRule
 	6,  // 6: milvuscdc.v1.Task.carry:type_name -> milvuscdc.v1.Carry
 	0,  // 7: milvuscdc.v1.Task.drift:type_name -> milvuscdc.v1.Drift
 	7,  // 8: milvuscdc.v1.Task.batching:type_name -> milvuscdc.v1.Batching
 	8,  // 9: milvuscdc.v1.Task.limits:type_name -> milvuscdc.v1.Limits
-	26, // 10: milvuscdc.v1.Task.dead_letters:type_name -> milvuscdc.v1.DeadLetters
-	25, // 11: milvuscdc.v1.Task.replicator_labels:type_name -> milvuscdc.v1.Task.ReplicatorLabelsEntry
+	27, // 10: milvuscdc.v1.Task.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	26, // 11: milvuscdc.v1.Task.replicator_labels:type_name -> milvuscdc.v1.Task.ReplicatorLabelsEntry
 	1,  // 12: milvuscdc.v1.Task.state:type_name -> milvuscdc.v1.TaskState
-	27, // 13: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
-	27, // 14: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
-	27, // 15: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
+	28, // 13: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
+	28, // 14: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
+	28, // 15: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
 	9,  // 16: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
-	22, // 17: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
-	28, // 18: milvuscdc.v1.Batching.linger:type_name -> google.protobuf.Duration
-	28, // 19: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
+	23, // 17: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
+	29, // 18: milvuscdc.v1.Batching.linger:type_name -> google.protobuf.Duration
+	29, // 19: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
 	11, // 20: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
 	12, // 21: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
 	13, // 22: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
 	14, // 23: milvuscdc.v1.Source.pulsar:type_name -> milvuscdc.v1.PulsarQueue
-	15, // 24: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	29, // 25: milvuscdc.v1.EtcdMetadata.tls:type_name -> milvuscdc.v1.Tls
-	30, // 26: milvuscdc.v1.EtcdMetadata.password:type_name -> milvuscdc.v1.Secret
-	29, // 27: milvuscdc.v1.NatsQueue.tls:type_name -> milvuscdc.v1.Tls
-	30, // 28: milvuscdc.v1.NatsQueue.token:type_name -> milvuscdc.v1.Secret
-	30, // 29: milvuscdc.v1.NatsQueue.password:type_name -> milvuscdc.v1.Secret
-	30, // 30: milvuscdc.v1.NatsQueue.nkey_seed:type_name -> milvuscdc.v1.Secret
-	31, // 31: milvuscdc.v1.KafkaQueue.security:type_name -> milvuscdc.v1.KafkaSecurity
-	29, // 32: milvuscdc.v1.PulsarQueue.tls:type_name -> milvuscdc.v1.Tls
-	30, // 33: milvuscdc.v1.PulsarQueue.token:type_name -> milvuscdc.v1.Secret
+	16, // 24: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	30, // 25: milvuscdc.v1.EtcdMetadata.tls:type_name -> milvuscdc.v1.Tls
+	31, // 26: milvuscdc.v1.EtcdMetadata.password:type_name -> milvuscdc.v1.Secret
+	30, // 27: milvuscdc.v1.NatsQueue.tls:type_name -> milvuscdc.v1.Tls
+	31, // 28: milvuscdc.v1.NatsQueue.token:type_name -> milvuscdc.v1.Secret
+	31, // 29: milvuscdc.v1.NatsQueue.password:type_name -> milvuscdc.v1.Secret
+	31, // 30: milvuscdc.v1.NatsQueue.nkey_seed:type_name -> milvuscdc.v1.Secret
+	32, // 31: milvuscdc.v1.KafkaQueue.security:type_name -> milvuscdc.v1.KafkaSecurity
+	30, // 32: milvuscdc.v1.PulsarQueue.tls:type_name -> milvuscdc.v1.Tls
+	31, // 33: milvuscdc.v1.PulsarQueue.token:type_name -> milvuscdc.v1.Secret
 	2,  // 34: milvuscdc.v1.PulsarQueue.hold:type_name -> milvuscdc.v1.PulsarHold
-	30, // 35: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
-	29, // 36: milvuscdc.v1.MilvusEndpoint.tls:type_name -> milvuscdc.v1.Tls
-	15, // 37: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	32, // 38: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
-	33, // 39: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
-	34, // 40: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
-	35, // 41: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
-	19, // 42: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
-	20, // 43: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
-	3,  // 44: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
-	27, // 45: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
-	27, // 46: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
-	28, // 47: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
-	23, // 48: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
-	22, // 49: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
-	28, // 50: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
-	51, // [51:51] is the sub-list for method output_type
-	51, // [51:51] is the sub-list for method input_type
-	51, // [51:51] is the sub-list for extension type_name
-	51, // [51:51] is the sub-list for extension extendee
-	0,  // [0:51] is the sub-list for field type_name
+	15, // 35: milvuscdc.v1.PulsarQueue.oauth:type_name -> milvuscdc.v1.PulsarOauth
+	31, // 36: milvuscdc.v1.PulsarOauth.client_secret:type_name -> milvuscdc.v1.Secret
+	31, // 37: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
+	30, // 38: milvuscdc.v1.MilvusEndpoint.tls:type_name -> milvuscdc.v1.Tls
+	16, // 39: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	33, // 40: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
+	34, // 41: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
+	35, // 42: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
+	36, // 43: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
+	20, // 44: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
+	21, // 45: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
+	3,  // 46: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
+	28, // 47: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
+	28, // 48: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
+	29, // 49: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
+	24, // 50: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
+	23, // 51: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
+	29, // 52: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
+	53, // [53:53] is the sub-list for method output_type
+	53, // [53:53] is the sub-list for method input_type
+	53, // [53:53] is the sub-list for extension type_name
+	53, // [53:53] is the sub-list for extension extendee
+	0,  // [0:53] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_task_proto_init() }
@@ -2494,14 +2606,14 @@ func file_milvuscdc_v1_task_proto_init() {
 		(*Source_Kafka)(nil),
 		(*Source_Pulsar)(nil),
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[12].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[13].OneofWrappers = []any{
 		(*Sink_Milvus)(nil),
 		(*Sink_Kafka)(nil),
 		(*Sink_Files)(nil),
 		(*Sink_Postgres)(nil),
 		(*Sink_Plugin)(nil),
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[14].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[15].OneofWrappers = []any{
 		(*Start_Earliest)(nil),
 		(*Start_Latest)(nil),
 	}
@@ -2511,7 +2623,7 @@ func file_milvuscdc_v1_task_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_task_proto_rawDesc), len(file_milvuscdc_v1_task_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   22,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
