@@ -178,7 +178,7 @@ class PulsarConfig:
     tenant: str = "public"
     namespace: str = "default"
     tls: tls_pb2.Tls | None = field(default=None, hash=False)
-    oauth: task_pb2.PulsarOauth | None = field(default=None, hash=False)
+    oauth: task_pb2.PulsarOauth | None = field(default=None, hash=False, repr=False)
     """Where tokens come from, in place of `token`."""
     token_from: str = ""
     """Where the token comes from: configurations that differ in it are different ones."""
