@@ -153,6 +153,7 @@ def queue_config(source: task_pb2.Source) -> QueueConfig:
                 password=nats.password if nats.HasField("password") else None,
                 credentials_file=nats.credentials_file,
                 nkey_seed=nats.nkey_seed if nats.HasField("nkey_seed") else None,
+                tls_handshake_first=nats.tls_handshake_first,
             )
         case "kafka":
             kafka = source.kafka

@@ -23,7 +23,9 @@ from milvuscdc.v1 import replication_service_pb2, secret_pb2, task_pb2, tls_pb2
 from structlog.testing import capture_logs
 
 from tests.contract.recorded import RECORDED, TOPIC, read_back
+from tests.servers import Authority
 from tests.servers.nats import PASSWORD, USERS, NatsOperator, NatsServer, certificates, user_key
+from tests.servers.tls_front import TlsFront
 
 SECRET = secret_pb2.Secret(env="TEST_SECRET")
 
@@ -52,7 +54,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.asynccontextmanager
 async def recorded(folder: Path, options: str, **writer: Any) -> AsyncIterator[NatsServer]:
     """A server with a stream as Milvus makes it; `writer` is how its writer connects."""
-    with NatsServer(folder, options) as server:
+    with NatsServer(folder, options, tls_first="tls_handshake_first" in writer) as server:
         client = await nats.connect(server.url, **writer)
         stream = client.jetstream()
         await stream.add_stream(name=TOPIC, subjects=[TOPIC], max_age=259_200)
@@ -268,6 +270,94 @@ async def test_mutual_tls(tmp_path: Path, keys: Path) -> None:
                 "QUEUE_AUTHENTICATION_FAILED",
                 "source.nats.tls.certificate_file",
             )
+
+
+@contextlib.asynccontextmanager
+async def handshake_first(
+    folder: Path, authority: Authority, how: str
+) -> AsyncIterator[tuple[str, NatsServer]]:
+    """The address, and the server behind it."""
+    if how == "side-car":
+        async with recorded(folder, "") as server:
+            with TlsFront(folder, server.url.removeprefix("nats://"), authority) as front:
+                yield f"nats://{front.address}", server
+        return
+    pair = authority.server()
+    options = (
+        f'tls {{cert_file: "{pair.certificate}", key_file: "{pair.key}", '
+        f'ca_file: "{authority.ca_file}", verify: true, handshake_first: true}}'
+    )
+    own = ssl.create_default_context(cafile=authority.ca_file)
+    own.load_cert_chain(pair.certificate, pair.key)
+    async with recorded(folder, options, tls=own, tls_handshake_first=True) as server:
+        yield server.url, server
+
+
+@pytest.mark.parametrize("how", ["nats-server", "side-car"])
+async def test_the_handshake_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """As a nats-server asks for it, and as a proxy in front of one that has no TLS."""
+    monkeypatch.setattr(nats_connection, "CONNECT_SECONDS", 3)
+    authority, stranger = (Authority(tmp_path / name, name) for name in ("ours", "theirs"))
+    client, other = (each.issue("client") for each in (authority, stranger))
+    mutual = tls_pb2.Tls(
+        ca_file=str(authority.ca_file),
+        certificate_file=str(client.certificate),
+        key_file=str(client.key),
+    )
+    async with handshake_first(tmp_path / "nats", authority, how) as (url, _):
+        await reads(source_of(NatsConfig(url, tls=mutual, tls_handshake_first=True)))
+        nobody = tls_pb2.Tls(ca_file=mutual.ca_file)
+        foreign = tls_pb2.Tls(
+            ca_file=mutual.ca_file,
+            certificate_file=str(other.certificate),
+            key_file=str(other.key),
+        )
+        distrusting, misnaming = tls_pb2.Tls(), tls_pb2.Tls()
+        for wrong in (distrusting, misnaming):
+            wrong.CopyFrom(mutual)
+        distrusting.ca_file, misnaming.server_name = str(stranger.ca_file), "other.test"
+        for tls, field in (
+            (nobody, "certificate_file"),
+            (foreign, "certificate_file"),
+            (distrusting, "ca_file"),
+            (misnaming, "server_name"),
+        ):
+            error = await refused(source_of(NatsConfig(url, tls=tls, tls_handshake_first=True)))
+            assert (error.reason, error.field) == (
+                "QUEUE_AUTHENTICATION_FAILED",
+                f"source.nats.tls.{field}",
+            )
+        # Both wait for the other's first words: it could be a server that starts, so no refusal.
+        waiting = source_of(NatsConfig(url, tls=mutual))
+        with pytest.raises(RetryableError, match="tls_handshake_first") as unreached:
+            await waiting.probe()
+        assert unreached.value.reason == "QUEUE_UNREACHABLE"
+        await waiting.close()
+
+
+async def test_a_handshake_that_nobody_asked_for_is_refused(
+    tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nats_connection, "CONNECT_SECONDS", 1)
+    files = f'cert_file: "{keys}/server.pem", key_file: "{keys}/server-key.pem"'
+    ca_file = str(keys / "ca.pem")
+    trusting = ssl.create_default_context(cafile=ca_file)
+    tls = tls_pb2.Tls(ca_file=ca_file)
+    async with recorded(tmp_path / "plain", "") as server:
+        config = NatsConfig(server.url, tls=tls, tls_handshake_first=True)
+        error = await refused(source_of(config))
+        assert (error.reason, error.field) == (
+            "QUEUE_AUTHENTICATION_FAILED",
+            "source.nats.tls_handshake_first",
+        )
+    async with recorded(tmp_path / "tls", f"tls {{{files}}}", tls=trusting) as server:
+        # Its first words may come before the client listens for TLS; then both wait.
+        source = source_of(NatsConfig(server.url, tls=tls, tls_handshake_first=True))
+        with pytest.raises(CdcError, match="tls_handshake_first"):
+            await source.probe()
+        await source.close()
 
 
 async def test_a_password_changed_while_reading_stops_it_without_a_storm(tmp_path: Path) -> None:

@@ -49,8 +49,12 @@ class NatsServer(ManagedProcess):
     Law: data and port stay through stop, kill and restart.
     """
 
-    def __init__(self, folder: Path, options: str = "", *, name: str = "nats") -> None:
+    def __init__(
+        self, folder: Path, options: str = "", *, name: str = "nats", tls_first: bool = False
+    ) -> None:
+        """`tls_first`: the options make it say nothing before a handshake."""
         port = free_port()
+        self._tls_first = tls_first
         self.url = f"nats://127.0.0.1:{port}"
         self._port = port
         self._config = folder / f"{name}.conf"
@@ -75,7 +79,7 @@ class NatsServer(ManagedProcess):
 
     def _answers(self) -> bool:
         with socket.create_connection(("127.0.0.1", self._port), 2) as connection:
-            return connection.recv(5) == b"INFO "
+            return self._tls_first or connection.recv(5) == b"INFO "
 
 
 class NatsOperator:

@@ -159,6 +159,7 @@ class NatsConfig:
     password: secret_pb2.Secret | None = field(default=None, hash=False)
     credentials_file: str = ""
     nkey_seed: secret_pb2.Secret | None = field(default=None, hash=False)
+    tls_handshake_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ CLOSE_SECONDS = 3.0
 _NO_STREAM = 10059
 _NO_JETSTREAM = 10039
 _COURTESY = "$js.api.consumer.delete."
+_NO_TLS = frozenset(("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNEXPECTED_MESSAGE"))
+"""OpenSSL's reasons for bytes that are no TLS."""
 _OTHER_NAME = frozenset((62, 64))
 """OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH."""
 
@@ -92,7 +94,7 @@ class Connection:
                 self.on_changed()
 
         client = SafeClient(certificate=terms.certificate)
-        with self.errors(), self._handshake_errors():
+        with self.errors(), self._handshake_errors(client):
             try:
                 connecting = client.connect(
                     self._config.url,
@@ -114,12 +116,15 @@ class Connection:
                 await _close(client)
                 if isinstance(error, nats.errors.NoServersError) and errors:
                     raise errors[-1] from error
+                if isinstance(error, ConnectionResetError) and (why := client.why_lost()):
+                    raise why from error
                 raise
         self._client = client
 
     @contextlib.contextmanager
-    def _handshake_errors(self) -> Iterator[None]:
+    def _handshake_errors(self, client: SafeClient) -> Iterator[None]:
         """While connecting, TLS that fails is a setting; later it is a connection that broke."""
+        tls_first = self._config.tls_handshake_first
         try:
             yield
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
@@ -133,6 +138,13 @@ class Connection:
                 field=f"{FIELD}.tls.{part}",
             ) from error
         except ssl.SSLError as error:
+            if tls_first and error.reason in _NO_TLS:
+                raise UserError(
+                    "QUEUE_AUTHENTICATION_FAILED",
+                    f"{self.where} speaks before a TLS handshake; take "
+                    f"{FIELD}.tls_handshake_first away, or switch TLS on there",
+                    field=f"{FIELD}.tls_handshake_first",
+                ) from error
             ours = "ALERT" in (error.reason or "")
             field = f"{FIELD}.tls" + (".certificate_file" if ours else "")
             raise UserError(
@@ -140,6 +152,15 @@ class Connection:
                 f"{self.where}: {'it refuses our certificate' if ours else 'TLS fails'}: "
                 f"{error.reason or error}; mend {field}, or the server",
                 field=field,
+            ) from error
+        except (nats.errors.Error, TimeoutError) as error:
+            if client.greeted or isinstance(error, nats.errors.NoServersError):
+                raise
+            # It may as well be one that starts, or a proxy with nothing behind it.
+            raise RetryableError(
+                "QUEUE_UNREACHABLE",
+                f"{self.where} does not greet as a NATS does: see whether it wants "
+                f"{'no' if tls_first else 'a'} TLS handshake before ({FIELD}.tls_handshake_first)",
             ) from error
 
     @contextlib.contextmanager

@@ -43,6 +43,7 @@ def login(config: NatsConfig, secrets: SecretResolver | None) -> Login:
     certificate = False
     if config.tls is not None:
         options["tls"] = _context(config.tls)
+        options["tls_handshake_first"] = config.tls_handshake_first
         if config.tls.server_name:
             options["tls_hostname"] = config.tls.server_name
         certificate = bool(config.tls.certificate_file)
@@ -78,6 +79,12 @@ def _credentials(config: NatsConfig, secrets: SecretResolver | None) -> tuple[di
 
 
 def _check(config: NatsConfig) -> None:
+    if config.tls_handshake_first and config.tls is None:
+        raise UserError(
+            "INVALID_FIELD",
+            f"{FIELD}.tls_handshake_first is of no use without {FIELD}.tls: set tls as well",
+            field=f"{FIELD}.tls_handshake_first",
+        )
     if "@" in urlsplit(config.url).netloc:
         raise UserError(
             "INVALID_FIELD",
@@ -176,12 +183,15 @@ class SafeClient(Client):  # type: ignore[misc]
         """`certificate`: the client has one of its own."""
         super().__init__()
         self._certificate = certificate
-        self._looked = False
+        self.greeted = False
+        """The server's first words were read, and its offer of TLS looked at."""
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         if initial_connection:
-            self._looked = True
-            if "tls" in self.options:
+            self.greeted = True
+            # After a handshake of its own the server says this inside of TLS, and a proxy's server
+            # does not know of any.
+            if "tls" in self.options and not self.options["tls_handshake_first"]:
                 if not info.get("tls_required") and not info.get("tls_available"):
                     raise UserError(
                         "QUEUE_AUTHENTICATION_FAILED",
@@ -200,7 +210,12 @@ class SafeClient(Client):  # type: ignore[misc]
                 )
         await super()._process_info(info, initial_connection)
 
+    def why_lost(self) -> BaseException | None:
+        """The refusal that ended the connection, where a write came before it was read."""
+        reader = getattr(self._transport, "_io_reader", None)
+        return None if reader is None else reader.exception()
+
     def check(self) -> None:
         """Raises BugError when the client came to be connected in a way that was not looked at."""
-        if not self._looked:
+        if not self.greeted:
             raise BugError("QUEUE_PROTOCOL", "this nats-py does not ask before it encrypts")

@@ -639,11 +639,16 @@ class NatsQueue(_message.Message):
     PASSWORD_FIELD_NUMBER: _builtins.int
     CREDENTIALS_FILE_FIELD_NUMBER: _builtins.int
     NKEY_SEED_FIELD_NUMBER: _builtins.int
+    TLS_HANDSHAKE_FIRST_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """`nats://host:port`, also with TLS. A login is not part of it."""
     username: _builtins.str
     credentials_file: _builtins.str
     """File with a user's JWT and seed, as `nsc` writes it. A secret: it must be where secrets may be on the replicator."""
+    tls_handshake_first: _builtins.bool
+    """With `tls`: the handshake comes before the server's first words, as for its option `handshake_first` or behind a
+    proxy that ends TLS. Servers without it do not understand that.
+    """
     @_builtins.property
     def tls(self) -> _tls_pb2.Tls:
         """Encrypted always, also where the server would do without; unset: encrypted where the server demands it."""
@@ -666,10 +671,11 @@ class NatsQueue(_message.Message):
         password: _secret_pb2.Secret | None = ...,
         credentials_file: _builtins.str = ...,
         nkey_seed: _secret_pb2.Secret | None = ...,
+        tls_handshake_first: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["nkey_seed", b"nkey_seed", "password", b"password", "tls", b"tls", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credentials_file", b"credentials_file", "nkey_seed", b"nkey_seed", "password", b"password", "tls", b"tls", "token", b"token", "url", b"url", "username", b"username"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credentials_file", b"credentials_file", "nkey_seed", b"nkey_seed", "password", b"password", "tls", b"tls", "tls_handshake_first", b"tls_handshake_first", "token", b"token", "url", b"url", "username", b"username"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

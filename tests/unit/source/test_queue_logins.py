@@ -39,6 +39,7 @@ URL = "nats://127.0.0.1:1"
         (NatsConfig(URL, tls=tls_pb2.Tls(key_file="/a")), "tls.certificate_file"),
         (NatsConfig(URL, tls=tls_pb2.Tls(certificate_file="/a")), "tls.key_file"),
         (NatsConfig(URL, tls=tls_pb2.Tls(ca_file="/nowhere")), "tls.ca_file"),
+        (NatsConfig(URL, tls_handshake_first=True), "tls_handshake_first"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(config: NatsConfig, field: str) -> None:
@@ -54,6 +55,17 @@ def test_the_api_refuses_a_login_in_the_address() -> None:
     with pytest.raises(ApiError, match="use username and password") as failed:
         check(task_pb2.NatsQueue(url="nats://me:hidden@queue:4222"))
     assert "hidden" not in str(failed.value)
+
+
+def test_a_handshake_first_needs_tls_and_reaches_the_replicator() -> None:
+    queue = task_pb2.NatsQueue(url="nats://queue:4222", tls_handshake_first=True)
+    with pytest.raises(ApiError, match="tlsHandshakeFirst: is of no use without tls"):
+        check(queue)
+    queue.tls.ca_file = "/ca.pem"
+    check(queue)
+    config = queue_config(task_pb2.Source(nats=queue))
+    assert isinstance(config, NatsConfig)
+    assert config.tls_handshake_first
 
 
 async def test_secrets_that_nobody_allowed_are_refused() -> None:

@@ -1123,9 +1123,12 @@ type NatsQueue struct {
 	// File with a user's JWT and seed, as `nsc` writes it. A secret: it must be where secrets may be on the replicator.
 	CredentialsFile string `protobuf:"bytes,6,opt,name=credentials_file,json=credentialsFile,proto3" json:"credentials_file,omitempty"`
 	// A user's NKey seed (`SU...`).
-	NkeySeed      *Secret `protobuf:"bytes,7,opt,name=nkey_seed,json=nkeySeed,proto3" json:"nkey_seed,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	NkeySeed *Secret `protobuf:"bytes,7,opt,name=nkey_seed,json=nkeySeed,proto3" json:"nkey_seed,omitempty"`
+	// With `tls`: the handshake comes before the server's first words, as for its option `handshake_first` or behind a
+	// proxy that ends TLS. Servers without it do not understand that.
+	TlsHandshakeFirst bool `protobuf:"varint,8,opt,name=tls_handshake_first,json=tlsHandshakeFirst,proto3" json:"tls_handshake_first,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *NatsQueue) Reset() {
@@ -1205,6 +1208,13 @@ func (x *NatsQueue) GetNkeySeed() *Secret {
 		return x.NkeySeed
 	}
 	return nil
+}
+
+func (x *NatsQueue) GetTlsHandshakeFirst() bool {
+	if x != nil {
+		return x.TlsHandshakeFirst
+	}
+	return false
 }
 
 // Apache Kafka.
@@ -2343,7 +2353,7 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\rmeta_sub_path\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\xff\x01R\vmetaSubPath\x12#\n" +
 	"\x03tls\x18\x04 \x01(\v2\x11.milvuscdc.v1.TlsR\x03tls\x12$\n" +
 	"\busername\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\xff\x01R\busername\x120\n" +
-	"\bpassword\x18\x06 \x01(\v2\x14.milvuscdc.v1.SecretR\bpassword\"\xfa\x03\n" +
+	"\bpassword\x18\x06 \x01(\v2\x14.milvuscdc.v1.SecretR\bpassword\"\xaa\x05\n" +
 	"\tNatsQueue\x12\xdb\x01\n" +
 	"\x03url\x18\x01 \x01(\tB\xc8\x01\xbaH\xc4\x01\xba\x01\xa1\x01\n" +
 	"\x17nats_queue.url.no_login\x12qa login in the address would be stored and shown: use username and password, token, nkey_seed or credentials_file\x1a\x13!this.contains('@')r\x1d2\x1b^nats://[^/\\s]+:[0-9]{1,5}$R\x03url\x12#\n" +
@@ -2352,7 +2362,9 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\busername\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\xff\x01R\busername\x120\n" +
 	"\bpassword\x18\x05 \x01(\v2\x14.milvuscdc.v1.SecretR\bpassword\x123\n" +
 	"\x10credentials_file\x18\x06 \x01(\tB\b\xbaH\x05r\x03\x18\x80 R\x0fcredentialsFile\x121\n" +
-	"\tnkey_seed\x18\a \x01(\v2\x14.milvuscdc.v1.SecretR\bnkeySeed\"\x85\x01\n" +
+	"\tnkey_seed\x18\a \x01(\v2\x14.milvuscdc.v1.SecretR\bnkeySeed\x12.\n" +
+	"\x13tls_handshake_first\x18\b \x01(\bR\x11tlsHandshakeFirst:~\xbaH{\x1ay\n" +
+	"\x1enats_queue.tls_handshake_first\x12+tlsHandshakeFirst: is of no use without tls\x1a*!this.tls_handshake_first || has(this.tls)\"\x85\x01\n" +
 	"\n" +
 	"KafkaQueue\x12>\n" +
 	"\abrokers\x18\x01 \x03(\tB$\xbaH!\x92\x01\x1e\b\x01\x10@\"\x18r\x162\x14^[^/\\s]+:[0-9]{1,5}$R\abrokers\x127\n" +
