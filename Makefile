@@ -17,7 +17,7 @@ help: ## this list
 demo: $(INSTALLED) ## replicate between two real Milvus servers on this machine, with everything shown
 	@$(BIN)/python -m examples.demo $(ARGS)
 
-secure: $(INSTALLED) ## the same in short with mutual TLS on all connections of the services, by deploy/examples/secure
+secure: $(INSTALLED) ## the same in short with mutual TLS on every connection, by deploy/examples/secure
 	@$(BIN)/python -m examples.secure
 
 test: $(INSTALLED) ## all tests, on real servers (ARGS='-k name' for some; Kafka needs Java and Maven)

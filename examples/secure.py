@@ -1,8 +1,9 @@
-"""`python -m examples.secure`: two controllers and two replicators with mutual TLS on every one of
-their connections, by the files in deploy/examples/secure and an authority made for this run.
+"""`python -m examples.secure`: two Milvus with etcd and queue, two controllers and two replicators,
+mutual TLS on every connection of theirs: by the files in deploy/examples/secure and an authority
+made for this run.
 
-Two real Milvus stand on loopback; a collection is replicated, the controller that leads is killed,
-the rows are proved equal, and callers without the right certificate or role are refused.
+A collection is replicated, callers without the right certificate or role are refused at each
+connection, the controller that leads is killed, and the rows are proved equal.
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import grpc
 import yaml
 from pymilvus import DataType, MilvusClient
 
-from tests.servers import Stack
+from examples.hops import AS_IT_SHOULD_BE, NATS, Hop, shown, table
+from tests.servers import Authority, Pair, ServerStartError
+from tests.servers.secured import SecuredStack
 from tests.servers.services import LEADER_LEASE_SECONDS, ControllerProcess, ReplicatorProcess
-from tests.servers.trust_authority import Authority, Issued
 
 FILES = Path(__file__).parents[1] / "deploy" / "examples" / "secure"
 PLACE = "/etc/milvus-cdc"
-PEOPLE = ("alice", "victor")
+PEOPLE = ("alice", "victor", "application")
 REPLICATORS = ("replicator-1", "replicator-2")
 ROWS = 2_000
 DIM = 8
@@ -44,59 +46,63 @@ class Failed(Exception):
 class Secure:
     """The services of one run, beside a stack that runs; `with` starts and stops them."""
 
-    def __init__(
-        self,
-        stack: Stack,
-        folder: Path,
-        *,
-        source: Mapping[str, Any] | None = None,
-        sink: Mapping[str, Any] | None = None,
-        environ: Mapping[str, str] | None = None,
-    ) -> None:
-        """`source` and `sink` are laid over those of the task, as for connections that need
-        credentials of their own; `environ` is more of the replicators' environment.
-        """
+    def __init__(self, stack: SecuredStack, folder: Path) -> None:
         self.stack = stack
         self.folder = folder
-        self.certificates = folder / "certificates"
-        self.authority = Authority(self.certificates)
-        self.issued = {
-            name: self.authority.issue(name) for name in ("controllers", *REPLICATORS, *PEOPLE)
-        }
-        trusted = self.issued["controllers"].credentials
-        place = {
+        authority = stack.authority
+        self.certificates = authority.ca_file.parent
+        self.issued = {name: authority.server(name) for name in ("controllers", *REPLICATORS)}
+        self.issued |= {name: authority.issue(name) for name in ("replicators", *PEOPLE)}
+        self.stranger = Authority(folder / "stranger", "another-authority").issue("alice")
+        own = self.issued["controllers"]
+        asking = grpc.ssl_channel_credentials(
+            authority.ca_file.read_bytes(), own.key.read_bytes(), own.certificate.read_bytes()
+        )
+        settings = self._settings("controller.yaml")
+        settings["store"]["etcd"] |= {
             "endpoints": [stack.etcd.endpoint],
             "prefix": f"cdc-{uuid.uuid4()}",
             "leaseSeconds": LEADER_LEASE_SECONDS,
         }
-        store = {"etcd": place}
         self.controllers = [
-            ControllerProcess(
-                folder,
-                name=f"controller-{number}",
-                credentials=trusted,
-                store=store,
-                **self._settings("controller.yaml"),
-            )
-            for number in (1, 2)
+            ControllerProcess(folder, name=f"controller-{n}", credentials=asking, **settings)
+            for n in (1, 2)
         ]
         addresses = [process.address for process in self.controllers]
         self.replicators = [
             ReplicatorProcess(
-                folder, addresses, name, credentials=trusted, env=environ,
+                folder, addresses, name, credentials=asking,
                 **self._settings("replicator.yaml", name),
             )
             for name in REPLICATORS
         ]  # fmt: skip
-        self._source = dict(source or {})
-        self._sink = dict(sink or {})
 
     def _settings(self, file: str, name: str = REPLICATORS[0]) -> dict[str, Any]:
         """Those of the example, but for addresses and folder."""
         text = (FILES / file).read_text().replace(PLACE, str(self.certificates))
-        settings: dict[str, Any] = yaml.safe_load(text.replace(REPLICATORS[0] + ".", name + "."))
-        here = ("listen", "advertise", "metrics", "store", "controller", "name", "log")
+        # Its certificate and key, and not its name among those of others.
+        text = text.replace(f"/{REPLICATORS[0]}", f"/{name}")
+        settings: dict[str, Any] = yaml.safe_load(text)
+        here = ("listen", "advertise", "metrics", "controller", "name", "log")
         return {key: value for key, value in settings.items() if key not in here}
+
+    def hops(self) -> list[Hop]:
+        """Every connection there is, with the certificate that is shown there."""
+        of, stack = self.issued, self.stack
+        one, two = (process.address for process in self.controllers)
+        return [
+            Hop("user -> controller", one, of["alice"]),
+            Hop("replicator -> controller", two, of["replicator-1"]),
+            Hop("controller -> controller", one, of["controllers"]),
+            Hop("controller -> its etcd", stack.etcd.endpoint, of["controllers"]),
+            Hop("controller -> source's etcd", stack.etcd.endpoint, of["controllers"]),
+            Hop("Milvus -> etcd", stack.etcd.endpoint, stack.of_milvus),
+            Hop("replicator -> source's queue", stack.queue.address, of["replicators"], NATS),
+            Hop("replicator -> source Milvus", stack.source.address, of["replicators"]),
+            Hop("replicator -> sink Milvus", stack.sink.address, of["replicators"]),
+            Hop("application -> source Milvus", stack.source.address, of["application"]),
+            Hop("health -> replicator", self.replicators[0].address, of["victor"]),
+        ]
 
     def __enter__(self) -> Self:
         try:
@@ -121,32 +127,27 @@ class Secure:
         for process in (*self.replicators, *self.controllers):
             process.stop()
 
-    def write_task(self, name: str, include: str) -> Path:
-        source = {
-            "etcd": {
-                "endpoints": [self.stack.etcd.endpoint],
-                "rootPath": self.stack.source.root_path,
-            },
-            "nats": {"url": self.stack.source.nats_url},
-            "milvus": {"uri": self.stack.source.uri},
+    def write_task(self, include: str) -> Path:
+        text = (FILES / "task.yaml").read_text().replace(PLACE, str(self.certificates))
+        task = yaml.safe_load(text)
+        source, sink = task["source"], task["sink"]
+        source["etcd"] |= {
+            "endpoints": [self.stack.etcd.endpoint],
+            "rootPath": self.stack.source.root_path,
         }
-        task = {
-            "name": f"tasks/{name}",
-            "source": source | self._source,
-            "sink": {"milvus": {"uri": self.stack.sink.uri}} | self._sink,
-            "selection": {"include": [include]},
-            "start": {"earliest": {}},
-        }
+        source["nats"]["url"] = self.stack.queue_url
+        source["milvus"]["uri"] = self.stack.source.uri
+        sink["milvus"]["uri"] = self.stack.sink.uri
+        task["selection"] = {"include": [include]}
         file = self.folder / "task.yaml"
         file.write_text(yaml.safe_dump(task, sort_keys=False))
         return file
 
-    def run(self, who: Issued | None, *arguments: str, at: int = 0) -> tuple[int, str]:
+    def run(self, who: Pair | None, *arguments: str, at: int = 0) -> tuple[int, str]:
         """A `milvus-cdc` command by somebody at one of the controllers: exit code and output."""
-        options: list[str] = []
+        options = ["--ca-file", str(self.stack.authority.ca_file)]
         if who is not None:
-            options = ["--ca-file", str(who.ca), "--certificate-file", str(who.certificate)]
-            options += ["--key-file", str(who.key)]
+            options += ["--certificate-file", str(who.certificate), "--key-file", str(who.key)]
         address = self.controllers[at].address
         environ = {k: v for k, v in os.environ.items() if not k.startswith("MILVUS_CDC_")}
         done = subprocess.run(
@@ -162,15 +163,19 @@ class Secure:
 
     def prove(self, database: str) -> None:
         """Raises Failed."""
-        client = MilvusClient(self.stack.source.uri, db_name=database)
+        alice, victor, application = (self.issued[name] for name in PEOPLE)
+        root = self.stack.connect(self.stack.source, application)
+        root.create_database(database)
+        root.close()
+        client = self.stack.connect(self.stack.source, application, database)
         _create(client)
         _insert(client, 0)
-        alice, victor = self.issued["alice"], self.issued["victor"]
-        task = self.write_task("secure", f"{database}.*")
+        task = self.write_task(f"{database}.*")
         _expect(self.run(victor, "task", "create", "-f", str(task)), 3, "ROLE_MISSING")
         _expect(self.run(alice, "task", "create", "-f", str(task)), 0)
         _expect(self.run(None, "task", "list", "--timeout", "5"), 4)
         self._verified(alice, 0)
+        self.show_who_is_refused()
         leader = self._leader()
         print(f"\nkill -9 {self.controllers[leader].pid}: the controller that leads is dead")
         self.controllers[leader].kill()
@@ -178,6 +183,14 @@ class Secure:
         self._verified(alice, 1 - leader)
         _expect(self.run(victor, "replicator", "list", at=1 - leader), 0)
         client.close()
+
+    def show_who_is_refused(self) -> None:
+        """Raises Failed."""
+        lines = table(self.hops(), self.stack.authority.ca_file, self.stranger)
+        print(f"\nWho is let through, by what he shows:\n{shown(lines)}", flush=True)
+        for name, *cells in lines:
+            if tuple(cells) != AS_IT_SHOULD_BE:
+                raise Failed(f"{name} is not as it should be")
 
     def _leader(self) -> int:
         _, shown = self.run(self.issued["victor"], "controller", "list")
@@ -187,7 +200,7 @@ class Secure:
                 return number
         raise Failed("nobody leads")
 
-    def _verified(self, who: Issued, at: int) -> None:
+    def _verified(self, who: Pair, at: int) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             code, _ = self.run(who, "verify", "secure", at=at)
@@ -224,29 +237,27 @@ def _insert(client: MilvusClient, part: int) -> None:
 def main() -> int:
     """Exit code 1 when something was not as it has to be; the logs stay then."""
     folder = Path(tempfile.mkdtemp(prefix="milvus-cdc-secure-"))
-    stack = Stack(folder / "servers")
     failed = True
     try:
-        print("Starting etcd, a source Milvus on its own NATS and a sink Milvus ...", flush=True)
-        stack.start()
-        root = MilvusClient(stack.source.uri)
-        root.create_database("vault")
-        root.close()
-        print("Starting two controllers and two replicators with mutual TLS ...", flush=True)
-        with Secure(stack, folder / "services") as services:
-            services.prove("vault")
+        print(f"An authority and certificates by it: {folder / 'certificates'}")
+        authority = Authority(folder / "certificates")
+        print(
+            "Starting etcd, a source Milvus, its queue's side-car and a sink Milvus ...", flush=True
+        )
+        with SecuredStack(folder / "servers", authority) as stack:
+            print("Starting two controllers and two replicators ...", flush=True)
+            with Secure(stack, folder / "services") as services:
+                services.prove("vault")
         failed = False
-    except Failed as error:
+    except (Failed, ServerStartError) as error:
         print(f"\nFAILED: {error}", file=sys.stderr)
     finally:
-        for server in reversed(stack.servers):
-            server.stop(grace=2)
         if failed:
             print(f"logs: {folder}", file=sys.stderr)
         else:
             shutil.rmtree(folder, ignore_errors=True)
     if not failed:
-        print("\nThe sink is equal to its source; every connection of the services was mutual TLS.")
+        print("\nThe sink is equal to its source, and nobody came through without a certificate.")
     return int(failed)
 
 

@@ -28,6 +28,7 @@ from pymilvus import DataType, MilvusClient
 from tests.e2e.pair import Pair, error_info
 from tests.servers import Authority, EtcdServer, KafkaServer, MilvusServer, PulsarServer
 from tests.servers import Pair as Certificate
+from tests.servers.secured import etcd_over_tls
 
 ROOT = "root:Milvus"
 TOKEN = "MILVUS_CDC_SECRET_TOKEN"
@@ -74,16 +75,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     of_milvus, client = authority.issue("milvus"), authority.issue("client")
     settings = {
         "common": {"security": {"authorizationEnabled": True}},
-        "etcd": {
-            "ssl": {
-                "enabled": True,
-                "tlsCert": str(of_milvus.certificate),
-                "tlsKey": str(of_milvus.key),
-                "tlsCACert": str(authority.ca_file),
-                # etcd 3.5.1 speaks nothing newer, and Milvus asks for 1.3 by default.
-                "tlsMinVersion": "1.2",
-            }
-        },
+        **etcd_over_tls(authority, of_milvus),
     }
     with ExitStack() as running:
         etcd = running.enter_context(
