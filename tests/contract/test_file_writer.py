@@ -25,7 +25,7 @@ from milvus_cdc.sink.files.store import LocalStore, MissingError, Store
 from milvus_cdc.sink.writer import Opening, SchemaChangeKind
 from milvuscdc.v1 import sink_file_pb2
 
-from tests.servers import S3Server, free_port
+from tests.servers import Authority, S3Server, free_port
 from tests.servers.s3 import KEY_ID, REGION, SECRET
 from tests.unit.sink.files.samples import (
     batch,
@@ -48,10 +48,10 @@ class Place:
     spec: sink_file_pb2.FileSink
     store: Store
 
-    def writer(self, **options: Any) -> FileWriter:
+    def writer(self, environ: dict[str, str] = ENVIRON, **options: Any) -> FileWriter:
         spec = sink_file_pb2.FileSink(**options)
         spec.MergeFrom(self.spec)
-        return FileWriter(spec, SecretResolver(env_prefix="TEST_", environ=ENVIRON))
+        return FileWriter(spec, SecretResolver(env_prefix="TEST_", environ=environ))
 
     def history(self) -> History:
         [found] = find_collections(self.store)
@@ -270,6 +270,43 @@ async def test_wrong_key(s3_server: S3Server) -> None:
         assert error.reason == "SINK_UNAUTHENTICATED"
         assert error.field == "sink.files.s3"
         assert SECRET not in str(error)
+
+
+async def test_a_key_that_is_known(s3_server: S3Server) -> None:
+    """Where one has to be, as a store of one's own or a cloud's wants it."""
+    place = s3_place(s3_server, s3_server.make_bucket())
+    known = s3_server.make_key()
+    s3_server.lock(True)
+    try:
+        writer = place.writer(environ={"TEST_KEY": known[0], "TEST_SECRET": known[1]})
+        await writer.open(TABLE, Opening.NEW, 1)
+        await writer.write(TABLE, batch(put(TABLE, plain([1]), 1)), 20)
+        await writer.close()
+        forged = place.writer(environ={"TEST_KEY": known[0], "TEST_SECRET": "wrong"})
+        failures = await s3_failures(forged)
+    finally:
+        s3_server.lock(False)
+    assert numbers(place.history()) == {1: 0}
+    assert {(e.reason, e.field) for e in failures if isinstance(e, UserError)} == {
+        ("SINK_UNAUTHENTICATED", "sink.files.s3")
+    }
+
+
+async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority, stranger = (Authority(tmp_path / name, name) for name in ("ours", "theirs"))
+    with S3Server(tmp_path, authority=authority) as server:
+        place = s3_place(server, server.make_bucket())
+        monkeypatch.setenv("SSL_CERT_FILE", str(stranger.ca_file))
+        for error in await s3_failures(place.writer()):
+            assert isinstance(error, UserError)
+            assert (error.reason, error.field) == ("TLS_SERVER_UNTRUSTED", "sink.files.s3.endpoint")
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority.ca_file))
+        writer = place.writer()
+        await writer.open(TABLE, Opening.NEW, 1)
+        await writer.write(TABLE, batch(put(TABLE, plain([1]), 1)), 20)
+        await writer.close()
+        trusting = s3_place(server, place.store.uri.split("/")[2])
+        assert numbers(trusting.history()) == {1: 0}
 
 
 async def test_nobody_there(s3_server: S3Server) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from confluent_kafka.admin import (
@@ -29,7 +30,7 @@ from tests.contract.kafka_samples import (
     spec_for,
     upserts,
 )
-from tests.servers import KafkaServer
+from tests.servers import Authority, KafkaServer
 from tests.servers.kafka_security import PASSWORD
 
 pytestmark = pytest.mark.kafka
@@ -224,4 +225,31 @@ async def test_login_by_token(
             with pytest.raises(CdcError) as failed:
                 await sink.probe()
             assert "invalid_client" in failed.value.message
+        await sink.close()
+
+
+async def test_mutual_tls(
+    broker: KafkaServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("milvus_cdc.sink.kafka.broker.REQUEST_SECONDS", 3.0)
+    known = broker.security
+    assert known is not None
+    stranger = Authority(tmp_path, "stranger").issue("client")
+    for certificate, key, right in (
+        (known.certificate_file, known.key_file, True),
+        (stranger.certificate, stranger.key, False),
+        ("", "", False),
+    ):
+        tls = sink_kafka_pb2.KafkaTls(
+            ca_file=str(known.ca_file), certificate_file=str(certificate), key_file=str(key)
+        )
+        security = sink_kafka_pb2.KafkaSecurity(tls=tls)
+        spec = spec_for(known.mutual_tls, security=security)
+        sink = KafkaWriter(spec, SecretResolver(env_prefix="TEST_"))
+        if right:
+            assert "Kafka cluster" in await sink.probe()
+        else:
+            with pytest.raises(UserError) as failed:
+                await sink.probe()
+            assert failed.value.reason == "SINK_AUTHENTICATION_FAILED"
         await sink.close()

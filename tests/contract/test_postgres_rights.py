@@ -27,7 +27,7 @@ from tests.contract.postgres_samples import (
     upto,
     write,
 )
-from tests.servers import free_port
+from tests.servers import Authority, Pair, free_port
 
 UPDATE = ChangeOp.UPDATE
 
@@ -196,3 +196,29 @@ async def test_tls(database: Database, certificates: Path) -> None:
         ):
             await writer.probe()
             await writer.close()
+
+
+async def test_mutual_tls(database: Database, tmp_path: Path) -> None:
+    authority, stranger = (Authority(tmp_path / name, name) for name in ("ours", "theirs"))
+    own = authority.server("postgres")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=authority.ca_file)
+    context.load_cert_chain(own.certificate, own.key)
+    context.verify_mode = ssl.CERT_REQUIRED
+    async with PostgresProxy(database.server.port, context) as proxy:
+
+        def showing(client: Pair | None) -> PostgresWriter:
+            tls = sink_postgres_pb2.PostgresTls(ca_file=str(authority.ca_file))
+            if client is not None:
+                tls.certificate_file, tls.key_file = str(client.certificate), str(client.key)
+            return database.writer(host="127.0.0.1", port=proxy.port, tls=tls)
+
+        writer, table = showing(authority.issue("replicator")), table_of()
+        assert "PostgreSQL" in await writer.probe()
+        await opened(writer, table)
+        await write(writer, table, put(table, plain(range(10)), op=UPDATE))
+        assert len(database.numbers()) == 10
+        await writer.close()
+        for wrong in (None, stranger.issue("replicator")):
+            error = await refused(showing(wrong))
+            assert isinstance(error, UserError)
+            assert (error.reason, error.field) == ("SINK_TLS_FAILED", "sink.postgres.tls")

@@ -114,5 +114,8 @@ def _alternative(host: str) -> x509.GeneralName:
 
 def _replace(path: Path, content: bytes) -> None:
     half = path.with_name(f"{path.name}.new")
+    half.unlink(missing_ok=True)
+    # For its owner alone: PostgreSQL's client takes no other key.
+    half.touch(mode=0o600)
     half.write_bytes(content)
     os.replace(half, path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -17,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import fastavro
 
+from tests.servers.certificates import Authority
 from tests.servers.ports import free_port
 
 _MEDIA_TYPE = "application/vnd.schemaregistry.v1+json"
@@ -31,9 +33,17 @@ class _Refused(Exception):
 class SchemaRegistryServer:
     """`with SchemaRegistryServer() as registry:`; `registry.url` is its address."""
 
-    def __init__(self, *, username: str = "", password: str = "") -> None:
+    def __init__(
+        self, *, username: str = "", password: str = "", authority: Authority | None = None
+    ) -> None:
+        """With an `authority` it speaks TLS."""
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'http' if authority is None else 'https'}://127.0.0.1:{self.port}"
+        self._tls: ssl.SSLContext | None = None
+        if authority is not None:
+            own = authority.server("registry")
+            self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            self._tls.load_cert_chain(own.certificate, own.key)
         self.compatibility = "BACKWARD"
         self.read_only = False
         """As a registry whose mode is READONLY."""
@@ -66,6 +76,8 @@ class SchemaRegistryServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self._server.daemon_threads = True
+        if self._tls is not None:
+            self._server.socket = self._tls.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
 

@@ -32,6 +32,7 @@ from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.sink.writer import SchemaChange, SchemaChangeKind
 from milvuscdc.v1 import format_pb2
 
+from tests.servers import Authority
 from tests.servers.registry import SchemaRegistryServer
 from tests.unit.format import tables
 from tests.unit.format.tables import T
@@ -453,6 +454,22 @@ async def test_login() -> None:
         await nobody.close()
         with pytest.raises(UserError):
             opened(server, password=password)
+
+
+async def test_tls(tmp_path: Path) -> None:
+    authority, stranger = (Authority(tmp_path / name, name) for name in ("ours", "theirs"))
+    with SchemaRegistryServer(authority=authority) as server:
+        for ca_file in (authority.ca_file, stranger.ca_file, ""):
+            format = AvroFormat(opened(server, ca_file=str(ca_file)))
+            if ca_file == authority.ca_file:
+                await format.prepare(OLD, "t")
+            else:
+                with pytest.raises(UserError) as raised:
+                    await format.prepare(OLD, "t")
+                assert raised.value.reason == "REGISTRY_CERTIFICATE"
+                assert raised.value.field == "sink.kafka.format.avro.registry.caFile"
+            await format.close()
+    assert server.subjects
 
 
 async def test_look_up_only(registry: SchemaRegistryServer) -> None:

@@ -37,7 +37,9 @@ _IDENTITY = {
     "InvalidToken",
     "RequestTimeTooSkewed",
 }
+_DISTRUST = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _ACCESS_FIELD = "sink.files.s3"
+_ENDPOINT_FIELD = "sink.files.s3.endpoint"
 NOT_EXCLUSIVE = (
     "NO_CONDITIONAL_PUT",
     "this store ignores `If-None-Match`, so two writers of one collection are kept apart by the "
@@ -242,6 +244,13 @@ def _s3_error(where: str, bucket: str, error: Exception) -> CdcError:
     code = found[1] if found else ""
     why = _WHY.search(text)
     shown = f"{where}: {code}: {why[1]}" if code and why else f"{where}: {_first_line(text)}"
+    if distrust := _DISTRUST.search(text):
+        return UserError(
+            "TLS_SERVER_UNTRUSTED",
+            f"{where}: its certificate is refused: {distrust[1]}; trust its authority on the "
+            "replicators' machines, or name a file of authorities in their SSL_CERT_FILE",
+            field=_ENDPOINT_FIELD,
+        )
     if code == "NoSuchBucket":
         return UserError(
             "BUCKET_MISSING", f"{shown}; create the bucket {bucket!r}", field=URI_FIELD
