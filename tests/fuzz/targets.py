@@ -187,7 +187,8 @@ def _examples(*names: str) -> list[bytes]:
 
 
 _TASKS = (
-    *("examples/task.yaml", "examples/task-secured-queue.yaml"),
+    *("examples/task.yaml", "deploy/examples/secure/task.yaml"),
+    "examples/task-secured-queue.yaml",
     *("deploy/examples/kafka.yaml", "deploy/examples/postgres.yaml"),
 )
 _CONTROLLERS = ("examples/controller.yaml", "deploy/examples/secure/controller.yaml")

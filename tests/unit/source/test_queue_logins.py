@@ -123,4 +123,5 @@ def test_tasks_with_other_logins_have_sources_of_their_own() -> None:
 
 
 def test_the_example_is_a_task() -> None:
-    check(parse_task((ROOT / "examples/task-secured-queue.yaml").read_text()))
+    for file in ("examples/task-secured-queue.yaml", "deploy/examples/secure/task.yaml"):
+        check(parse_task((ROOT / file).read_text()))
