@@ -154,7 +154,8 @@ class Connection:
                 field=field,
             ) from error
         except (nats.errors.Error, TimeoutError) as error:
-            if client.greeted or isinstance(error, nats.errors.NoServersError):
+            nobody = isinstance(error.__cause__ or error, nats.errors.NoServersError)
+            if client.greeted or nobody:
                 raise
             # It may as well be one that starts, or a proxy with nothing behind it.
             raise RetryableError(
