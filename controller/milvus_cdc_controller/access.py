@@ -13,13 +13,15 @@ import grpc
 from milvus_cdc.trust.authentication import Authenticator, Metadata
 from milvus_cdc.trust.caller import Caller, Role, heard
 from milvus_cdc.trust.guard import ADMINS, EVERYWHERE, OPERATORS, VIEWERS, Guard, Rule
+from milvus_cdc.trust.quotas import Quotas
 from milvus_cdc.trust.refusal import Refusal
 
 from milvus_cdc_controller.config import Config
 from milvus_cdc_controller.forwarding import CALLER, HOP, PEER
 
 _READS = Rule(VIEWERS)
-_WORKS = Rule(OPERATORS)
+_WATCHES = Rule(VIEWERS, streams=True)
+_WORKS = Rule(OPERATORS, streams=True)
 """Costs the servers much, or shows keys of rows; changes nothing."""
 _RUNS = Rule(OPERATORS, changes=True)
 _RULES = Rule(ADMINS, changes=True)
@@ -28,7 +30,7 @@ _RULES = Rule(ADMINS, changes=True)
 _TASKS = {
     "GetTask": _READS,
     "ListTasks": _READS,
-    "WatchTasks": _READS,
+    "WatchTasks": _WATCHES,
     "ListTaskCollections": _READS,
     "VerifyTask": _WORKS,
     "DiffTask": _WORKS,
@@ -45,7 +47,7 @@ _FLEET = {
     "ListControllers": _READS,
     "ListReplicators": _READS,
     "GetReplicator": _READS,
-    "WatchReplicators": _READS,
+    "WatchReplicators": _WATCHES,
     "ListAssignments": _READS,
     "ListHolds": _READS,
     "CordonReplicator": _RUNS,
@@ -60,7 +62,7 @@ METHODS: Mapping[str, Rule] = {
     **EVERYWHERE,
     **{f"/milvuscdc.v1.TaskService/{name}": rule for name, rule in _TASKS.items()},
     **{f"/milvuscdc.v1.FleetService/{name}": rule for name, rule in _FLEET.items()},
-    "/milvuscdc.v1.ReplicationService/Connect": Rule(frozenset((Role.REPLICATOR,))),
+    "/milvuscdc.v1.ReplicationService/Connect": Rule(frozenset((Role.REPLICATOR,)), streams=True),
 }
 """Every method that a controller serves."""
 
@@ -73,8 +75,8 @@ def authenticator(config: Config) -> Authenticator | None:
 class ControllerGuard(Guard):
     """Knows calls that another controller passes on."""
 
-    def __init__(self, who: Authenticator | None) -> None:
-        super().__init__(METHODS, who)
+    def __init__(self, who: Authenticator | None, quotas: Quotas | None = None) -> None:
+        super().__init__(METHODS, who, quotas)
         self._asks = who is not None
 
     def origin(self, metadata: Metadata, context: grpc.aio.ServicerContext[Any, Any]) -> str:

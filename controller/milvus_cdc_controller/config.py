@@ -12,6 +12,7 @@ from milvus_cdc.etcd import EtcdSecurity
 from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.tls import Fields, TlsFiles
 from milvus_cdc.trust import settings as trust
+from milvus_cdc.trust.quotas import Quotas
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
@@ -227,6 +228,16 @@ class LimitConfig(_Part):
     """Of replicators."""
     watches: Annotated[int, Field(ge=1, le=100_000)] = 1_000
     """Of tasks."""
+    tasks_per_principal: Annotated[int, Field(ge=1, le=1_000_000)] = 5_000
+    """Made by one; as are the next ones, where callers are asked who they are."""
+    streams_per_principal: Annotated[int, Field(ge=1, le=100_000)] = 500
+    """Of replicators, watches, comparisons and reflection together."""
+    calls_per_principal: Annotated[int, Field(ge=1, le=100_000)] = 200
+    """Under way at a time."""
+
+    @property
+    def quotas(self) -> Quotas:
+        return Quotas(self.calls_per_principal, self.streams_per_principal)
 
 
 class LogConfig(_Part):
@@ -252,6 +263,8 @@ class Config(_Part):
     log: LogConfig = LogConfig()
     tls: trust.ServerTls | None = None
     """Of what listens."""
+    metrics_tls: trust.MetricsTls | None = None
+    """Of the metrics; without it they are served in plaintext."""
     auth: trust.AuthSettings | None = None
     """Who may call; without it everybody who can connect."""
     insecure: bool = False
@@ -263,6 +276,11 @@ class Config(_Part):
     @property
     def advertised(self) -> str:
         return self.advertise or self.listen
+
+    @property
+    def scraped_with(self) -> trust.ServerTls | None:
+        """The files that the metrics are served with."""
+        return self.metrics_tls.files(self.tls) if self.metrics_tls is not None else None
 
     @property
     def silence_seconds(self) -> float:
@@ -282,10 +300,12 @@ class Config(_Part):
         return None
 
     def _fault_of_trust(self) -> tuple[str, str] | None:
-        fault = trust.fault(
-            self.listen, self.tls, self.auth, self.insecure, needs_callers=True
-        ) or trust.dialing_fault(
-            (self.advertised,), self.controller_tls, self.controller_token, self.insecure
+        fault = (
+            trust.fault(self.listen, self.tls, self.auth, self.insecure, needs_callers=True)
+            or trust.metrics_fault(self.metrics, self.metrics_tls, self.tls, self.insecure)
+            or trust.dialing_fault(
+                (self.advertised,), self.controller_tls, self.controller_token, self.insecure
+            )
         )
         if fault is not None:
             return fault

@@ -4,12 +4,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from wsgiref.simple_server import WSGIServer
 
 from milvus_cdc.model import tso_to_ms
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from milvus_cdc_controller.core.collection import CollectionState
 from milvus_cdc_controller.core.events import Instant
@@ -165,10 +163,6 @@ class Metrics:
             *(self.hold_backlog_entries, self.hold_backlog_bytes),
         ):
             gauge.clear()
-
-    def serve(self, host: str, port: int) -> tuple[WSGIServer, threading.Thread]:
-        """Raises OSError when the address is taken."""
-        return start_http_server(port, host, self.registry)
 
 
 def _note(

@@ -182,6 +182,7 @@ class Reign:
         controller = Controller(config.lease.leases, records)
         controller.world.warn_fraction = config.retention.warn_fraction
         controller.world.tasks_max = config.limits.tasks
+        controller.world.tasks_of_one_max = config.limits.tasks_per_principal
         controller.world.policy = config.placement.policy
         controller.world.inherited_ttl_ms = inherited_ms
         controller.world.check_every_ms = round(config.retention.check_seconds * 1000)

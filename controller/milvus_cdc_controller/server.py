@@ -9,7 +9,7 @@ import contextlib
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,9 +19,10 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
-from milvus_cdc.errors import RetryableError, UserError
+from milvus_cdc.errors import RetryableError
 from milvus_cdc.trust.dialing import Credentials
 from milvus_cdc.trust.listening import add_port
+from milvus_cdc.trust.scraping import Scraping
 
 from milvus_cdc_controller.access import ControllerGuard, authenticator
 from milvus_cdc_controller.catalogues import Connect, etcd_connector
@@ -83,21 +84,24 @@ class _Ear:
         self._metrics = metrics
         self._health = health_aio.HealthServicer()
         self._authenticator = authenticator(config)
-        guard = ControllerGuard(self._authenticator)
+        guard = ControllerGuard(self._authenticator, config.limits.quotas)
         self._server = grpc.aio.server(options=_OPTIONS, interceptors=(guard,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (*SERVICES, reflection.SERVICE_NAME, "grpc.health.v1.Health"), self._server
         )
         self._server.add_generic_rpc_handlers([front])
-        self._stop_exporter: Callable[[], None] = lambda: None
+        self._scraping: Scraping | None = None
         self._stopping = False
         self.port = add_port(self._server, config.listen, config.tls)
 
     async def open(self) -> None:
         if self._authenticator is not None:
             self._authenticator.start()
-        self._stop_exporter = _export(self._config, self._metrics)
+        if self._config.metrics is not None:
+            self._scraping = Scraping(
+                self._config.metrics, self._config.scraped_with, self._metrics.registry
+            )
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self.tell()
@@ -120,7 +124,8 @@ class _Ear:
         await self._server.stop(STOP_SECONDS)
         if self._authenticator is not None:
             await self._authenticator.close()
-        await asyncio.to_thread(self._stop_exporter)
+        if self._scraping is not None:
+            await asyncio.to_thread(self._scraping.close)
 
 
 @asynccontextmanager
@@ -309,23 +314,3 @@ def _member(address: str) -> Member:
         socket.gethostname(),
         time.time_ns() // 1_000_000,
     )
-
-
-def _export(config: Config, metrics: Metrics) -> Callable[[], None]:
-    """Serves the metrics, in a thread; what is returned ends it."""
-    if config.metrics is None:
-        return lambda: None
-    host, _, port = config.metrics.rpartition(":")
-    try:
-        exporter, thread = metrics.serve(host.strip("[]"), int(port))
-    except OSError as error:
-        raise UserError(
-            "ADDRESS_UNUSABLE", f"metrics: {config.metrics}: {error}", field="metrics"
-        ) from error
-
-    def stop() -> None:
-        exporter.shutdown()
-        exporter.server_close()
-        thread.join()
-
-    return stop

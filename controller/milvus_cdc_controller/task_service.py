@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import Message
 from milvus_cdc.errors import CdcError
 from milvus_cdc.model import Catalogue, Collection, ObjectState
+from milvus_cdc.trust import caller
 from milvuscdc.v1 import task_pb2
 from milvuscdc.v1 import task_service_pb2 as pb
 from milvuscdc.v1 import task_service_pb2_grpc as rpc
@@ -69,10 +70,19 @@ class TaskService(rpc.TaskServiceServicer):
         fingerprint = self._fingerprint(request.task)
         self._seals.seal_task(request.task, uid)  # nothing below holds a secret in clear
         spec = present.task_spec(request.task)
+        creator = caller.current().name
 
         def command(probed: bool, at: ev.Instant, call: int) -> ev.CreateTask:
             return ev.CreateTask(
-                at, call, uid, spec, request.request_id, fingerprint, probed, request.validate_only
+                at,
+                call,
+                uid,
+                spec,
+                request.request_id,
+                fingerprint,
+                probed,
+                request.validate_only,
+                creator,
             )
 
         world = self._loop.controller.world

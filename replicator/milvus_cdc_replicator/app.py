@@ -22,7 +22,7 @@ from milvus_cdc.secrets import SecretResolver
 from milvus_cdc.trust.authentication import Authenticator
 from milvus_cdc.trust.guard import EVERYWHERE, Guard
 from milvus_cdc.trust.listening import add_port
-from prometheus_client import start_http_server
+from milvus_cdc.trust.scraping import Scraping
 
 from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.session import Replicator, run_until
@@ -99,13 +99,7 @@ async def _serve(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    metrics_host, _, metrics_port = settings.metrics.rpartition(":")
-    try:
-        metrics_server, _ = start_http_server(int(metrics_port), metrics_host)
-    except OSError as error:
-        raise UserError(
-            "ADDRESS_IN_USE", f"metrics: cannot listen on {settings.metrics}: {error.strerror}"
-        ) from error
+    scraping = Scraping(settings.metrics, settings.scraped_with)
     authenticator = Authenticator(settings.auth) if settings.auth is not None else None
     server, health_servicer = await _health_server(settings, authenticator)
     connections = Connections(
@@ -130,7 +124,7 @@ async def _serve(settings: Settings) -> int:
         await server.stop(0.5)
         if authenticator is not None:
             await authenticator.close()
-        metrics_server.shutdown()
+        await asyncio.to_thread(scraping.close)
         log.info("replicator stopped")
     return 0
 

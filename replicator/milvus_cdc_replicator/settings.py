@@ -95,6 +95,8 @@ class Settings(_Strict):
     log: LogSettings = LogSettings()
     tls: trust.ServerTls | None = None
     """Of what listens."""
+    metrics_tls: trust.MetricsTls | None = None
+    """Of the metrics; without it they are served in plaintext."""
     auth: trust.AuthSettings | None = None
     """Who may ask for reflection; health is open."""
     insecure: bool = False
@@ -105,11 +107,18 @@ class Settings(_Strict):
 
     def fault(self) -> tuple[str, str] | None:
         """What does not fit together: the key to blame, and why."""
-        return trust.fault(
-            self.listen, self.tls, self.auth, self.insecure, needs_callers=False
-        ) or trust.dialing_fault(
-            self.controller, self.controller_tls, self.controller_token, self.insecure
+        return (
+            trust.fault(self.listen, self.tls, self.auth, self.insecure, needs_callers=False)
+            or trust.metrics_fault(self.metrics, self.metrics_tls, self.tls, self.insecure)
+            or trust.dialing_fault(
+                self.controller, self.controller_tls, self.controller_token, self.insecure
+            )
         )
+
+    @property
+    def scraped_with(self) -> trust.ServerTls | None:
+        """The files that the metrics are served with."""
+        return self.metrics_tls.files(self.tls) if self.metrics_tls is not None else None
 
     def limits(self) -> Limits:
         return Limits(

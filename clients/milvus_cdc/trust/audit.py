@@ -14,8 +14,11 @@ from milvus_cdc.trust.caller import Caller
 
 EVENT = "audit"
 REFUSALS_PER_SECOND = 20
-"""Strangers' calls that are written one by one; more of them are counted in a later line."""
+"""Of strangers, and of those who ask too much: written one by one; more of them are counted in a
+later line.
+"""
 CHARACTERS_MAX = 256
+_TOO_MUCH = "RESOURCE_EXHAUSTED"
 _NAMES = ("name", "parent", "replicator", "collection", "validate_only", "force")
 
 log: Any = structlog.wrap_logger(
@@ -44,12 +47,12 @@ class Audit:
     ) -> None:
         """`caller` None: nobody knows who it was. `passed_on`: the leader has a line, too."""
         more: dict[str, Any] = {}
-        if caller is None:
+        if caller is None or code == _TOO_MUCH:
             if not self._room():
                 return
             if self._left_out:
                 more["refused_before_without_a_line"], self._left_out = self._left_out, 0
-        else:
+        if caller is not None:
             more |= {"principal": caller.name, "by": caller.by or "nobody is asked"}
         if passed_on:
             more["passed_on"] = True

@@ -1,7 +1,7 @@
 """Lets a call through when its caller has one of the roles that its method is for.
 
 Laws: a method without a rule is for nobody; health alone is open; a stream ends when its caller
-would not be let in any more.
+would not be let in any more; nobody has more under way at a time than his share.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import grpc
 from milvus_cdc.trust.audit import Audit
 from milvus_cdc.trust.authentication import Authenticator, Metadata, names_of
 from milvus_cdc.trust.caller import ANYBODY, Caller, Role, enter
+from milvus_cdc.trust.quotas import Counted, Quotas
 from milvus_cdc.trust.refusal import Refusal, reason_of
 
 RECHECK_SECONDS = 10.0
@@ -37,6 +38,8 @@ class Rule:
     """Something: it gets a line in the audit log."""
     open: bool = False
     """For everybody."""
+    streams: bool = False
+    """In either direction. Who passes calls on sees each of them as a stream."""
 
 
 OPEN = Rule(frozenset(), open=True)
@@ -47,17 +50,25 @@ EVERYWHERE: Mapping[str, Rule] = {
     "/grpc.health.v1.Health/Check": OPEN,
     "/grpc.health.v1.Health/List": OPEN,
     "/grpc.health.v1.Health/Watch": OPEN,
-    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Rule(VIEWERS),
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Rule(VIEWERS, streams=True),
 }
 """What both services serve."""
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Before every method of a server. Without an authenticator everybody may do everything."""
+    """Before every method of a server. Without an authenticator everybody may do everything,
+    without quotas as much of it at a time as he likes.
+    """
 
-    def __init__(self, rules: Mapping[str, Rule], authenticator: Authenticator | None) -> None:
+    def __init__(
+        self,
+        rules: Mapping[str, Rule],
+        authenticator: Authenticator | None,
+        quotas: Quotas | None = None,
+    ) -> None:
         self._rules = rules
         self._authenticator = authenticator
+        self._counted = Counted(quotas) if quotas is not None else None
         self._audit = Audit()
 
     async def intercept_service(
@@ -123,10 +134,14 @@ class Guard(grpc.aio.ServerInterceptor):
         asked = None if streams else request
         recheck: asyncio.Task[None] | None = None
         ended: list[Refusal] = []
+        under_way = contextlib.ExitStack()
         try:
             try:
                 caller = await self.caller(metadata, context)
                 self._allow(method, rule, caller)
+                if self._counted is not None:
+                    lasting = streams if rule is None else rule.streams
+                    under_way.enter_context(self._counted.call(caller, lasting))
             except Refusal as refusal:
                 self._audit.call(caller, origin, method, asked, refusal.kind, refusal.reason)
                 await refusal.abort(context)
@@ -161,6 +176,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 code = "OK" if _code(context) == "UNKNOWN" else _code(context)
                 self._audit.call(caller, origin, method, asked, code, "", passed_on=passed_on)
         finally:
+            under_way.close()
             if recheck is not None:
                 recheck.cancel()
 

@@ -33,6 +33,32 @@ class ServerTls(_Part):
     client_ca_file: Path | None = None
 
 
+class MetricsTls(_Part):
+    """Of the page for Prometheus. Without a certificate of its own it is that of the service's
+    `tls`; with `client_ca_file` whoever reads it needs a certificate of these authorities.
+    """
+
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+    client_ca_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> MetricsTls:
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("needs both of certificateFile and keyFile, or none")
+        return self
+
+    def files(self, tls: ServerTls | None) -> ServerTls:
+        """With those of the service's `tls`, which must be there where this has none."""
+        own = self.certificate_file, self.key_file
+        certificate, key = (tls.certificate_file, tls.key_file) if tls and not own[0] else own
+        assert certificate is not None
+        assert key is not None
+        return ServerTls(
+            certificate_file=certificate, key_file=key, client_ca_file=self.client_ca_file
+        )
+
+
 class ClientTls(_Part):
     """PEM files; the system's authorities are trusted without `ca_file`."""
 
@@ -173,6 +199,23 @@ def fault(
             "tls.clientCaFile; or listen on 127.0.0.1; or say insecure: true"
         )
     return None
+
+
+def metrics_fault(
+    metrics: str | None, metrics_tls: MetricsTls | None, tls: ServerTls | None, insecure: bool
+) -> tuple[str, str] | None:
+    """A page for Prometheus that others can read on its way, or whose settings do not fit."""
+    if metrics_tls is not None and metrics is None:
+        return "metricsTls", "says nothing without metrics, the address that is listened on"
+    if metrics_tls is not None and metrics_tls.certificate_file is None and tls is None:
+        return "metricsTls.certificateFile", "is needed, with keyFile, because tls is not set"
+    if metrics is None or metrics_tls is not None or insecure or on_loopback(host_of(metrics)):
+        return None
+    return "metricsTls", (
+        f"is needed because metrics is {metrics}, which other machines can reach: "
+        "`metricsTls: {}` serves them with the certificate of tls; or listen on 127.0.0.1; or say "
+        "insecure: true"
+    )
 
 
 def dialing_fault(

@@ -46,6 +46,9 @@ def check_create(world: World, command: CreateTask) -> Refusal | None:
             "controller's configuration.",
             "task",
         )
+    refusal = _share(world, command.creator)
+    if refusal is not None:
+        return refusal
     if command.spec.name in world.uid_by_name:
         return Refusal(
             "ALREADY_EXISTS",
@@ -54,6 +57,22 @@ def check_create(world: World, command: CreateTask) -> Refusal | None:
             "task.name",
         )
     return check_names(world, command.spec, own_uid="")
+
+
+def _share(world: World, creator: str) -> Refusal | None:
+    """Refuses who has as many tasks already as one may have."""
+    most = world.tasks_of_one_max
+    if not creator or sum(task.creator == creator for task in world.tasks.values()) < most:
+        return None
+    limit = "limits.tasksPerPrincipal"
+    return Refusal(
+        "RESOURCE_EXHAUSTED",
+        "PRINCIPAL_LIMIT",
+        f"{creator} has made {most} of the tasks that are there; delete one, or raise {limit} in "
+        "the controller's configuration.",
+        "task",
+        (("limit", limit), ("principal", creator), ("most", str(most))),
+    )
 
 
 def check_names(world: World, spec: TaskSpec, own_uid: str) -> Refusal | None:

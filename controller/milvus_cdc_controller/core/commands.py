@@ -44,6 +44,7 @@ def create_task(world: World, command: CreateTask) -> None:
         state_time_ms=now,
         create_time_ms=now,
         update_time_ms=now,
+        creator=command.creator,
     )
     if not command.validate_only:
         world.put_task(task)

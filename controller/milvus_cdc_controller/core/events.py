@@ -53,6 +53,8 @@ class CreateTask(Command):
     fingerprint: str
     probed: bool
     validate_only: bool = False
+    creator: str = ""
+    """Empty where nobody is asked who he is."""
 
 
 @dataclass(frozen=True, slots=True)

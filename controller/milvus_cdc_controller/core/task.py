@@ -183,6 +183,8 @@ class TaskRecord:
     state_time_ms: int = 0
     create_time_ms: int = 0
     update_time_ms: int = 0
+    creator: str = ""
+    """The principal that made it; empty where nobody was asked who he is, and in older records."""
 
     @property
     def etag(self) -> str:

@@ -157,6 +157,8 @@ class World:
     warn_fraction: float = 0.2
     """Less than this part of a limit of the queue is a reason to warn."""
     tasks_max: int = 1_000_000
+    tasks_of_one_max: int = 1_000_000
+    """Made by one principal."""
     dirty: set[str] = field(default_factory=set)
     """Tasks whose assignments and state must be looked at in this step."""
     stirred: set[str] = field(default_factory=set)

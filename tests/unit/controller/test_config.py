@@ -156,3 +156,38 @@ def test_a_replicator_is_as_careful(tmp_path: Path, body: dict[str, Any], field:
     assert (refused.value.reason, refused.value.field) == ("CONFIG_INVALID", field)
     path.write_text(yaml.safe_dump({**body, "controllerToken": None, "insecure": True}))
     assert settings.load(path).insecure
+
+
+@pytest.mark.parametrize("service", ["controller", "replicator"])
+def test_metrics_beyond_loopback_need_tls_or_a_word(tmp_path: Path, service: str) -> None:
+    def read(**body: Any) -> config.Config | settings.Settings:
+        path = tmp_path / "service.yaml"
+        path.write_text(yaml.safe_dump(body))
+        return config.load(path) if service == "controller" else settings.load(path)
+
+    pair = {"certificateFile": "a.crt", "keyFile": "a.key"}
+    own = {"certificateFile": "b.crt", "keyFile": "b.key", "clientCaFile": "ca.pem"}
+    for body, field in (
+        ({"metrics": "0.0.0.0:7079"}, "metricsTls"),
+        ({"metrics": "cdc.internal:7079", "tls": pair}, "metricsTls"),
+        ({"metricsTls": {}}, "metricsTls.certificateFile"),
+        ({"metricsTls": {"keyFile": "a.key"}}, "metricsTls"),
+        ({"metricsTls": {"caFile": "ca.pem"}}, "metricsTls.caFile"),
+    ):
+        with pytest.raises(UserError) as refused:
+            read(**body)
+        assert (refused.value.reason, refused.value.field) == ("CONFIG_INVALID", field)
+    assert read(metrics="0.0.0.0:7079", insecure=True).scraped_with is None
+    assert read(tls=pair).scraped_with is None, "on loopback it stays as it was"
+    shared = read(metrics="0.0.0.0:7079", tls=pair, metricsTls={}).scraped_with
+    assert shared is not None
+    assert (shared.certificate_file, shared.client_ca_file) == (Path("a.crt"), None)
+    separate = read(metrics="0.0.0.0:7079", tls=pair, metricsTls=own).scraped_with
+    assert separate is not None
+    assert (separate.certificate_file, separate.client_ca_file) == (Path("b.crt"), Path("ca.pem"))
+
+
+def test_metrics_that_are_off_need_no_certificate(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, metrics=None, metricsTls={"certificateFile": "a", "keyFile": "b"})
+    assert refused.value.field == "metricsTls"
