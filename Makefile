@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # Test files run beside each other, each worker with servers of its own (3 GB); 0: one after the other.
 WORKERS ?= 2
-TYPED := $(wildcard tests examples benchmarks)
+TYPED := $(wildcard tests examples benchmarks) deploy/sbom.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo secure test check fmt protos protos-go check-protos bench soak fuzz sim clean
+.PHONY: help demo secure test check fmt protos protos-go check-protos bench soak fuzz sim sbom clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ fuzz: $(INSTALLED) ## a million mutated inputs for each decoder (ARGS='--target 
 
 sim: $(INSTALLED) ## both services in made-up worlds of virtual time (ARGS='--seed 7 --trace' for the story of one)
 	@$(BIN)/python -m tests.sim --seeds 10000 $(ARGS)
+
+sbom: $(INSTALLED) ## what is installed with milvus-cdc, in which versions: build/sbom.cdx.json (CycloneDX)
+	@$(BIN)/python deploy/sbom.py build/sbom.cdx.json
 
 clean: ## remove .venv and caches; servers unpacked for tests stay in ~/.cache/milvus-cdc
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
