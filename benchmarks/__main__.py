@@ -26,6 +26,7 @@ from benchmarks import (
     postgres,
     reconcile,
     steady,
+    trust,
 )
 from benchmarks.rig import Rig
 from benchmarks.rows import Table, drop
@@ -50,9 +51,10 @@ PARTS = (
     "kafka-sink",
     "files",
     "postgres",
+    "trust",
 )
-OF_NO_QUEUE = {"metadata", "reconcile", "assignments", "kafka-sink", "files", "postgres"}
-"""Parts that need no source's servers."""
+OF_NO_QUEUE = {"metadata", "reconcile", "assignments", "kafka-sink", "files", "postgres", "trust"}
+"""Parts that need no source's servers, or their own."""
 LAG_ROWS_PER_SECOND = 1_000
 IDLE_COLLECTIONS = 64
 LISTED_TASKS = 1_000
@@ -98,6 +100,11 @@ def _measure_all(options: argparse.Namespace, results: Results) -> None:
         _say(f"{many:,} assignments on {MANY_REPLICATORS} replicators")
         results.held = assignments.measure(many, MANY_REPLICATORS)
     _measure_row_sinks(options, results)
+    if "trust" in options.only:
+        _say("trust: knowing a caller")
+        results.checks = trust.check_costs()
+        _say("trust: starting etcd, a source, two sinks, services with and without TLS")
+        results.tls = trust.tls_cost("nats", _rows(options, trust.DIM), _say)
     for queue in options.queues if set(options.only) - OF_NO_QUEUE else ():
         if queue == "kafka" and (reason := kafka_unavailable_reason()):
             _say(f"kafka left out: {reason}")

@@ -126,7 +126,7 @@ def catch_up(
     the finished requests, which are not sent.
     """
     task = table.name.replace("_", "-")
-    drop(rig.stack.sink.uri, table.name)
+    rig.drop_at_sink(table.name)
     rig.fresh_replicator(*((discarding_program.__file__,) if discarding else ()))
     meter = Meter({**rig.services, **rig.servers})
     started = time.perf_counter()
@@ -135,7 +135,7 @@ def catch_up(
     cpu = meter.read()
     peak = peak_mib(rig.replicator.pid)
     rig.delete_task(task)
-    drop(rig.stack.sink.uri, table.name)
+    rig.drop_at_sink(table.name)
     return CatchUp(
         queue=rig.queue,
         dim=table.dim,
@@ -152,7 +152,7 @@ def catch_up(
 def crash(rig: Rig, table: Table, rows: int) -> Crash:
     """Kills the owner in mid-way while a second replicator stands by."""
     task = table.name.replace("_", "-") + "-crash"
-    drop(rig.stack.sink.uri, table.name)
+    rig.drop_at_sink(table.name)
     pair = (rig.fresh_replicator(), rig.spare_replicator())
     rig.create_task(task, [table.name])
 
@@ -178,7 +178,7 @@ def crash(rig: Rig, table: Table, rows: int) -> Crash:
     rig.check(task)
     kinds = written(second, task)
     rig.delete_task(task)
-    drop(rig.stack.sink.uri, table.name)
+    rig.drop_at_sink(table.name)
     return Crash(
         pause_seconds=began - killed,
         rate=curve.rate,

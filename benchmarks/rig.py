@@ -20,7 +20,9 @@ from typing import Self
 import grpc
 from milvuscdc.v1 import task_pb2, task_service_pb2, task_service_pb2_grpc
 
+from benchmarks.rows import drop
 from tests.servers import Stack
+from tests.servers.certificates import Authority
 from tests.servers.process import ManagedProcess
 from tests.servers.services import ControllerProcess, ReplicatorProcess
 
@@ -34,8 +36,12 @@ _WRITTEN = re.compile(
 class Rig:
     """One stack of servers with our two services; `with` starts and stops them."""
 
-    def __init__(self, queue: str, *, tick_ms: int = MILVUS_TICK_MS) -> None:
-        """`tick_ms`: how often both Milvus say how far time is (`proxy.timeTickInterval`)."""
+    def __init__(
+        self, queue: str, *, tick_ms: int = MILVUS_TICK_MS, etcd_beside: Authority | None = None
+    ) -> None:
+        """`tick_ms`: how often both Milvus say how far time is (`proxy.timeTickInterval`). With
+        `etcd_beside` etcd listens with mutual TLS, too.
+        """
         self.queue = queue
         self.tick_ms = tick_ms
         self.folder = Path(tempfile.mkdtemp(prefix="milvus-cdc-bench-"))
@@ -43,6 +49,7 @@ class Rig:
             self.folder / "servers",
             mq="kafka" if queue == "kafka" else "natsmq",
             settings={"proxy": {"timeTickInterval": tick_ms}},
+            etcd_beside=etcd_beside,
         )
         self.controller = ControllerProcess(self.folder / "controller")
         self.replicator = self._new_replicator()
@@ -86,6 +93,14 @@ class Rig:
 
     def create_task(self, name: str, collections: Sequence[str]) -> None:
         """Follows these collections of the default database from their beginning."""
+        request = task_service_pb2.CreateTaskRequest(task=self.task(name, collections))
+        self.tasks.CreateTask(request, timeout=30)
+
+    def drop_at_sink(self, name: str) -> None:
+        """Succeeds when there is no such collection."""
+        drop(self.stack.sink.uri, name)
+
+    def task(self, name: str, collections: Sequence[str]) -> task_pb2.Task:
         stack = self.stack
         source = task_pb2.Source(
             etcd=task_pb2.EtcdMetadata(
@@ -97,14 +112,13 @@ class Rig:
             source.kafka.brokers.append(stack.kafka.brokers)
         else:
             source.nats.url = stack.source.nats_url
-        task = task_pb2.Task(
+        return task_pb2.Task(
             name=f"tasks/{name}",
             source=source,
             sink=task_pb2.Sink(milvus=task_pb2.MilvusEndpoint(uri=stack.sink.uri)),
             selection=task_pb2.Selection(include=[f"default.{c}" for c in collections]),
             start=task_pb2.Start(earliest=task_pb2.Earliest()),
         )
-        self.tasks.CreateTask(task_service_pb2.CreateTaskRequest(task=task), timeout=30)
 
     def delete_task(self, name: str) -> None:
         """Returns when it is gone."""

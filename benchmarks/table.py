@@ -21,6 +21,7 @@ from benchmarks.metadata import Metadata
 from benchmarks.postgres import PostgresFigures
 from benchmarks.reconcile import Reconciled
 from benchmarks.steady import Steady
+from benchmarks.trust import FIRST_CHECK, TlsCost
 from benchmarks.usage import machine
 from benchmarks.writers import Direct
 
@@ -51,6 +52,8 @@ GOAL_KAFKA_RATIO = {AT_LEAST_ONCE: 0.5, EXACTLY_ONCE: 0.8}
 GOAL_FILES_RATE = 150_000
 GOAL_FILES_SIZE = 1.1
 GOAL_POSTGRES_RATIO = 0.7
+GOAL_TLS_RATIO = 0.85
+GOAL_CHECK_US = 50.0
 
 
 @dataclass(slots=True)
@@ -76,6 +79,9 @@ class Results:
     kafka_sink: list[KafkaFigures] = field(default_factory=list)
     files: list[FileFigures] = field(default_factory=list)
     postgres: list[PostgresFigures] = field(default_factory=list)
+    tls: TlsCost | None = None
+    checks: dict[str, float] = field(default_factory=dict)
+    """Microseconds of knowing a caller, by what he shows."""
 
     def ratio(self, run: CatchUp) -> float | None:
         """To plain pymilvus under the same conditions."""
@@ -241,6 +247,23 @@ class Results:
                 f"{_judged(look.calls_most, GOAL_RECONCILE_CALLS, 0)} calls each at most, "
                 f"{look.calls:.1f} on average",
                 f"< {GOAL_RECONCILE_SECONDS:.0f} s, {GOAL_RECONCILE_CALLS} calls",
+            )
+        if (cost := self.tls) is not None:
+            rates = [
+                " ".join(f"{run.rate:,.0f}" for run in runs) for runs in (cost.plain, cost.secured)
+            ]
+            table.add_row(
+                "catch-up with mutual TLS, to plaintext",
+                f"{_judged(cost.ratio, GOAL_TLS_RATIO, at_least=True)} of the pace "
+                f"({rates[1]} rows/s to {rates[0]}), {cost.cpu_ratio:.2f} of the replicator's CPU",
+                f">= {GOAL_TLS_RATIO}",
+            )
+        for what, microseconds in self.checks.items():
+            goal = None if what == FIRST_CHECK else GOAL_CHECK_US
+            table.add_row(
+                f"knowing a caller, {what}",
+                f"{_judged(microseconds, goal, 1)} µs a call",
+                "" if goal is None else f"< {goal:.0f} µs",
             )
         return table
 

@@ -32,10 +32,12 @@ class EtcdServer(ManagedProcess):
         authority: Authority | None = None,
         client_certificates: bool = False,
         options: Mapping[str, str] | None = None,
+        beside: Authority | None = None,
     ) -> None:
         """`peers`: of a cluster, the peer ports of all members by name, this one's too. With an
         `authority` it speaks TLS, and with `client_certificates` it wants them of its clients;
-        `options` are further ones of its command line.
+        `options` are further ones of its command line. With `beside` it listens with mutual TLS at
+        `secured_endpoint`, too, beside plaintext.
         """
         client = free_port()
         peers = peers or {name: free_port()}
@@ -68,13 +70,20 @@ class EtcdServer(ManagedProcess):
                 flags |= {"--client-cert-auth": "true", "--trusted-ca-file": authority.ca_file}
             self._tls = ssl.create_default_context(cafile=authority.ca_file)
             self._tls.load_cert_chain(asking.certificate, asking.key)
+        secured = [free_port()] if beside is not None else []
+        self.secured_endpoint = f"127.0.0.1:{secured[0]}" if secured else ""
+        if beside is not None:
+            own = beside.server(name)
+            flags["--listen-client-urls"] = f"{self.url},https://{self.secured_endpoint}"
+            flags |= {"--cert-file": own.certificate, "--key-file": own.key}
+            flags |= {"--client-cert-auth": "true", "--trusted-ca-file": beside.ca_file}
         # kill -9 keeps the page cache; only a machine's crash would miss the syncs.
         argv = [
             str(_binary()),
             *(f"{flag}={value}" for flag, value in flags.items()),
             "--unsafe-no-fsync",
         ]
-        super().__init__(name, argv, folder, ports=(client, peer), ready=self._healthy)
+        super().__init__(name, argv, folder, ports=(client, peer, *secured), ready=self._healthy)
 
     def _healthy(self) -> bool:
         with self._open(f"{self.url}/health") as answer:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypedDict
 
+from tests.servers.certificates import Authority
 from tests.servers.etcd import EtcdServer
 from tests.servers.kafka import KafkaServer
 from tests.servers.milvus import MilvusServer
@@ -47,14 +48,16 @@ class Stack:
         mq: SourceQueue = "natsmq",
         settings: Mapping[str, object] | None = None,
         sink: MilvusServer | None = None,
+        etcd_beside: Authority | None = None,
     ) -> None:
         """`settings` is laid over milvus.yaml of both servers. `sink`: another one's, which runs
         and goes on; without it the stack has its own. RuntimeError when no broker of `mq` can run
-        here. On Pulsar nothing is retained until a test says so.
+        here. On Pulsar nothing is retained until a test says so. With `etcd_beside` etcd listens
+        with mutual TLS beside plaintext.
         """
         self.folder = folder
         self.mq = mq
-        self.etcd = EtcdServer(folder / "etcd")
+        self.etcd = EtcdServer(folder / "etcd", beside=etcd_beside)
         self.kafka: KafkaServer | None = None
         if mq == "kafka":
             # As Milvus' own chart has it: an insert may be larger than a broker's default.
