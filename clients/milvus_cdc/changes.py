@@ -5,9 +5,11 @@ Law: columns pass as they are; keys are read when somebody asks for them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
-from milvus_cdc.codec.columns import field_id, key_values
+from milvus_cdc.codec.columns import field_id, key_values, select_rows
 from milvus_cdc.codec.messages import Delete, DropCollection, DropPartition, Insert, Keys, Message
 from milvus_cdc.errors import BugError
 from milvus_cdc.order.ops import Key, LogOp, Rank
@@ -23,7 +25,7 @@ def op_of(
     """
     match message:
         case Insert():
-            return LogOp(
+            made = LogOp(
                 rank=Rank.INSERT,
                 ts=message.ts,
                 order=order,
@@ -38,7 +40,7 @@ def op_of(
             )
         case Delete():
             delete = message if message.vchannel else replace(message, vchannel=vchannel)
-            return LogOp(
+            made = LogOp(
                 rank=Rank.DELETE,
                 ts=delete.ts,
                 order=order,
@@ -72,6 +74,44 @@ def op_of(
             )
         case _:
             return None
+    made.restrict = partial(_of_keys, made, key_field_id)
+    return made
+
+
+def part_of(op: LogOp, rows: Sequence[int], key_field_id: int) -> LogOp:
+    """Some rows or keys of an operation that `op_of` made, by their indexes, as one of its own."""
+    message: Insert | Delete = op.payload
+    size = op.size * len(rows) // max(1, op.rows)
+    part: Insert | Delete
+    if isinstance(message, Delete):
+        keys = message.keys
+        chosen = tuple(keys[r] for r in rows) if isinstance(keys, tuple) else keys[list(rows)]
+        part = replace(message, keys=chosen, size=size)
+    else:
+        columns = tuple(select_rows(column, rows) for column in message.columns)
+        part = replace(message, columns=columns, num_rows=len(rows), size=size)
+    made = replace(
+        op,
+        payload=part,
+        size=size,
+        rows=len(rows),
+        load_keys=lambda: frozenset(as_list(keys_of(part, key_field_id))),
+        batch=None,
+        paired=[],
+        _keys=None,
+    )
+    made.restrict = partial(_of_keys, made, key_field_id)
+    return made
+
+
+def _of_keys(op: LogOp, key_field_id: int, wanted: frozenset[Key]) -> LogOp:
+    keys = as_list(keys_of(op.payload, key_field_id))
+    return part_of(op, [row for row, key in enumerate(keys) if key in wanted], key_field_id)
+
+
+def keys_of(message: Insert | Delete, key_field_id: int) -> Keys:
+    """Of its rows, or the ones it deletes. Raises BugError KEY_COLUMN_MISSING."""
+    return message.keys if isinstance(message, Delete) else row_keys(message, key_field_id)
 
 
 def changes_of(op: LogOp) -> Changes:

@@ -223,6 +223,7 @@ class Intake:
         if hub is None:
             return  # reading has begun anew elsewhere, or has ended
         lane = self._core.lanes[subscription.vchannel]
+        late = lane.late
         for item in items:
             message = item.message
             if isinstance(message, Tick):
@@ -235,6 +236,13 @@ class Intake:
                     lane.add(op)
             if lane.wants_reread:
                 break
+        if lane.late > late:
+            log.info(
+                "messages behind a tick that covers them",
+                vchannel=lane.vchannel,
+                messages=lane.late - late,
+                tick=lane.released_ts,
+            )
         if (position := lane.take_reread()) is not None:
             self._unsubscribe(hub, subscription)
             self._subscribe(hub, lane, position)

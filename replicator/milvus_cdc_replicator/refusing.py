@@ -7,11 +7,9 @@ durable; a write that is begun again may write its letter again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from milvus_cdc.changes import as_list, row_keys
-from milvus_cdc.codec.columns import select_rows
-from milvus_cdc.codec.messages import Delete, Insert
+from milvus_cdc.changes import as_list, part_of, row_keys
+from milvus_cdc.codec.messages import Insert
 from milvus_cdc.errors import RowRefusedError
 from milvus_cdc.order.ops import Key, LogOp
 
@@ -55,10 +53,10 @@ class Refusing:
             if at not in out:
                 rest.append(op)
                 continue
-            taken += [self._part(op, [row]) for row in sorted(out[at])]
+            taken += [part_of(op, [row], self._key_field_id) for row in sorted(out[at])]
             kept = [row for row in range(op.rows) if row not in out[at]]
             if kept:
-                rest.append(self._part(op, kept))
+                rest.append(part_of(op, kept, self._key_field_id))
         rest.marks.update(write.marks)
         return rest, taken
 
@@ -70,8 +68,8 @@ class Refusing:
             if left >= op.rows:
                 first.append(op)
             elif left > 0:
-                first.append(self._part(op, range(left)))
-                second.append(self._part(op, range(left, op.rows)))
+                first.append(part_of(op, range(left), self._key_field_id))
+                second.append(part_of(op, range(left, op.rows), self._key_field_id))
             else:
                 second.append(op)
             left -= min(left, op.rows)
@@ -89,33 +87,6 @@ class Refusing:
                 if key in keys:
                     return [(at, len(keys) - 1 - keys[::-1].index(key))]
         return []
-
-    def _part(self, op: LogOp, rows: Sequence[int]) -> LogOp:
-        message = op.payload
-        size = op.size * len(rows) // max(1, op.rows)
-        part: Insert | Delete
-        if isinstance(message, Delete):
-            keys = message.keys
-            chosen = tuple(keys[r] for r in rows) if isinstance(keys, tuple) else keys[list(rows)]
-            part = replace(message, keys=chosen, size=size)
-        else:
-            columns = tuple(select_rows(column, rows) for column in message.columns)
-            part = replace(message, columns=columns, num_rows=len(rows), size=size)
-        return replace(
-            op,
-            payload=part,
-            size=size,
-            rows=len(rows),
-            load_keys=lambda: frozenset(self._keys(part)),
-            batch=None,
-            paired=[],
-            _keys=None,
-        )
-
-    def _keys(self, message: Insert | Delete) -> list[Key]:
-        if isinstance(message, Delete):
-            return as_list(message.keys)
-        return as_list(row_keys(message, self._key_field_id))
 
 
 def _like(write: Write) -> Write:

@@ -6,13 +6,17 @@ timestamp, deletes before inserts at an equal timestamp, log order for the rest 
 from what was merely read: `resolved_ts` is a tick all of whose messages are durable, `read_from`
 the oldest message beyond it, which may lie before the tick in the log. What waits for its tick
 can be forgotten; once the tick is known it is read again in portions, each released as if its end
-were a tick.
+were a tick. What comes behind a tick that covers it (`late`) is read again with what it belongs
+before. So the log says what is done, not timestamps alone: up to the first tick at or beyond the
+checkpoint, what is no newer than the checkpoint.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
+from milvus_cdc.order.late import Correction, History
 from milvus_cdc.order.ops import Key, LogOp, Mark, Rank, TickBatch
 from milvus_cdc.order.survey import Portion, Survey
 
@@ -57,7 +61,11 @@ class Lane:
         self.taken_from = read_from
         """At or before the first message that is still staged or not yet released."""
         self.duplicates = 0
+        self.late = 0
+        """Messages that came behind a tick that covers them."""
         self._start_ts = resolved_ts
+        self._started = False
+        """The tick of the start was passed: what comes now was not seen before."""
         self._buffer: list[LogOp] = []
         self._batches: deque[TickBatch] = deque()
         self._seen: dict[tuple[int, int, int], LogOp] = {}
@@ -66,21 +74,47 @@ class Lane:
         self._portions: deque[Portion] = deque()
         """Still to be read again."""
         self._reread_from: bytes | None = None
+        self._history = History(resolved_ts, read_from)
+        self._released_from = read_from
+        """At or before everything that is not released."""
+        self._late: list[LogOp] = []
+        """Among the buffered."""
+        self._late_orders: set[int] = set()
+        """Where late ones are in the log, since the last tick."""
+        self._late_from = 0
+        """The lowest timestamp of late ones since the last tick; 0 = none."""
+        self._correction: Correction | None = None
 
     def add(self, op: LogOp) -> bool:
         """Buffers one message; False when it is not news (before the checkpoint, or a producer's
         retry).
         """
-        if self.ended or op.ts <= self._start_ts or self._reread_from is not None:
+        if self.ended or self._reread_from is not None:
             return False
+        if self._portions:
+            return self._add_again(op)
+        if not self._started and op.ts <= self._start_ts:
+            return False
+        late = self._started and op.ts <= self.released_ts
         if self._survey is not None:
             self._survey.add(op.ts, op.order, op.size, op.position)
             self.buffered_bytes = self._survey.held_bytes
-            return True
-        if not self._portions:
-            return self._keep(op)
+        elif not self._keep(op):
+            return False
+        elif late:
+            self._late.append(op)
+        if late:
+            self.late += 1
+            self._late_orders.add(op.order)
+            self._late_from = min(self._late_from or op.ts, op.ts)
+        return True
+
+    def _add_again(self, op: LogOp) -> bool:
         portion = self._portions[0]
-        kept = op.ts <= portion.until_ts and self._keep(op)
+        kept = False
+        if self._start_ts < op.ts <= portion.until_ts:
+            wanted = op if self._correction is None else self._correction.part_of(op)
+            kept = wanted is not None and self._keep(wanted)
         if op.order >= portion.last_order:
             self._release_portion()
         return kept
@@ -101,22 +135,55 @@ class Lane:
         """Releases everything at or below `ts`; True when something was released or the frontier
         moved.
         """
-        if self.ended or ts <= self.released_ts or self.rereading:
+        if self.ended or self.rereading:
+            return False
+        self._started = self._started or ts >= self._start_ts
+        if ts <= self.released_ts:
             return False  # ticks may repeat; they never announce something new then
-        if self._survey is None:
+        if self._survey is None and not self._late:
             self._release(ts, position)
             return True
-        portions = self._survey.portions(ts, position, self._portion_bytes)
+        portions = self._places(ts, position)
         if not portions:
+            assert self._survey is not None
             self.released_ts = ts
             self._push(TickBatch(ts, self._survey.start, 0))
             return True
-        self._survey = None
-        self.buffered_bytes = 0
         self._start_ts = self.released_ts
+        self._started = False
+        if self._late_from:
+            self._correct(portions)
+        self._survey = None
+        self._buffer = []
+        self._seen = {}
+        self.buffered_bytes = 0
         self._portions.extend(portions)
         self._reread_from = portions[0].start
         return True
+
+    def _places(self, ts: int, position: bytes) -> list[Portion]:
+        """Of what this tick covers."""
+        if self._survey is not None:
+            until = self.released_ts if self._late_from else 0
+            return self._survey.portions(ts, position, self._portion_bytes, until)
+        due = max((op for op in self._buffer if op.ts <= ts), key=_log_order)
+        beyond = min((op for op in self._buffer if op.ts > ts), key=_log_order, default=None)
+        read_from = position if beyond is None else beyond.position
+        return [Portion(ts, self._released_from, due.order, read_from)]
+
+    def _correct(self, portions: list[Portion]) -> None:
+        """Reading begins where the oldest of the late messages belongs."""
+        forgotten = self._survey is not None
+        keys = [op.keys() for op in self._late if op.rank is not Rank.MARKER]
+        self._correction = Correction(
+            self.released_ts,
+            None if forgotten else frozenset[Key]().union(*keys),
+            frozenset(self._late_orders),
+        )
+        start = self._history.before(self._late_from)
+        portions[0] = replace(portions[0], start=start)
+        self._start_ts = self._late_from - 1
+        self._late, self._late_orders, self._late_from = [], set(), 0
 
     def forget(self, portion_bytes: int) -> None:
         """Gives up the payloads of what waits for its tick; see `take_reread`. Between ticks only
@@ -127,6 +194,7 @@ class Lane:
         for op in self._buffer:
             self._survey.add(op.ts, op.order, op.size, op.position)
         self._buffer = []
+        self._late = []
         self._seen = {}
         self._portion_bytes = portion_bytes
         self.buffered_bytes = self._survey.held_bytes
@@ -166,20 +234,23 @@ class Lane:
             self._reread_from = self._portions[0].start if self._portions else portion.read_from
 
     def _release(self, ts: int, position: bytes) -> None:
-        self.released_ts = ts
-        if not self._buffer:
-            self._push(TickBatch(ts, position, 0))
-            return
+        correction, self._correction = self._correction, None
         due = [op for op in self._buffer if op.ts <= ts]
         if len(due) == len(self._buffer):
             self._buffer = []
         else:
             self._buffer = [op for op in self._buffer if op.ts > ts]
         self._seen = {(op.msg_id, op.ts, op.rank): op for op in self._buffer if op.msg_id}
-        read_from = min(self._buffer, key=_log_order).position if self._buffer else position
-        batch = TickBatch(ts, read_from, 0)
+        oldest = min(self._buffer, key=_log_order) if self._buffer else None
+        self.released_ts = ts
+        self._released_from = position if oldest is None else oldest.position
+        self._history.add(ts, self._released_from)
+        batch = TickBatch(ts, self._released_from, 0, whole=correction is not None)
         due.sort(key=_apply_order)
-        for op in _pair_upserts(due):
+        ops = _pair_upserts(due)
+        if correction is not None:
+            ops = correction.states(ops)
+        for op in ops:
             op.batch = batch
             batch.outstanding += 1
             self.staged.append(op)
@@ -200,6 +271,8 @@ class Lane:
         if resolved_ts > self.resolved_ts:
             self.read_from = self.taken_from = read_from
             self.resolved_ts = self.released_ts = self._start_ts = resolved_ts
+            self._released_from = read_from
+            self._history = History(resolved_ts, read_from)
 
     def take(self) -> LogOp:
         """The next staged operation leaves."""
@@ -218,6 +291,8 @@ class Lane:
         following = self.staged[0] if self.staged else None
         if following is None or following.batch is not batch:
             return Mark(self.vchannel, batch.read_from, batch.ts)
+        if batch.whole:
+            return None
         if following.ts > op.ts:
             return Mark(self.vchannel, self.taken_from, op.ts)
         # A drop waits for everything before it, and must be read again should this owner end.

@@ -44,11 +44,13 @@ class LogOp:
     msg_id: int = 0
     drops_collection: bool = False
     load_keys: Callable[[], frozenset[Key]] | None = None
+    restrict: Callable[[frozenset[Key]], LogOp] | None = None
+    """The same of these keys' rows alone."""
     batch: TickBatch | None = None
     paired: list[LogOp] = field(default_factory=list)
     """Deletes of the same source upsert: durable when this operation is."""
     replaces: bool = False
-    """The insert half of a source upsert."""
+    """The insert half of a source upsert, or a row that may be there already."""
     _keys: frozenset[Key] | None = None
 
     def keys(self) -> frozenset[Key]:
@@ -65,6 +67,8 @@ class TickBatch:
     ts: int
     read_from: bytes
     outstanding: int
+    whole: bool = False
+    """No place inside of it may be a checkpoint: it goes back behind ones before."""
 
 
 @dataclass(frozen=True, slots=True)

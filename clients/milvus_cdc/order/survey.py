@@ -58,16 +58,21 @@ class Survey:
         """Position of the first message."""
         return self._marks[0][1]
 
-    def portions(self, tick_ts: int, tick_position: bytes, most_bytes: int) -> list[Portion]:
+    def portions(
+        self, tick_ts: int, tick_position: bytes, most_bytes: int, late_ts: int = 0
+    ) -> list[Portion]:
         """Everything at or below the tick, in timestamp order, about `most_bytes` each; more only
-        where a single timestamp has more.
+        where a single timestamp has more. What is at or below `late_ts`, if anything, is the first.
         """
         ts, orders, sizes = self._ts, self._orders, self._sizes
         by_ts = sorted(range(len(ts)), key=ts.__getitem__)
         due = [at for at in by_ts if ts[at] <= tick_ts]
         groups: list[list[int]] = []
         held = 0
-        group_at = 0
+        group_at = sum(ts[at] <= late_ts for at in due)
+        if group_at:
+            groups.append(due[:group_at])
+            held = most_bytes
         while group_at < len(due):
             end = group_at + 1
             while end < len(due) and ts[due[end]] == ts[due[group_at]]:

@@ -315,7 +315,8 @@ class AssignmentCore:
                 self._leave_out(lane)
                 self.left_out = True
                 continue
-            if op.ts <= self.written_until.get(lane.vchannel, 0):
+            corrects = op.batch is not None and op.batch.whole
+            if op.ts <= self.written_until.get(lane.vchannel, 0) and not corrects:
                 if self.tally is not None and self._is_there(op):
                     self._remember(lane, op, self._partition_name(op))
                 self._leave_out(lane)

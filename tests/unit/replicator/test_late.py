@@ -1,0 +1,206 @@
+"""Messages behind a tick that covers them take effect by their timestamps, whoever takes over."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from functools import partial
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from milvus_cdc.order.lane import Lane
+from milvus_cdc.order.late import STEP, History
+from milvus_cdc.order.ops import Key, LogOp, Rank
+
+from tests.unit.replicator.test_assignment_crashes import position
+
+TICK_EVERY = 30
+FAR = 2**62
+
+
+@dataclass(frozen=True)
+class Said:
+    """One message of the log; `rank` None = a tick."""
+
+    ts: int
+    rank: Rank | None = None
+    keys: tuple[int, ...] = ()
+    number: int = 0
+    """Of the request, and the value that it writes."""
+
+
+def op_of(said: Said, at: int) -> LogOp:
+    assert said.rank is not None
+    made = LogOp(
+        said.rank,
+        said.ts,
+        at,
+        position(at),
+        said,
+        size=10,
+        rows=len(said.keys),
+        load_keys=partial(frozenset, said.keys),
+        msg_id=said.number,
+    )
+
+    def restrict(keys: frozenset[Key]) -> LogOp:
+        return op_of(replace(said, keys=tuple(k for k in said.keys if k in keys)), at)
+
+    made.restrict = restrict
+    return made
+
+
+def make_log(rng: random.Random, requests: int, *, in_order: bool) -> list[Said]:
+    """Upserts write their insert first, then their delete, as Milvus does. `in_order`: what is said
+    of a key stands in the order of time, as with any client that waits for its answers.
+    """
+    said: list[tuple[float, Said]] = []
+    alive: list[int] = []
+    last: dict[int, float] = {}
+    new = 0
+    for number in range(1, requests + 1):
+        ts = number * 10
+        kind = rng.choice(("insert", "upsert", "upsert", "delete")) if alive else "insert"
+        if kind == "insert":
+            keys = tuple(range(new, new := new + rng.randint(1, 3)))
+            alive.extend(keys)
+        else:
+            keys = tuple(rng.sample(alive, min(len(alive), rng.randint(1, 4))))
+        if kind == "delete":
+            alive = [key for key in alive if key not in keys]
+        ranks = {"insert": [Rank.INSERT], "upsert": [Rank.INSERT, Rank.DELETE]}
+        place = float(ts)
+        for rank in ranks.get(kind, [Rank.DELETE]):
+            if rng.random() < 0.4:
+                place += rng.choice((0, 5, 35, 90))
+            if in_order:
+                place = max([place, *(last.get(key, 0) for key in keys)])
+            place += 0.001
+            last.update(dict.fromkeys(keys, place))
+            said.append((place, Said(ts, rank, keys, number)))
+    end = int(max(place for place, _ in said)) + 2 * TICK_EVERY
+    said += [(t + 0.5, Said(t)) for t in range(TICK_EVERY, end, TICK_EVERY)]
+    return [each for _, each in sorted(said, key=lambda pair: pair[0])]
+
+
+def truth(log: list[Said]) -> dict[int, list[int]]:
+    """As Milvus has it: a delete removes what is older than itself, wherever it stands."""
+    rows: dict[int, list[int]] = {}
+    for said in log:
+        for key in said.keys if said.rank is Rank.INSERT else ():
+            gone = (d.ts for d in log if d.rank is Rank.DELETE and key in d.keys)
+            if not any(ts > said.ts for ts in gone):
+                rows.setdefault(key, []).append(said.number)
+    return rows
+
+
+class Sink:
+    """Does one after the other, and stores a key twice where it is inserted twice."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, list[int]] = {}
+
+    def take(self, op: LogOp, upsert_until_ts: int) -> None:
+        for key in op.payload.keys:
+            if op.rank is Rank.DELETE:
+                self.rows.pop(key, None)
+            elif op.replaces or op.ts <= upsert_until_ts:
+                self.rows[key] = [op.payload.number]
+            else:
+                self.rows.setdefault(key, []).append(op.payload.number)
+
+
+class Owner:
+    def __init__(self, read_from: bytes, resolved_ts: int, horizon_ts: int) -> None:
+        self.lane = Lane(
+            "v",
+            "p",
+            read_from=read_from,
+            resolved_ts=resolved_ts,
+            horizon_ts=horizon_ts,
+            closed=False,
+        )
+        self.at = int.from_bytes(read_from, "little")
+        self.unfinished: list[LogOp] = []
+
+    def step(self, log: list[Said], sink: Sink, rng: random.Random, *, forget: bool) -> None:
+        said = log[self.at]
+        if said.rank is None:
+            self.lane.tick(said.ts, position(self.at))
+        else:
+            self.lane.add(op_of(said, self.at))
+        self.at += 1
+        if forget and self.lane.may_forget and rng.random() < 0.3:
+            self.lane.forget(25)
+        if (again := self.lane.take_reread()) is not None:
+            self.at = int.from_bytes(again, "little")
+        while self.lane.staged:
+            op = self.lane.take()
+            sink.take(op, self.lane.upsert_until_ts)
+            self.unfinished.append(op)
+        while self.unfinished and rng.random() < 0.7:
+            self.lane.durable(self.unfinished.pop(0))
+
+
+def halves_apart(log: list[Said], resolved_ts: int, at: int) -> bool:
+    """A checkpoint here would stand between the two halves of one upsert, one of them late."""
+    tick = next(n for n, s in enumerate(log) if s.rank is None and s.ts >= resolved_ts)
+    before = {s.number for s in log[:tick] if s.ts <= resolved_ts}
+    return bool(resolved_ts) and any(s.number in before and s.keys for s in log[tick:])
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    requests=st.integers(1, 40),
+    forget=st.booleans(),
+    in_order=st.booleans(),
+)
+def test_the_sink_ends_as_the_source(
+    seed: int, requests: int, forget: bool, in_order: bool
+) -> None:
+    rng = random.Random(seed)
+    log = make_log(rng, requests, in_order=in_order)
+    sink, owner = Sink(), Owner(position(0), 0, 0)
+    while owner.at < len(log):
+        owner.step(log, sink, rng, forget=forget)
+    want = truth(log)
+    if not in_order:  # a source may double a key then, which a sink that replaces does not
+        sink.rows = {key: [max(values)] for key, values in sink.rows.items()}
+        want = {key: [max(values)] for key, values in want.items()}
+    assert sink.rows == want
+
+
+@settings(max_examples=400, deadline=None)
+@given(seed=st.integers(0, 2**32), requests=st.integers(1, 40), forget=st.booleans())
+def test_whoever_takes_over(seed: int, requests: int, forget: bool) -> None:
+    rng = random.Random(seed)
+    log = make_log(rng, requests, in_order=True)
+    sink, owner = Sink(), Owner(position(0), 0, 0)
+    written_ts = 0
+    while owner.at < len(log):
+        owner.step(log, sink, rng, forget=forget)
+        written_ts = max(written_ts, owner.lane.released_ts)
+        resolved_ts = owner.lane.resolved_ts
+        if rng.random() < 0.05 and not halves_apart(log, resolved_ts, owner.at):
+            owner = Owner(owner.lane.read_from, resolved_ts, written_ts)
+    assert sink.rows == truth(log)
+
+
+def test_no_late_message_is_counted_where_ticks_keep_their_word() -> None:
+    log = [each for each in make_log(random.Random(1), 40, in_order=True)]
+    log.sort(key=lambda each: (each.ts, each.rank is None))
+    owner = Owner(position(0), 0, 0)
+    while owner.at < len(log):
+        owner.step(log, Sink(), random.Random(1), forget=True)
+    assert owner.lane.late == 0
+
+
+def test_places_to_begin_at() -> None:
+    history = History(0, b"start")
+    for second in range(1, 300):
+        history.add(second * STEP, b"%d" % second)
+        history.add(second * STEP + STEP // 2, b"too near")
+    assert history.before(299 * STEP) == b"298"
+    assert history.before(250 * STEP + 1) == b"250"
+    assert history.before(5) == b"180"
