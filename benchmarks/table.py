@@ -255,7 +255,8 @@ class Results:
             table.add_row(
                 "catch-up with mutual TLS, to plaintext",
                 f"{_judged(cost.ratio, GOAL_TLS_RATIO, at_least=True)} of the pace "
-                f"({rates[1]} rows/s to {rates[0]}), {cost.cpu_ratio:.2f} of the replicator's CPU",
+                f"({rates[1]} rows/s to {rates[0]}), {cost.cpu_ratio:.2f} of the replicator's "
+                f"CPU, {cost.whole_cpu_ratio:.2f} of that of source, replicator and sink",
                 f">= {GOAL_TLS_RATIO}",
             )
         for what, microseconds in self.checks.items():
