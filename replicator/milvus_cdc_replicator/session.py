@@ -40,7 +40,8 @@ from milvus_cdc_replicator.telling import Telling
 
 log = structlog.get_logger()
 
-PROTOCOL = 1
+PROTOCOL_MIN = 1
+PROTOCOL_MAX = 1
 HOUSEKEEPING_SECONDS = 0.2
 PATIENCE = 0.7
 """Part of the grace period for it: the rest is for letting go without the controller's help."""
@@ -237,8 +238,8 @@ class Replicator:
             name=self._settings.name,
             instance_id=self._instance_id,
             version=self._version,
-            protocol_max=PROTOCOL,
-            protocol_min=PROTOCOL,
+            protocol_max=PROTOCOL_MAX,
+            protocol_min=PROTOCOL_MIN,
             capacity=self._settings.capacity,
             cluster=self._settings.cluster,
             connects=stream,
@@ -284,7 +285,11 @@ class Replicator:
                 pass  # what a newer controller may say
 
     def _welcome(self, welcome: pb.Welcome) -> None:
-        log.info("connected to the controller", controller_id=welcome.controller_id)
+        log.info(
+            "connected to the controller",
+            controller_id=welcome.controller_id,
+            protocol=welcome.protocol,
+        )
         self._pacers.connected()
         self._lease.configure(welcome.lease_ttl.ToTimedelta().total_seconds())
         self._patience = max(WELCOME_SECONDS, self._lease.ttl)

@@ -87,6 +87,10 @@ class ManagedProcess:
         """Exit code (negative: ended by that signal); None while running or never started."""
         return None if self._child is None else self._child.poll()
 
+    def set_env(self, env: Mapping[str, str]) -> None:
+        """Lays this over its environment, from the next start on."""
+        self._env |= env
+
     def start(self) -> Self:
         """Spawn and wait until it answers; ServerStartError otherwise, with nothing left behind."""
         self.spawn()
