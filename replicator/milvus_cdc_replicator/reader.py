@@ -356,8 +356,15 @@ class PchannelHub:
         self._retire(cursor)
 
     def _failed(self, cursor: _Cursor, error: CdcError) -> None:
+        """Law: whoever was to be reached only further on does not fail with the others; it begins
+        where it stands, and learns there whether that can be read.
+        """
         subscribers = list(cursor.subscribers)
         cursor.subscribers.clear()
         self._retire(cursor)
         for subscription in subscribers:
-            subscription.on_error(error)
+            if subscription.last_order >= cursor.next_order:
+                self._waiting.append(subscription)
+            else:
+                subscription.on_error(error)
+        self._place_waiting()

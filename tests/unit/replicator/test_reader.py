@@ -97,6 +97,24 @@ async def test_a_reading_that_a_client_cancels_begins_anew_and_says_so() -> None
     await hub.close()
 
 
+async def test_who_stands_where_the_log_goes_on_does_not_fail_with_who_stands_before() -> None:
+    source = MemorySource()
+    for n in range(6):
+        source.append(PCHANNEL, tick(n + 1))
+    source.truncate(PCHANNEL, (4).to_bytes(8, "little"))
+    hub = PchannelHub(source, PCHANNEL)
+    followers = [Follower(hub, start) for start in (1, 4, 2, 5)]
+    await until(lambda: all(each.news or each.orders for each in followers))
+    before, first, second, last = followers
+    for truncated in (before, second):
+        assert [getattr(each, "reason", None) for each in truncated.news] == ["LOG_TRUNCATED"]
+        assert not truncated.orders
+    for sound in (first, last):
+        assert sound.news == []
+    assert (first.orders, last.orders) == ([4, 5], [5])
+    await hub.close()
+
+
 def delete_without_shard(ts: int) -> bytes:
     """As Milvus 2.2 writes it."""
     return log_pb2.LogDelete(
