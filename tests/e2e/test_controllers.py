@@ -9,7 +9,7 @@ import re
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from milvuscdc.v1 import fleet_service_pb2, fleet_service_pb2_grpc
 
 from tests.e2e.load import SHAPES, Load
 from tests.e2e.pair import Pair
+from tests.e2e.pauses import spread
 from tests.e2e.test_crashes import LOST_PEER
 from tests.servers import Stack
 from tests.servers.logs import assert_quiet
@@ -151,20 +152,23 @@ def _stop(controller: ControllerProcess) -> None:
     threading.Thread(target=controller.stop, name="stop").start()
 
 
-@pytest.mark.timeout(400)
-def test_rows_go_on_while_another_controller_is_elected(nats_stack: Stack, tmp_path: Path) -> None:
-    load = Load(nats_stack.source.uri, "three_controllers", pause_seconds=0.02)
+def elections(
+    stack: Stack, folder: Path, database: str, ends: Sequence[Callable[[ControllerProcess], None]]
+) -> None:
+    """The leader is ended in each of these ways, one after the other, under load."""
+    load = Load(stack.source.uri, database, pause_seconds=0.02)
     load.create()
-    names = [f"three_controllers.{shape.name}" for shape in SHAPES]
-    ways: list[Callable[[ControllerProcess], None]] = [_kill, _freeze, _stop]
-    with Fleet(nats_stack, tmp_path, f"cdc-{random.random()}") as fleet:
-        fleet.create("three_controllers.*")
+    names = [f"{database}.{shape.name}" for shape in SHAPES]
+    fail_overs: list[float] = []
+    pauses: list[float] = []
+    with Fleet(stack, folder, f"cdc-{random.random()}") as fleet:
+        fleet.create(f"{database}.*")
         load.start()
         fleet.wait_running(*names)
         # The leases and horizons of all of them are fresh.
         time.sleep(5)
         before = fleet.owners()
-        for end in ways:
+        for end in ends:
             old = fleet.leader()
             others = [process for process in fleet.controllers if process is not old]
             fleet.controller = others[0]
@@ -181,8 +185,11 @@ def test_rows_go_on_while_another_controller_is_elected(nats_stack: Stack, tmp_p
                 f"{end.__name__.strip('_')}: another controller led after {took:.2f} s (lease "
                 f"{LEASE_SECONDS} s), longest time without a row at the sink "
                 f"{flow.longest_pause:.2f} s, {rows_meanwhile:.0f} rows while nobody led, "
-                f"0 of {len(before)} assignments moved"
+                f"0 of {len(before)} assignments moved",
+                flush=True,
             )
+            fail_overs.append(took)
+            pauses.append(flow.longest_pause)
             assert took < FAIL_OVER_SECONDS
             assert rows_meanwhile or end is _stop, "rows waited for the election"
             if end is _freeze:
@@ -193,6 +200,18 @@ def test_rows_go_on_while_another_controller_is_elected(nats_stack: Stack, tmp_p
         fleet.wait_running(*names)
         rows = fleet.prove()
         assert fleet.owners() == before
-        print(f"{rows} rows compared after {len(ways)} elections: equal")
+        print(f"{rows} rows compared after {len(ends)} elections: equal")
+        print(spread("controller fail-over", fail_overs, goal=FAIL_OVER_SECONDS))
+        print(spread("time without a row meanwhile", pauses))
         for process in (*fleet.controllers, *fleet.replicators):
             assert_quiet(process.log_path, (*LOST_PEER, "leads", "nobody leads", "election"))
+
+
+@pytest.mark.timeout(400)
+def test_rows_go_on_while_another_controller_is_elected(nats_stack: Stack, tmp_path: Path) -> None:
+    elections(nats_stack, tmp_path, "three_controllers", (_kill, _freeze, _stop))
+
+
+@pytest.mark.soak
+def test_twenty_one_elections(nats_stack: Stack, tmp_path: Path) -> None:
+    elections(nats_stack, tmp_path, "elections", (_kill, _freeze, _stop) * 7)
