@@ -13,7 +13,7 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
-from contextvars import Context
+from contextvars import Context, copy_context
 from typing import Any
 from unittest import mock
 
@@ -35,22 +35,46 @@ class Timer:
         self.call = None
 
 
+class Handle(Timer):
+    """What asyncio knows as one, and as a TimerHandle: without what only debugging needs."""
+
+    __slots__ = ("context", "loop", "moment")
+
+    def __init__(
+        self, loop: Loop, call: Callable[..., object], args: tuple[Any, ...], context: Context
+    ) -> None:
+        self.call = call
+        self.args = args
+        self.loop = loop
+        self.context = context
+        self.moment = 0.0
+
+    def cancel(self) -> None:
+        self.call, self.args = None, ()
+
+    def cancelled(self) -> bool:
+        return self.call is None
+
+    def when(self) -> float:
+        return self.moment
+
+
 class HostClock:
     """Of one machine: goes at a pace of its own, and says what time it is to people."""
 
     def __init__(self, clockwork: Clockwork, rate: float = 1.0, ahead: float = 0.0) -> None:
         self._clockwork = clockwork
         self.rate = rate
-        self._origin = 1_000.0 + ahead
+        self.origin = 1_000.0 + ahead
         self._ahead = ahead
 
     def now(self) -> float:
         """CLOCK_BOOTTIME and CLOCK_MONOTONIC."""
-        return self._origin + self._clockwork.now * self.rate
+        return self.origin + self._clockwork.now * self.rate
 
     def true(self, local: float) -> float:
         """When this clock shows `local`."""
-        return (local - self._origin) / self.rate
+        return (local - self.origin) / self.rate
 
     def wall(self) -> float:
         return START_UNIX + self._ahead + self._clockwork.now
@@ -63,10 +87,12 @@ class Clockwork:
         self.now = 0.0
         self.steps = 0
         self.running: Loop | None = None
+        """The process that makes a step."""
         self._queue: list[tuple[float, int, Timer]] = []
         self._count = 0
         self._runnable: deque[Loop] = deque()
-        self._true = HostClock(self)
+        self._true = self.clock = HostClock(self)
+        """`clock`: of the machine whose process is running; true time outside of all."""
         self.on_spin: Callable[[Loop], None] = lambda loop: None
 
     def after(self, seconds: float, call: Callable[..., object], *args: Any) -> Timer:
@@ -74,29 +100,39 @@ class Clockwork:
 
     def at(self, when: float, call: Callable[..., object], *args: Any) -> Timer:
         timer = Timer(call, args)
-        self._count += 1
-        heapq.heappush(self._queue, (max(when, self.now), self._count, timer))
+        self.put(when, timer)
         return timer
+
+    def put(self, when: float, timer: Timer) -> None:
+        self._count += 1
+        now = self.now
+        heapq.heappush(self._queue, (when if when > now else now, self._count, timer))
 
     def ready(self, loop: Loop) -> None:
         self._runnable.append(loop)
 
-    @property
-    def clock(self) -> HostClock:
-        """Of the machine whose process is running; true time outside of all."""
-        return self._true if self.running is None else self.running.clock
+    def enter(self, loop: Loop | None) -> Loop | None:
+        """This one runs now; returns the one that did."""
+        before, self.running = self.running, loop
+        self.clock = self._true if loop is None else loop.clock
+        return before
 
     def run(self, until: float, stop: Callable[[], bool] = lambda: False) -> None:
         """Lets things happen until then, or until `stop` says so."""
+        queue, runnable = self._queue, self._runnable
         self._run_ready()
-        while self._queue and self._queue[0][0] <= until and not stop():
-            self.now, _, timer = heapq.heappop(self._queue)
+        while queue and queue[0][0] <= until and not stop():
+            self.now, _, timer = heapq.heappop(queue)
             if timer.call is None:
                 continue
-            call, timer.call = timer.call, None
-            call(*timer.args)
+            if isinstance(timer, Handle):
+                timer.loop.push(timer)
+            else:
+                call, timer.call = timer.call, None
+                call(*timer.args)
             self.steps += 1
-            self._run_ready()
+            if runnable:
+                self._run_ready()
         if not stop():
             self.now = max(self.now, until)
 
@@ -119,7 +155,7 @@ class Loop(asyncio.AbstractEventLoop):
         self._froze_at = 0.0
         self.broken: list[dict[str, Any]] = []
         """What nobody caught."""
-        self._ready: deque[asyncio.Handle] = deque()
+        self._ready: deque[Handle] = deque()
         self._tasks: list[asyncio.Task[Any]] = []
         """Held, or the garbage collector would end them at a time of its own."""
         self._tasks_max = 64
@@ -141,9 +177,11 @@ class Loop(asyncio.AbstractEventLoop):
 
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
-        self._push(handle)
+    ) -> Handle:
+        handle = Handle(self, callback, args, context or copy_context())
+        self._ready.append(handle)
+        if not self._listed:
+            self._wake()
         return handle
 
     call_soon_threadsafe = call_soon  # type: ignore[assignment]
@@ -154,8 +192,8 @@ class Loop(asyncio.AbstractEventLoop):
         callback: Callable[..., object],
         *args: Any,
         context: Context | None = None,
-    ) -> asyncio.TimerHandle:
-        return self.call_at(self.time() + delay, callback, *args, context=context)
+    ) -> Handle:
+        return self.call_at(self.clock.now() + delay, callback, *args, context=context)
 
     def call_at(  # type: ignore[override]
         self,
@@ -163,9 +201,10 @@ class Loop(asyncio.AbstractEventLoop):
         callback: Callable[..., object],
         *args: Any,
         context: Context | None = None,
-    ) -> asyncio.TimerHandle:
-        handle = asyncio.TimerHandle(when, callback, args, self, context)
-        self.clockwork.at(self.clock.true(when), self._push, handle)
+    ) -> Handle:
+        handle = Handle(self, callback, args, context or copy_context())
+        handle.moment = when
+        self.clockwork.put(self.clock.true(when), handle)
         return handle
 
     def create_future(self) -> asyncio.Future[Any]:
@@ -184,9 +223,6 @@ class Loop(asyncio.AbstractEventLoop):
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         if not self.dead:
             self.broken.append(context)
-
-    def _timer_handle_cancelled(self, _handle: asyncio.TimerHandle) -> None:
-        """It is skipped when its time comes."""
 
     # ---- what the world does to it
 
@@ -224,10 +260,10 @@ class Loop(asyncio.AbstractEventLoop):
         self._tasks.clear()
         self._ready.clear()
 
-    def _push(self, handle: asyncio.Handle) -> None:
-        if not handle.cancelled():
-            self._ready.append(handle)
-            self._wake()
+    def push(self, handle: Handle) -> None:
+        """Its time has come."""
+        self._ready.append(handle)
+        self._wake()
 
     def _wake(self) -> None:
         if self._ready and not self._listed and not self.frozen and not self.dead:
@@ -236,21 +272,27 @@ class Loop(asyncio.AbstractEventLoop):
 
     def _run(self) -> None:
         clockwork, ready = self.clockwork, self._ready
-        before, clockwork.running = clockwork.running, self
+        before = clockwork.enter(self)
         asyncio._set_running_loop(self)
         count = 0
         try:
             while ready:
                 handle = ready.popleft()
-                if not handle._cancelled:
-                    handle._run()
+                call = handle.call
+                if call is not None:
+                    try:
+                        handle.context.run(call, *handle.args)
+                    except (SystemExit, KeyboardInterrupt):
+                        raise
+                    except BaseException as error:
+                        self.call_exception_handler({"message": str(call), "exception": error})
                 count += 1
                 if count > SPIN_MAX:
                     clockwork.on_spin(self)
                     ready.clear()
         finally:
             asyncio._set_running_loop(None)
-            clockwork.running = before
+            clockwork.enter(before)
 
 
 @contextlib.contextmanager
@@ -258,10 +300,12 @@ def virtual(clockwork: Clockwork) -> Iterator[None]:
     """Inside, every clock of the standard library is that of the process that runs."""
 
     def now(_clock: int = 0) -> float:
-        return clockwork.clock.now()
+        clock = clockwork.clock
+        return clock.origin + clockwork.now * clock.rate
 
     def now_ns(_clock: int = 0) -> int:
-        return int(clockwork.clock.now() * 1e9)
+        clock = clockwork.clock
+        return int((clock.origin + clockwork.now * clock.rate) * 1e9)
 
     with mock.patch.multiple(
         time,

@@ -8,6 +8,7 @@ that is not renewed in time ends with its keys.
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -100,7 +101,7 @@ class Etcd(Server):
     def grant(self, ttl: float) -> int:
         self._last_lease += 1
         self._leases[self._last_lease] = _Lease(ttl, self.clockwork.now + ttl)
-        self.clockwork.after(ttl + 0.01, self.expire)
+        self.clockwork.after(ttl + 0.01, self._look_at, self._last_lease)
         return self._last_lease
 
     def keep_alive(self, lease: int) -> int:
@@ -109,7 +110,6 @@ class Etcd(Server):
         if held is None:
             return 0
         held.ends = self.clockwork.now + held.ttl
-        self.clockwork.after(held.ttl + 0.01, self.expire)
         return int(held.ttl)
 
     def revoke(self, lease: int) -> None:
@@ -130,7 +130,7 @@ class Etcd(Server):
         """Events from there on. Raises Compacted."""
         if revision <= self.compacted:
             raise Compacted(self.compacted + 1)
-        return [event for event in self._history if event.mod_revision >= revision]
+        return self._history[bisect_left(self._history, revision, key=_revision) :]
 
     # ---- inside
 
@@ -175,8 +175,22 @@ class Etcd(Server):
         return ()
 
     def _tell(self) -> None:
+        changed = [encode_key(event.key) for event in self.since(self.revision)]
         for watch in self.watches:
-            watch.hear(self.revision)
+            if any(map(watch.minds, changed)):
+                watch.hear(self.revision)
+
+    def _look_at(self, lease: int) -> None:
+        """When it should have ended, unless it was renewed meanwhile."""
+        held = self._leases.get(lease)
+        if held is not None and held.ends > self.clockwork.now:
+            self.clockwork.at(held.ends + 0.01, self._look_at, lease)
+        else:
+            self.expire()
+
+
+def _revision(event: WatchEvent) -> int:
+    return event.mod_revision
 
 
 def _within(key: bytes, wanted: KeyRange) -> bool:
@@ -235,7 +249,7 @@ class Watch:
             if self._next <= self._visible:
                 events = [e for e in etcd.since(self._next) if e.mod_revision <= self._visible]
                 self._next = self._visible + 1
-                mine = tuple(e for e in events if self._mine(encode_key(e.key)))
+                mine = tuple(e for e in events if self.minds(encode_key(e.key)))
                 if mine:
                     return WatchBatch(etcd.cluster_id, mine[-1].mod_revision, mine)
                 continue
@@ -249,7 +263,7 @@ class Watch:
                 self._visible = max(self._visible, await client.call(lambda: etcd.revision))
                 self._connected = True
 
-    def _mine(self, key: bytes) -> bool:
+    def minds(self, key: bytes) -> bool:
         return any(_within(key, wanted) for wanted in self._ranges)
 
     async def close(self) -> None:

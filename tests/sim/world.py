@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import prometheus_client
 import structlog
 from milvus_cdc.errors import CdcError
 from milvus_cdc.source.positions import decode as decode_position
 from milvus_cdc_controller import loop as control_loop
-from milvus_cdc_controller import server
+from milvus_cdc_controller import reign, server
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.metrics import Metrics as ControllerMetrics
 from milvus_cdc_controller.store import election
@@ -234,7 +235,9 @@ class World:
         self._busy = 2.0
 
     def truncate(self) -> None:
-        """The queue forgets what no checkpoint needs any more."""
+        """The queue forgets what no checkpoint needs any more, and no recount: it may find that all
+        since its start must be written again.
+        """
         needed: dict[str, int] = {}
         for table in self.milvus.tables:
             for pchannel, start in table.starts.items():
@@ -245,7 +248,7 @@ class World:
             for point in progress.checkpoints:
                 place = decode_position(point.read_from)
                 needed[point.pchannel] = min(place, needed.get(point.pchannel, place))
-            if progress.recount is not None and progress.recount.again:
+            if progress.recount is not None:
                 pchannels = {point.vchannel: point.pchannel for point in progress.checkpoints}
                 for vchannel, start, _ in progress.recount.starts:
                     pchannel, place = pchannels[vchannel], decode_position(start)
@@ -306,6 +309,10 @@ async def _ask(host: ControllerHost, command: Callable[[Any, Any], Any]) -> None
             await control.call(command)
 
 
+def _nothing(*_: object) -> None:
+    pass
+
+
 @contextlib.contextmanager
 def _made_up(world: World) -> Iterator[None]:
     """Time, chance and logs are the world's."""
@@ -333,8 +340,12 @@ def _made_up(world: World) -> Iterator[None]:
             mock.patch.object(etcd_store, "EtcdClient", own_etcd),
             mock.patch.object(election, "EtcdClient", own_etcd),
             mock.patch.object(server, "_Ear", lambda _, front, __: Ear(world, front)),
-            # Nobody reads figures here.
-            mock.patch.object(ControllerMetrics, "observe", return_value=None),
+            # Nobody reads figures or watches tasks here.
+            mock.patch.object(ControllerMetrics, "observe", _nothing),
+            mock.patch.object(reign._Outward, "publish", _nothing),
+            mock.patch.object(prometheus_client.Gauge, "set", _nothing),
+            mock.patch.object(prometheus_client.Counter, "inc", _nothing),
+            mock.patch.object(prometheus_client.Histogram, "observe", _nothing),
             # Coarser than shipped: a run is mostly waiting, and every wake-up costs real time.
             mock.patch.object(control_loop, "TICK_SECONDS", 1.0),
             mock.patch.object(session, "HOUSEKEEPING_SECONDS", 1.0),
