@@ -21,7 +21,6 @@ from milvuscdc.v1 import (
     dead_letters_pb2,
     fleet_service_pb2,
     format_pb2,
-    replication_service_pb2_grpc,
     sink_file_pb2,
     task_pb2,
     verify_pb2,
@@ -563,11 +562,3 @@ async def test_the_fleet_is_shown(api: Api) -> None:
             fleet_service_pb2.ListAssignmentsRequest(task="tasks/copy")
         )
         assert {a.collection for a in listed.assignments} == {"", "default.books"}
-
-
-async def test_a_replicator_of_another_protocol_is_refused(api: Api) -> None:
-    call = replication_service_pb2_grpc.ReplicationServiceStub(api.channel).Connect()
-    hello = pb.Hello(name="a", instance_id="i", protocol_min=7, protocol_max=9)
-    await call.write(pb.ConnectRequest(hello=hello))
-    code, info = await refused(call)
-    assert (code, info.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PROTOCOL_VERSION")

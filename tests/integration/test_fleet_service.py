@@ -17,8 +17,6 @@ from grpc_status import rpc_status
 from milvus_cdc.control import ControlClient
 from milvuscdc.v1 import fleet_service_pb2 as pb
 from milvuscdc.v1 import fleet_service_pb2_grpc as rpc
-from milvuscdc.v1 import replication_service_pb2 as stream_pb
-from milvuscdc.v1 import replication_service_pb2_grpc as stream_rpc
 from milvuscdc.v1 import task_pb2, task_service_pb2
 
 from tests.integration.controller_harness import (
@@ -200,45 +198,6 @@ async def test_what_can_not_be_is_refused_by_name(api: Api) -> None:
             ("INVALID_ARGUMENT", "INVALID_FIELD", "max_moves"),
         ]
         assert len(a.held) == 6
-
-
-async def test_a_replicator_of_another_cluster_and_a_twin_are_refused(api: Api) -> None:
-    stub: Any = stream_rpc.ReplicationServiceStub(api.channel)
-    call = stub.Connect()
-    hello = stream_pb.Hello(
-        name="x", instance_id="i", protocol_min=1, protocol_max=1, cluster="elsewhere"
-    )
-    await call.write(stream_pb.ConnectRequest(hello=hello))
-    assert await refused(call.read()) == ("FAILED_PRECONDITION", "CLUSTER_MISMATCH", "cluster")
-    assert not await replicators(api)
-    first = FakeReplicator(api, "a", instance="same")
-    first.hello = {"connects": 3}
-    async with first:
-        await create(api)
-        await until(lambda: first.held)
-        call = stub.Connect()
-        hello = stream_pb.Hello(
-            name="a", instance_id="same", protocol_min=1, protocol_max=1, connects=1
-        )
-        await call.write(stream_pb.ConnectRequest(hello=hello))
-        assert await refused(call.read()) == ("FAILED_PRECONDITION", "INSTANCE_IN_USE", "")
-        assert first.ended is None, "the one that was there stays"
-
-
-async def test_a_report_of_what_it_does_not_hold_changes_nothing(api: Api) -> None:
-    async with FakeReplicator(api, "a") as a:
-        await create(api)
-        await until(lambda: len(a.held) == 7)
-        key = (await assignments(api))["default.c1"].name.partition("/")[2]
-        async with FakeReplicator(api, "b") as b:
-            report = stream_pb.VchannelReport(vchannel="dml_3_11v0", resolved_ts=10**6)
-            await b.report(key, epoch=1, vchannels=[report])
-            await until(lambda: "revoke 1 HELD_BY_ANOTHER" in b.history)
-            await b.report("none.1", epoch=1)
-            await until(lambda: "revoke 1 UNKNOWN_ASSIGNMENT" in b.history)
-            progress = api.running.loop.controller.world.progress[key]
-            assert progress.resolved_ts == 0
-            assert (await assignments(api))["default.c1"].replicator == "replicators/a"
 
 
 async def test_labels_keep_a_task_where_it_wants_to_be(api: Api) -> None:
