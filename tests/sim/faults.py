@@ -272,6 +272,118 @@ def zombie(world: World, rng: random.Random) -> Trouble:
     return Trouble("an owner becomes a zombie", begin, end, pause + rng.uniform(17, 30))
 
 
+def turned_cut(world: World, rng: random.Random) -> Trouble:
+    """Answers to a replicator are held up; when they arrive it can say nothing any more."""
+    victim = Victim(world, rng)
+    held = rng.uniform(2.2, 7)
+    cut: list[tuple[str, str]] = []
+
+    def begin() -> None:
+        host = victim.meet().host
+        cut.extend((each.host, host) for each in world.controllers)
+        for way in cut:
+            world.network.cut(*way)
+        world.clockwork.after(held, turn)
+
+    def turn() -> None:
+        there = [(host, controller) for controller, host in cut]
+        end()
+        cut.extend(there)
+        for way in cut:
+            world.network.cut(*way)
+
+    def end() -> None:
+        for way in cut:
+            world.network.mend(*way)
+        cut.clear()
+
+    return Trouble("a replicator is cut off, first back, then there", begin, end, held + 25)
+
+
+def lonely_owner(world: World, rng: random.Random) -> Trouble:
+    """It reaches a sink that has become slow, and no controller, until its lease is over."""
+    victim = Victim(world, rng)
+    ways: list[tuple[str, str]] = []
+
+    def begin() -> None:
+        world.sink.slow = 9.0
+        host = victim.meet().host
+        for each in world.controllers:
+            ways.extend(((host, each.host), (each.host, host)))
+        for way in ways:
+            world.network.cut(*way)
+
+    def end() -> None:
+        world.sink.slow = 0.0
+        for way in ways:
+            world.network.mend(*way)
+
+    return Trouble("an owner alone with a slow sink", begin, end, rng.uniform(18, 26))
+
+
+def slow_etcd(world: World, rng: random.Random) -> Trouble:
+    etcd = rng.choice((world.own_etcd, world.source_etcd))
+    most = rng.choice((0.5, 1.5, 3.0))
+
+    def set_slow(seconds: float) -> None:
+        etcd.slow = seconds
+        world.change_schema()
+
+    return Trouble(
+        f"slow {etcd.name} ({most} s)", lambda: set_slow(most), lambda: set_slow(0.0), 12.0
+    )
+
+
+def divided(world: World, rng: random.Random) -> Trouble:
+    """The leader is cut off from etcd, and with one replicator from everybody else."""
+    victim = Victim(world, rng)
+    ways: list[tuple[str, str]] = []
+
+    def begin() -> None:
+        kept = victim.meet()
+        leader = next((c for c in world.controllers if c.control is not None), None)
+        if leader is None:
+            return
+        others = [r.host for r in world.replicators if r is not kept]
+        for other in (*others, world.own_etcd.name):
+            ways.extend(((leader.host, other), (other, leader.host)))
+        for way in ways:
+            world.network.cut(*way)
+
+    def end() -> None:
+        for way in ways:
+            world.network.mend(*way)
+
+    return Trouble("a leader alone with an owner", begin, end, rng.uniform(24, 32))
+
+
+def release_unheard(world: World, rng: random.Random) -> Trouble:
+    """What is to be moved is being let go, slowly; whoever asked for it leads no more."""
+    victim = Victim(world, rng)
+    to = rng.choice(world.replicators).host
+    pause = rng.uniform(0.1, 1)
+
+    def begin() -> None:
+        world.sink.slow = 9.0
+        victim.meet()
+        world.clockwork.after(pause, ask)
+
+    def ask() -> None:
+        for assignment_id in list(world.referee.progress):
+            world.ask(partial(_move, assignment_id, to))
+        world.clockwork.after(pause, another_leads)
+
+    def another_leads() -> None:
+        for host in world.controllers:
+            if host.control is not None:
+                host.terminate()
+
+    def end() -> None:
+        world.sink.slow = 0.0
+
+    return Trouble("a release that its asker does not hear", begin, end, rng.uniform(9, 13))
+
+
 FAULTS: tuple[tuple[int, Fault], ...] = (
     (4, crash_replicator),
     (2, stop_replicator),
@@ -292,6 +404,11 @@ FAULTS: tuple[tuple[int, Fault], ...] = (
     (3, move),
     (2, crash_twice),
     (4, zombie),
+    (2, turned_cut),
+    (2, lonely_owner),
+    (2, slow_etcd),
+    (2, divided),
+    (2, release_unheard),
 )
 
 

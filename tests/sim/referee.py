@@ -241,6 +241,15 @@ class Referee:
             if wrong := _stale(table, key, values.get(key, []), until):
                 self.fail(f"after {writer.host}'s {rows}: {wrong}")
 
+    def dropping(self, collection_id: int) -> None:
+        """A collection goes only when every row before its drop has come."""
+        for assignment_id, progress in self.progress.items():
+            if split_assignment_id(assignment_id)[1] != collection_id:
+                continue
+            for point in progress.checkpoints:
+                if not point.closed:
+                    self.fail(f"{assignment_id} is dropped before {point.vchannel} has ended")
+
     # ---- the end
 
     def behind(self) -> str:

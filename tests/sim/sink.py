@@ -68,6 +68,8 @@ class SinkServer(Server):
         self.memory = MemorySink()
         self.before: Callable[[Writer, Rows], None] = lambda writer, rows: None
         self.after: Callable[[Writer, Rows], None] = lambda writer, rows: None
+        self.on_drop: Callable[[int], None] = lambda collection_id: None
+        """Hears of every request to drop a collection, by its id at the source."""
 
     def write(
         self, writer: Writer, target: CollectionTarget, batch: RowBatch | DeleteBatch
@@ -212,7 +214,11 @@ class SinkClient:
         return await self._ask(lambda: self._memory.open_collection(want, **how))
 
     async def drop_collection(self, want: Collection, **how: Any) -> None:
-        await self._ask(lambda: self._memory.drop_collection(want, **how))
+        async def drop() -> None:
+            self._server.on_drop(want.collection_id)
+            await self._memory.drop_collection(want, **how)
+
+        await self._ask(drop)
 
     async def rename_collection(self, want: Collection, **how: Any) -> None:
         await self._ask(lambda: self._memory.rename_collection(want, **how))

@@ -80,6 +80,7 @@ class World:
         self.own_etcd.on_commit = self.referee.committed
         self.sink.before = self.referee.before_write
         self.sink.after = self.referee.after_write
+        self.sink.on_drop = self.referee.dropping
         self.front = Front(self.network)
         self.front.on_response = self.referee.told
         self.orphans: list[tuple[str, InFlight]] = []

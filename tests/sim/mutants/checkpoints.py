@@ -9,7 +9,7 @@ from typing import Any
 
 from milvus_cdc.errors import RetryableError
 from milvus_cdc.order import lane as lanes
-from milvus_cdc_controller import loop
+from milvus_cdc_controller import loop, wire
 from milvus_cdc_controller.core import effects
 from milvus_cdc_controller.store.records import encode
 from milvus_cdc_replicator import convert, reader
@@ -72,6 +72,19 @@ def read_from_is_the_tick(stack: ExitStack) -> None:
 
 
 # The horizon and the replay window.
+
+
+@mutant("a new owner is told the checkpoint for the horizon")
+def horizon_not_handed_over(stack: ExitStack) -> None:
+    tell = wire.collection_spec
+
+    def forgetful(record: Any, progress: Any) -> Any:
+        spec = tell(record, progress)
+        for shard in spec.vchannels:
+            shard.horizon_ts = shard.resolved_ts
+        return spec
+
+    put(stack, wire, "collection_spec", forgetful)
 
 
 @mutant("rows of the replay window are inserted")

@@ -11,6 +11,7 @@ from milvus_cdc.catalog import watch as catalogue_watch
 from milvus_cdc.order.ops import Rank
 from milvus_cdc_controller.core import (
     assigning,
+    collection,
     events,
     granting,
     moves,
@@ -21,7 +22,7 @@ from milvus_cdc_controller.core import (
 from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_controller.core.granting import let_go
 from milvus_cdc_replicator import assigned, runner
-from milvus_cdc_replicator.core import assignment
+from milvus_cdc_replicator.core import assignment, holdings
 
 from tests.sim.mutants import handle, mutant, put
 
@@ -85,6 +86,17 @@ def stop_does_not_wait(stack: ExitStack) -> None:
     put(stack, runner.CollectionRunner, "stop", stop)
 
 
+@mutant("an epoch that was let go runs again when it is assigned again")
+def spent_epoch_runs_again(stack: ExitStack) -> None:
+    assign = holdings.Holdings.assign
+
+    def again(self: Any, assignment_id: str, epoch: int, version: int) -> Any:
+        self._spent.pop(assignment_id, None)
+        return assign(self, assignment_id, epoch, version)
+
+    put(stack, holdings.Holdings, "assign", again)
+
+
 @mutant("who comes back with an epoch that is over is not told")
 def stale_holder_not_told(stack: ExitStack) -> None:
     handler = sessions.hello
@@ -131,6 +143,16 @@ def _pass_marker(self: Any) -> list[Any]:
 @mutant("a name at the sink goes to the next one while it is still held")
 def name_given_twice(stack: ExitStack) -> None:
     put(stack, names.Names, "ready", _everybody)
+
+
+@mutant("a collection is dropped as soon as one shard has come to its end")
+def drop_before_all_shards(stack: ExitStack) -> None:
+    put(
+        stack,
+        collection.CollectionProgress,
+        "closed",
+        property(lambda self: any(point.closed for point in self.checkpoints)),
+    )
 
 
 def _everybody(self: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from milvus_cdc.errors import RetryableError
 from milvus_cdc_controller.core import events, liveness, sessions
 from milvus_cdc_controller.core.granting import let_go
+from milvus_cdc_controller.store import election
 from milvus_cdc_controller.store import etcd as etcd_store
 from milvus_cdc_replicator import gate, session
 from milvus_cdc_replicator.core import lease
@@ -30,6 +31,25 @@ def lease_without_acknowledgement(stack: ExitStack) -> None:
         self._expires_at = max(self._expires_at, now + self._ttl)
 
     put(stack, lease.Lease, "heartbeat_sent", sent)
+
+
+@mutant("the lease runs from the acknowledgement")
+def lease_from_the_acknowledgement(stack: ExitStack) -> None:
+    def acked(self: Any, seq: int) -> None:
+        if self._sent.pop(seq, None) is not None:
+            self._expires_at = max(self._expires_at, gate.boottime() + self._ttl)
+
+    put(stack, lease.Lease, "heartbeat_acked", acked)
+
+
+@mutant("a write's deadline may lie behind the lease's end")
+def deadline_behind_the_lease(stack: ExitStack) -> None:
+    put(
+        stack,
+        lease.Lease,
+        "write_timeout",
+        lambda self, now, wanted, least: wanted if self.remaining(now) >= least else None,
+    )
 
 
 @mutant("a write may start without a lease")
@@ -62,6 +82,11 @@ def suspect_is_lost(stack: ExitStack) -> None:
         "expired",
         lambda self, mono_ms: mono_ms - self.heard_ms > 7_000 and mono_ms >= self.heard_ms,
     )
+
+
+@mutant("a leader that etcd does not answer goes on renewing leases")
+def never_uncertain(stack: ExitStack) -> None:
+    put(stack, election.Term, "certain", property(lambda self: not self._over.is_set()))
 
 
 @mutant("a lost stream frees its replicator's work at once")
