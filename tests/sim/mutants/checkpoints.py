@@ -9,7 +9,7 @@ from typing import Any
 
 from milvus_cdc.errors import RetryableError
 from milvus_cdc.order import lane as lanes
-from milvus_cdc_controller import loop, wire
+from milvus_cdc_controller import loop, specs, wire
 from milvus_cdc_controller.core import effects
 from milvus_cdc_controller.store.records import encode
 from milvus_cdc_replicator import convert, reader
@@ -76,7 +76,7 @@ def read_from_is_the_tick(stack: ExitStack) -> None:
 
 @mutant("a new owner is told the checkpoint for the horizon")
 def horizon_not_handed_over(stack: ExitStack) -> None:
-    tell = wire.collection_spec
+    tell = specs.collection_spec
 
     def forgetful(record: Any, progress: Any) -> Any:
         spec = tell(record, progress)
