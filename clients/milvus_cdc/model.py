@@ -94,10 +94,21 @@ class Batching:
 
 @dataclass(frozen=True, slots=True)
 class RateLimits:
-    """How fast rows may be written; 0 = no limit."""
+    """How much may be written, and by how many; 0 = no limit."""
 
     rows_per_second: int = 0
     bytes_per_second: int = 0
+    requests_in_flight: int = 0
+    """Writes of rows at once; openings of collections at once."""
+    connections: int = 0
+    connections_each: int = 1
+    """That one process has to the sink; 1 also where `connections` is 0."""
+
+    @property
+    def replicators(self) -> int:
+        """So many at most may hold something of the task; 0 = any number."""
+        some = [self.requests_in_flight, self.connections // self.connections_each]
+        return min((most for most in some if most), default=0)
 
 
 @dataclass(frozen=True, slots=True)

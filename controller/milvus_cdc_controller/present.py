@@ -16,6 +16,7 @@ from milvus_cdc.model import (
     tso_to_ms,
 )
 from milvus_cdc.selection import Selection
+from milvus_cdc.sink_connections import connections_each
 from milvus_cdc.source.registry import position_text
 from milvuscdc.v1 import task_pb2
 
@@ -149,7 +150,7 @@ def task_spec(task: task_pb2.Task) -> TaskSpec:
         carry=carry(task.carry),
         drift=drift(task.drift),
         batching=batching(task.batching),
-        limits=limits(task.limits),
+        limits=limits(task),
         dead_letters=dead_letters(task),
         replicator_labels=tuple(sorted(task.replicator_labels.items())),
         held_log=held_log(task.source),
@@ -172,8 +173,17 @@ def batching(message: task_pb2.Batching) -> Batching:
     return Batching(message.max_rows, message.max_bytes, linger)
 
 
-def limits(message: task_pb2.Limits) -> RateLimits:
-    return RateLimits(message.rows_per_second, message.bytes_per_second)
+def limits(task: task_pb2.Task) -> RateLimits:
+    """Of a whole task: what a replicator's connections are depends on its sink."""
+    message = task.limits
+    each = connections_each(task.sink) if message.connections else 1
+    return RateLimits(
+        message.rows_per_second,
+        message.bytes_per_second,
+        message.requests_in_flight,
+        message.connections,
+        each,
+    )
 
 
 def dead_letters(task: task_pb2.Task) -> bytes:

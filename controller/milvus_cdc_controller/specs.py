@@ -182,7 +182,10 @@ def limits_message(limits: RateLimits) -> task_pb2.Limits | None:
     if limits == RateLimits():
         return None
     return task_pb2.Limits(
-        rows_per_second=limits.rows_per_second, bytes_per_second=limits.bytes_per_second
+        rows_per_second=limits.rows_per_second,
+        bytes_per_second=limits.bytes_per_second,
+        requests_in_flight=limits.requests_in_flight,
+        connections=limits.connections,
     )
 
 

@@ -208,6 +208,7 @@ class TaskService(rpc.TaskServiceServicer):
         with_limits = _take_over(request.task.limits, whole.limits, paths, "limits")
         if with_limits:
             check_task_part(whole, "limits")
+            check_limits(whole)
         with_letters = "dead_letters" in paths
         if with_letters:
             whole.ClearField("dead_letters")
@@ -238,7 +239,7 @@ class TaskService(rpc.TaskServiceServicer):
                 present.carry(whole.carry) if with_carry else None,
                 present.drift(whole.drift) if "drift" in paths else None,
                 present.batching(whole.batching) if with_batching else None,
-                present.limits(whole.limits) if with_limits else None,
+                present.limits(whole) if with_limits else None,
                 present.dead_letters(whole) if with_letters else None,
                 tuple(sorted(whole.replicator_labels.items())) if with_places else None,
             )

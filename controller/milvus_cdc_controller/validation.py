@@ -7,6 +7,7 @@ from __future__ import annotations
 import protovalidate
 from google.protobuf.message import Message
 from milvus_cdc.selection import wildcards
+from milvus_cdc.sink_connections import connections_each
 from milvuscdc.v1 import task_pb2, tls_pb2
 from milvuscdc.v1 import task_service_pb2 as pb
 
@@ -67,6 +68,7 @@ def check_create(request: pb.CreateTaskRequest) -> None:
         )
     _check_trust(task)
     check_batching(task)
+    check_limits(task)
     check_globs(task)
 
 
@@ -132,6 +134,24 @@ def check_batching(task: task_pb2.Task) -> None:
                 f"sink.files.{_ROTATION[field.name]} says when.",
                 field=f"task.batching.{field.name}",
             )
+
+
+def check_limits(task: task_pb2.Task) -> None:
+    """Raises ApiError for connections that nobody counts, or too few for one replicator."""
+    wanted, field = task.limits.connections, "task.limits.connections"
+    if not wanted:
+        return
+    each = connections_each(task.sink)
+    if not each:
+        raise ApiError(
+            "INVALID_ARGUMENT",
+            "NOT_FOR_THIS_SINK",
+            "limits.connections is for a Milvus or a PostgreSQL: how many connections others need "
+            "is up to their clients; limits.requestsInFlight bounds what they are asked at once.",
+            field=field,
+        )
+    if wanted < each:
+        raise invalid(((field, f"one replicator has {each} (sink.postgres.maxConnections)"),))
 
 
 def check_update(request: pb.UpdateTaskRequest) -> tuple[bool, bool]:

@@ -78,10 +78,11 @@ class Arrangement:
         """The task's limits on this replicator, for people; empty when there are none."""
         limits = self._pacer.limits
         return " and ".join(
-            f"{number:,} {what}/s"
+            f"{number:,} {what}"
             for number, what in (
-                (limits.rows_per_second, "rows"),
-                (limits.bytes_per_second, "bytes"),
+                (limits.rows_per_second, "rows/s"),
+                (limits.bytes_per_second, "bytes/s"),
+                (limits.requests_in_flight, "requests at once"),
             )
             if number
         )

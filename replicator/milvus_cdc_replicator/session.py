@@ -277,7 +277,9 @@ class Replicator:
                 limits = response.task_limits.limits
                 self._pacers.tell(
                     response.task_limits.task_uid,
-                    RateLimits(limits.rows_per_second, limits.bytes_per_second),
+                    RateLimits(
+                        limits.rows_per_second, limits.bytes_per_second, limits.requests_in_flight
+                    ),
                 )
             case "synced":
                 self._pacers.synced()

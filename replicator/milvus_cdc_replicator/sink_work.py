@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 from milvus_cdc.changes import changes_of
@@ -33,7 +33,7 @@ from milvus_cdc_replicator.convert import Converter
 from milvus_cdc_replicator.core.ops import Write, WriteKind
 from milvus_cdc_replicator.gate import WriteGate
 from milvus_cdc_replicator.halting import Halted
-from milvus_cdc_replicator.pacing import Pacer
+from milvus_cdc_replicator.pacing import Pacer, Places
 
 RESTORES_MAX = 3
 _AWAY = frozenset({"SINK_UNAVAILABLE"})
@@ -124,7 +124,7 @@ class SinkWork:
         self._refused = refused
         self._refusing = converter.refusing
         self._pacing = 0
-        """Writes that wait for the task's limits."""
+        """Writes and openings that wait for the task's limits."""
         self._paced_at = float("-inf")
         self._halt = halt
         self._troubles = troubles
@@ -157,7 +157,10 @@ class SinkWork:
         attempt = restored = 0
         while True:
             try:
-                async with self._gate.slot(self._spec, self._halt) as timeout:
+                async with (
+                    self._place(self._pacer.requests),
+                    self._gate.slot(self._spec, self._halt) as timeout,
+                ):
                     started = time.perf_counter()
                     await self._sink.write(self._target, batch, timeout)
                     took = time.perf_counter() - started
@@ -235,7 +238,7 @@ class SinkWork:
 
     @property
     def rate_limited(self) -> bool:
-        """A write waits for the task's limits, or did a moment ago."""
+        """Something waits for the task's limits, or did a moment ago."""
         return self._pacing > 0 or time.monotonic() - self._paced_at < RATE_LIMITED_SECONDS
 
     async def _admitted(self, write: Write) -> bool:
@@ -244,15 +247,32 @@ class SinkWork:
         """
         if self._pacer.free(write.rows, write.size):
             return True
+        with self._held_back():
+            try:
+                await self._pacer.wait(self._task, write.rows, write.size, self._halt)
+            except Halted:
+                return False
+        return True
+
+    @contextlib.asynccontextmanager
+    async def _place(self, places: Places) -> AsyncIterator[None]:
+        """One of those that the task's limits allow; raises Halted."""
+        if not places.free():
+            with self._held_back():
+                await places.wait(self._task, self._halt)
+        try:
+            yield
+        finally:
+            places.give_back()
+
+    @contextlib.contextmanager
+    def _held_back(self) -> Iterator[None]:
         self._pacing += 1
         try:
-            await self._pacer.wait(self._task, write.rows, write.size, self._halt)
-        except Halted:
-            return False
+            yield
         finally:
             self._pacing -= 1
             self._paced_at = time.monotonic()
-        return True
 
     @property
     def target(self) -> CollectionTarget:
@@ -281,8 +301,10 @@ class SinkWork:
     async def open(self, call: Callable[[], Awaitable[None]]) -> bool:
         """As `ddl`, in turn with the others that begin at this sink."""
 
-        def turn() -> contextlib.AbstractAsyncContextManager[None]:
-            return self._gate.opening(self._spec)
+        @contextlib.asynccontextmanager
+        async def turn() -> AsyncIterator[None]:
+            async with self._place(self._pacer.openings), self._gate.opening(self._spec):
+                yield
 
         return await self.ddl("open", call, turn)
 

@@ -362,7 +362,7 @@ Global___Synced: _TypeAlias = Synced  # noqa: Y015
 
 @_typing.final
 class TaskLimits(_message.Message):
-    """How fast this replicator may write for a task: its part of the task's limits. It changes with them and with the
+    """What this replicator may do for a task at its sink: its part of the task's limits. It changes with them and with the
     number of replicators that hold collections of the task.
     """
 
@@ -373,7 +373,7 @@ class TaskLimits(_message.Message):
     task_uid: _builtins.str
     @_builtins.property
     def limits(self) -> _task_pb2.Limits:
-        """No limit where 0."""
+        """No limit where 0. `connections` is never said: it decides who holds something of the task."""
 
     def __init__(
         self,

@@ -266,7 +266,7 @@ class Task(_message.Message):
 
     @_builtins.property
     def limits(self) -> Global___Limits:
-        """How fast rows are written at most. May be changed while the task runs."""
+        """What the task may do at its sink at most. May be changed while the task runs."""
 
     @_builtins.property
     def dead_letters(self) -> _dead_letters_pb2.DeadLetters:
@@ -467,26 +467,37 @@ class Limits(_message.Message):
     """Bounds of the whole task, however many replicators share it: each gets an equal part, whether its collections use it
     or not. What waits for them shows the condition RATE_LIMITED. Batches become no larger than what is allowed in a
     second or in `linger`. One that is larger all the same passes whole, and those after it wait until it is made up for;
-    a batch that has to be repeated counts once.
+    a batch that has to be repeated counts once. Of requests and connections nobody can have less than
+    one, so the task is with no more replicators than these allow.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ROWS_PER_SECOND_FIELD_NUMBER: _builtins.int
     BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    REQUESTS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    CONNECTIONS_FIELD_NUMBER: _builtins.int
     rows_per_second: _builtins.int
     """Rows inserted, upserted and deleted; no limit when 0."""
     bytes_per_second: _builtins.int
     """Their bytes in the source's log; no limit when 0."""
+    requests_in_flight: _builtins.int
+    """Writes of rows under way at once; as many collections are opened at once beside them. No limit when 0."""
+    connections: _builtins.int
+    """Connections of replicators that hold something of the task: each has one to a Milvus, `max_connections` to a
+    PostgreSQL. For no other sink. No limit when 0.
+    """
     def __init__(
         self,
         *,
         rows_per_second: _builtins.int = ...,
         bytes_per_second: _builtins.int = ...,
+        requests_in_flight: _builtins.int = ...,
+        connections: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "rows_per_second", b"rows_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "connections", b"connections", "requests_in_flight", b"requests_in_flight", "rows_per_second", b"rows_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

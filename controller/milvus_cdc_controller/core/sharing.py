@@ -18,12 +18,16 @@ NONE = RateLimits()
 
 
 def part(limits: RateLimits, sharers: int) -> RateLimits:
-    """Of one among so many. At least one row and one byte a second: nobody stands still."""
+    """Of one among so many. At least one of each: nobody stands still."""
 
     def divided(whole: int) -> int:
         return max(1, whole // max(1, sharers)) if whole else 0
 
-    return RateLimits(divided(limits.rows_per_second), divided(limits.bytes_per_second))
+    return RateLimits(
+        divided(limits.rows_per_second),
+        divided(limits.bytes_per_second),
+        divided(limits.requests_in_flight),
+    )
 
 
 def tell_parts(world: World, uids: Iterable[str]) -> None:

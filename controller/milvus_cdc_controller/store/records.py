@@ -24,10 +24,11 @@ from milvus_cdc_controller.core.hold import HoldRecord
 from milvus_cdc_controller.core.replicator import ReplicatorRecord
 from milvus_cdc_controller.core.task import MetadataRecord, SourceRecord, TaskRecord
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 """2: the incarnation of a checkpoint's topic. 3: names at the sink, and what is carried there.
 4: what sinks are known to hold. 5: marks on replicators, and which of them a task asks for.
 6: what is to be recounted there. 7: holds, secrets that are encrypted, who made a task.
+8: limits of requests and connections.
 """
 
 _KINDS: dict[str, type[Any]] = {

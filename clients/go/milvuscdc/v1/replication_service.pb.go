@@ -1026,12 +1026,12 @@ func (*Synced) Descriptor() ([]byte, []int) {
 	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{5}
 }
 
-// How fast this replicator may write for a task: its part of the task's limits. It changes with them and with the
+// What this replicator may do for a task at its sink: its part of the task's limits. It changes with them and with the
 // number of replicators that hold collections of the task.
 type TaskLimits struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	TaskUid string                 `protobuf:"bytes,1,opt,name=task_uid,json=taskUid,proto3" json:"task_uid,omitempty"`
-	// No limit where 0.
+	// No limit where 0. `connections` is never said: it decides who holds something of the task.
 	Limits        *Limits `protobuf:"bytes,2,opt,name=limits,proto3" json:"limits,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -296,7 +296,7 @@ type Task struct {
 	Drift Drift `protobuf:"varint,14,opt,name=drift,proto3,enum=milvuscdc.v1.Drift" json:"drift,omitempty"`
 	// How rows are put together to batches. May be changed while the task runs.
 	Batching *Batching `protobuf:"bytes,15,opt,name=batching,proto3" json:"batching,omitempty"`
-	// How fast rows are written at most. May be changed while the task runs.
+	// What the task may do at its sink at most. May be changed while the task runs.
 	Limits *Limits `protobuf:"bytes,16,opt,name=limits,proto3" json:"limits,omitempty"`
 	// Where rows go that the sink will never take; a collection with such a row stops when unset. May be changed while
 	// the task runs.
@@ -751,15 +751,21 @@ func (x *Batching) GetLinger() *durationpb.Duration {
 // Bounds of the whole task, however many replicators share it: each gets an equal part, whether its collections use it
 // or not. What waits for them shows the condition RATE_LIMITED. Batches become no larger than what is allowed in a
 // second or in `linger`. One that is larger all the same passes whole, and those after it wait until it is made up for;
-// a batch that has to be repeated counts once.
+// a batch that has to be repeated counts once. Of requests and connections nobody can have less than
+// one, so the task is with no more replicators than these allow.
 type Limits struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Rows inserted, upserted and deleted; no limit when 0.
 	RowsPerSecond int64 `protobuf:"varint,1,opt,name=rows_per_second,json=rowsPerSecond,proto3" json:"rows_per_second,omitempty"`
 	// Their bytes in the source's log; no limit when 0.
 	BytesPerSecond int64 `protobuf:"varint,2,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Writes of rows under way at once; as many collections are opened at once beside them. No limit when 0.
+	RequestsInFlight int32 `protobuf:"varint,3,opt,name=requests_in_flight,json=requestsInFlight,proto3" json:"requests_in_flight,omitempty"`
+	// Connections of replicators that hold something of the task: each has one to a Milvus, `max_connections` to a
+	// PostgreSQL. For no other sink. No limit when 0.
+	Connections   int32 `protobuf:"varint,4,opt,name=connections,proto3" json:"connections,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Limits) Reset() {
@@ -802,6 +808,20 @@ func (x *Limits) GetRowsPerSecond() int64 {
 func (x *Limits) GetBytesPerSecond() int64 {
 	if x != nil {
 		return x.BytesPerSecond
+	}
+	return 0
+}
+
+func (x *Limits) GetRequestsInFlight() int32 {
+	if x != nil {
+		return x.RequestsInFlight
+	}
+	return 0
+}
+
+func (x *Limits) GetConnections() int32 {
+	if x != nil {
+		return x.Connections
 	}
 	return 0
 }
@@ -2327,10 +2347,12 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\bmax_rows\x18\x01 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\amaxRows\x12$\n" +
 	"\tmax_bytes\x18\x02 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\bmaxBytes\x12@\n" +
 	"\x06linger\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\r\xbaH\n" +
-	"\xaa\x01\a\"\x03\b\x90\x1c2\x00R\x06linger\"l\n" +
+	"\xaa\x01\a\"\x03\b\x90\x1c2\x00R\x06linger\"\xd6\x01\n" +
 	"\x06Limits\x12/\n" +
 	"\x0frows_per_second\x18\x01 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\rrowsPerSecond\x121\n" +
-	"\x10bytes_per_second\x18\x02 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\x0ebytesPerSecond\"\xaa\x02\n" +
+	"\x10bytes_per_second\x18\x02 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\x0ebytesPerSecond\x129\n" +
+	"\x12requests_in_flight\x18\x03 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00R\x10requestsInFlight\x12-\n" +
+	"\vconnections\x18\x04 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00R\vconnections\"\xaa\x02\n" +
 	"\fTaskProgress\x12 \n" +
 	"\vcollections\x18\x01 \x01(\x05R\vcollections\x12/\n" +
 	"\x13collections_running\x18\x02 \x01(\x05R\x12collectionsRunning\x12-\n" +

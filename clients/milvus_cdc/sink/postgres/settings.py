@@ -16,10 +16,10 @@ from milvuscdc.v1 import sink_postgres_pb2
 
 from milvus_cdc.errors import UserError
 from milvus_cdc.secrets import SecretResolver, live
+from milvus_cdc.sink_connections import POSTGRES_CONNECTIONS
 
 FIELD = "sink.postgres"
 DEFAULT_PORT = 5432
-DEFAULT_CONNECTIONS = 4
 DEFAULT_CHECKPOINT_SCHEMA = "milvus_cdc"
 MAX_NAME_BYTES = 63
 """NAMEDATALEN - 1; PostgreSQL would cut longer names off and say so in a notice only."""
@@ -78,7 +78,7 @@ def read(spec: sink_postgres_pb2.PostgresSink, secrets: SecretResolver) -> Setti
         schema=_template("schema", spec.schema or "{database}"),
         table=_template("table", spec.table or "{collection}"),
         checkpoint_schema=checkpoint_schema,
-        max_connections=spec.max_connections or DEFAULT_CONNECTIONS,
+        max_connections=spec.max_connections or POSTGRES_CONNECTIONS,
         sparsevec=spec.sparse_vectors == sink_postgres_pb2.POSTGRES_SPARSE_VECTORS_SPARSEVEC,
         strip_nul=spec.nul_characters == sink_postgres_pb2.POSTGRES_NUL_CHARACTERS_STRIP,
         connection=_connection(spec),
