@@ -25,6 +25,7 @@ from milvus_cdc_controller.core.holding import trouble
 from milvus_cdc_controller.core.mapping import NameRule, split
 from milvus_cdc_controller.core.positions import retention_of
 from milvus_cdc_controller.core.status import (
+    beyond_limits,
     collection_view,
     rename_pending,
     task_totals,
@@ -251,6 +252,8 @@ def task_message(world: World, task: TaskRecord, store_error: str = "") -> task_
             task_pb2.Condition(type=kind, message=text)
             for kind, text in (*world.metadata[task.uid].conditions, *trouble(world, task))
         )
+        if beyond := beyond_limits(world, task):
+            result.conditions.add(type="LIMITS_EXCEEDED", message=beyond)
         result.progress.collections = totals.collections
         result.progress.collections_running = totals.running
         result.progress.collections_failed = totals.failed

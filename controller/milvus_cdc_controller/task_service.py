@@ -34,6 +34,7 @@ from milvus_cdc_controller.validation import (
     check,
     check_batching,
     check_globs,
+    check_limits,
     check_task_part,
     check_update,
 )

@@ -147,9 +147,7 @@ class Pacer:
 
     async def wait(self, task: str, rows: int, size: int, halt: asyncio.Event) -> None:
         """Until a write of so many rows and bytes may start. Raises Halted."""
-        await self._queue.wait(
-            task, lambda: self._pace.delay(rows, size, self._clock()), halt
-        )
+        await self._queue.wait(task, lambda: self._pace.delay(rows, size, self._clock()), halt)
         self._pace.take(rows, size, self._clock())
 
 

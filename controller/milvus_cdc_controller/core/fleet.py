@@ -33,6 +33,7 @@ from milvus_cdc_controller.core.replicator import (
     ReplicatorRecord,
     ReplicatorState,
 )
+from milvus_cdc_controller.core.spreading import spreads
 from milvus_cdc_controller.core.world import World
 
 NAMES_MAX = 5
@@ -146,7 +147,9 @@ def _check_drain(world: World, command: DrainReplicator) -> Refusal | None:
     held = [grant for s in world.named(command.name) for grant in _held(world, s)]
     others = [s for s in world.takers() if s.name != command.name]
     placed = place(
-        (need_of(world, grant.assignment_id) for grant in held), moves.with_moves(world, others)
+        (need_of(world, grant.assignment_id) for grant in held),
+        moves.with_moves(world, others),
+        spreads(world, leaving={s.instance for s in world.named(command.name)}),
     )
     stays = [grant for grant in held if grant.assignment_id not in placed]
     if not stays:
@@ -255,6 +258,16 @@ def _check_target(world: World, key: str, session: Session) -> Refusal | None:
         wanted = ", ".join(f"{label}={value}" for label, value in sorted(missing))
         return _no(
             "LABELS_MISSING", f"{name} lacks what its task asks for: {wanted}.", "replicator"
+        )
+    uid, _ = split_assignment_id(key)
+    spread = spreads(world, apart_from=key).get(uid)
+    if spread is not None and not spread.admits(session.instance):
+        return _no(
+            "TASK_LIMITS",
+            f"{world.tasks[uid].spec.name} may be with no more than {spread.most} replicators by "
+            "its limits (requestsInFlight, connections), and is with as many; move it to one of "
+            "those, or raise the limits.",
+            "replicator",
         )
     return None
 

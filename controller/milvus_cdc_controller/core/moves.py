@@ -20,6 +20,7 @@ from milvus_cdc_controller.core.placement import (
     place,
 )
 from milvus_cdc_controller.core.placing import candidates, labels_of, need_of
+from milvus_cdc_controller.core.spreading import spreads
 from milvus_cdc_controller.core.world import World
 
 HOLDS_BACK_MS = 15_000
@@ -103,7 +104,8 @@ def _plan_leaving(world: World, leaving: list[Session]) -> None:
     # The busiest first: what is left when a grace period ends is the least.
     needs.sort(key=lambda pair: (-pair[1].weight, pair[0].assignment_id))
     takers = world.takers()
-    targets = place((need for _, need in needs), with_moves(world, takers)) if takers else {}
+    some = (need for _, need in needs)
+    targets = place(some, with_moves(world, takers), spreads(world)) if takers else {}
     for grant, need in needs:
         session = by_instance[grant.instance]
         cause = Cause.STOPPING if session.draining else Cause.DRAIN
@@ -120,23 +122,33 @@ def _plan_leaving(world: World, leaving: list[Session]) -> None:
 
 
 def misplaced(world: World) -> None:
-    """Moves for what runs where its task does not want it any more, once somebody can take it."""
-    strict = [task for task in world.tasks.values() if task.spec.replicator_labels]
-    needs: dict[str, Need] = {}
+    """Moves for what runs where its task does not want it any more, or may not be any more by its
+    limits, once somebody can take it.
+    """
+    known = spreads(world)
+    strict = [
+        task for task in world.tasks.values() if task.spec.replicator_labels or task.uid in known
+    ]
+    needs: dict[str, tuple[Need, Cause]] = {}
     for task in strict:
         labels = frozenset(task.spec.replicator_labels)
+        spread = known.get(task.uid)
         for grant in world.grants_of(task.uid):
             owner = world.owner(grant)
             key = grant.assignment_id
-            if owner is None or not owner.stream or labels <= labels_of(owner):
+            if owner is None or not owner.stream:
                 continue
-            if key not in world.moves and not world.seen(key).revoking:
-                needs[key] = need_of(world, key)
+            cause = None if labels <= labels_of(owner) else Cause.LABELS
+            if cause is None and spread is not None and not owner.leaving:
+                cause = None if spread.admits(owner.instance) else Cause.LIMITS
+            if cause is not None and key not in world.moves and not world.seen(key).revoking:
+                needs[key] = need_of(world, key), cause
     if not needs:
         return
-    for key, target in place(needs.values(), with_moves(world, world.takers())).items():
+    takers = with_moves(world, world.takers())
+    for key, target in place((need for need, _ in needs.values()), takers, known).items():
         grant = world.grants[key]
-        world.moves[key] = Move(key, grant.instance, grant.epoch, Cause.LABELS, target)
+        world.moves[key] = Move(key, grant.instance, grant.epoch, needs[key][1], target)
 
 
 def with_moves(world: World, takers: list[Session]) -> list[Candidate]:
@@ -168,6 +180,7 @@ def _plan(world: World, moves_max: int, slack: float, hysteresis: float) -> list
         moves_max=moves_max,
         slack=slack,
         hysteresis=hysteresis,
+        spreads=spreads(world),
     )
 
 

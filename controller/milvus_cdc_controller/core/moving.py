@@ -17,6 +17,7 @@ class Cause(StrEnum):
     STOPPING = "STOPPING"
     REBALANCE = "REBALANCE"
     LABELS = "LABELS"
+    LIMITS = "LIMITS"
 
 
 @dataclass(slots=True)

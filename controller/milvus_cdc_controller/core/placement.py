@@ -1,6 +1,7 @@
 """Which replicator gets a waiting assignment, and which ones move so that the load evens out.
 
-Laws: capacity and the labels that a task asks for are never broken; spread first (nobody gets
+Laws: capacity, the labels that a task asks for and the number of replicators that its limits allow
+are never broken; spread first (nobody gets
 something while he carries more than `SLACK` above the least loaded who could have it), then prefer
 those that already read the same pchannels, because a pchannel is read once per replicator. Evening
 out only ever moves from more to less, and never so much that it would be worth moving back: what is
@@ -9,8 +10,11 @@ even stays where it is, whoever asks how often.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from milvus_cdc.model import split_assignment_id
 
 SLACK = 1.0
 """What one idle collection weighs."""
@@ -59,6 +63,24 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """Of a task that may be with `most` replicators at once: who has something of it."""
+
+    most: int
+    instances: frozenset[str] = frozenset()
+
+    def admits(self, instance: str) -> bool:
+        return instance in self.instances or len(self.instances) < self.most
+
+    def with_(self, instance: str) -> Spread:
+        return replace(self, instances=self.instances | {instance})
+
+
+Spreads = Mapping[str, Spread]
+"""By task uid; a task that is not named may be with any number."""
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedMove:
     assignment_id: str
     source: str
@@ -66,12 +88,18 @@ class PlannedMove:
     weight: float
 
 
-def place(needs: Iterable[Need], candidates: Iterable[Candidate]) -> dict[str, str]:
+def place(
+    needs: Iterable[Need], candidates: Iterable[Candidate], spreads: Spreads = MappingProxyType({})
+) -> dict[str, str]:
     """Assignment -> instance. Needs that nobody can take are left out."""
     all_ = {c.instance: c for c in sorted(candidates, key=lambda c: c.instance)}
+    having = dict(spreads)
     placed: dict[str, str] = {}
     for need in needs:
         able = [c for c in all_.values() if c.room() and c.suits(need)]
+        spread = having.get(task_of(need)) if having else None
+        if spread is not None:
+            able = [c for c in able if spread.admits(c.instance)]
         if not able:
             continue
         least = min(c.load for c in able)
@@ -79,7 +107,14 @@ def place(needs: Iterable[Need], candidates: Iterable[Candidate]) -> dict[str, s
         best = min(near, key=lambda c: (-len(need.logs & c.logs), c.load, c.held, c.instance))
         placed[need.assignment_id] = best.instance
         all_[best.instance] = best.holding(need)
+        if spread is not None:
+            having[task_of(need)] = spread.with_(best.instance)
     return placed
+
+
+def task_of(need: Need) -> str:
+    """Its uid."""
+    return split_assignment_id(need.assignment_id)[0]
 
 
 @dataclass(slots=True)
@@ -102,6 +137,7 @@ def even_out(
     moves_max: int = 0,
     slack: float = SLACK,
     hysteresis: float = 0.0,
+    spreads: Spreads = MappingProxyType({}),
 ) -> list[PlannedMove]:
     """Moves between the candidates, most useful first; at most `moves_max` when it is not 0.
 
@@ -118,14 +154,17 @@ def even_out(
         return []
     mean = sum(side.load for side in sides.values()) / len(sides)
     gap_min = slack + hysteresis * mean
+    having = dict(spreads)
     moves: list[PlannedMove] = []
     while not moves_max or len(moves) < moves_max:
-        move = _best_move(sides, gap_min)
+        move = _best_move(sides, gap_min, having)
         if move is None:
             break
         moves.append(move)
         source, target = sides[move.source], sides[move.target]
         need = source.needs.pop(move.assignment_id)
+        if having and (spread := having.get(task_of(need))) is not None:
+            having[task_of(need)] = spread.with_(move.target)
         # It stays where it comes to: one move at most for each.
         source.load -= move.weight
         source.held -= 1
@@ -135,7 +174,12 @@ def even_out(
     return moves
 
 
-def _best_move(sides: dict[str, _Side], gap_min: float) -> PlannedMove | None:
+def _admits(having: Spreads, need: Need, instance: str) -> bool:
+    spread = having.get(task_of(need)) if having else None
+    return spread is None or spread.admits(instance)
+
+
+def _best_move(sides: dict[str, _Side], gap_min: float, having: Spreads) -> PlannedMove | None:
     by_load = sorted(sides.items(), key=lambda item: (item[1].load, item[0]))
     for source_name, source in reversed(by_load):
         for target_name, target in by_load:
@@ -150,6 +194,7 @@ def _best_move(sides: dict[str, _Side], gap_min: float) -> PlannedMove | None:
                 need
                 for need in source.needs.values()
                 if need.logs and need.weight <= most and target.candidate.suits(need)
+                if _admits(having, need, target_name)
             ]
             if not fitting:
                 continue

@@ -16,6 +16,7 @@ from milvus_cdc_controller.core.holding import waits
 from milvus_cdc_controller.core.liveness import Session
 from milvus_cdc_controller.core.placement import Candidate, Labels, Log, Need, place
 from milvus_cdc_controller.core.rates import IDLE
+from milvus_cdc_controller.core.spreading import spreads
 from milvus_cdc_controller.core.task import TaskRecord
 from milvus_cdc_controller.core.world import World
 
@@ -53,7 +54,9 @@ def place_waiting(world: World, looked_at: set[str]) -> None:
         return
     rest = [need for need in needs if not _moved(world, need)]
     if rest:
-        for assignment_id, instance in place(rest, candidates(world, sessions)).items():
+        for assignment_id, instance in place(
+            rest, candidates(world, sessions), spreads(world)
+        ).items():
             give(world, assignment_id, world.sessions[instance])
 
 

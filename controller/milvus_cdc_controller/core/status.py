@@ -24,6 +24,7 @@ from milvus_cdc_controller.core.liveness import SessionState
 from milvus_cdc_controller.core.names import Kind
 from milvus_cdc_controller.core.placing import labels_of
 from milvus_cdc_controller.core.reconcile import name_fault
+from milvus_cdc_controller.core.spreading import holders
 from milvus_cdc_controller.core.task import TaskRecord, TaskState, move
 from milvus_cdc_controller.core.world import World, task_key
 
@@ -91,10 +92,31 @@ def _no_taker(world: World, task: TaskRecord) -> tuple[str, str]:
             f"No connected replicator has the labels that the task asks for: {wanted_}. Start one "
             "that has, or change replicator_labels.",
         )
+    most = task.spec.limits.replicators
+    if most and len(holders(world, task.uid)) >= most:
+        return (
+            "NO_CAPACITY",
+            f"By its limits (requestsInFlight, connections) the task is with {most} replicators at "
+            "most, and these are full, cordoned, draining or silent; raise the limits, uncordon "
+            "one or raise a capacity.",
+        )
     return (
         "NO_CAPACITY",
         "Every connected replicator that may have it is full, cordoned or draining; start another, "
         "uncordon one or raise a capacity.",
+    )
+
+
+def beyond_limits(world: World, task: TaskRecord) -> str:
+    """Why more replicators have something of the task than its limits allow; else empty."""
+    most = task.spec.limits.replicators
+    if not most or len(now := holders(world, task.uid)) <= most:
+        return ""
+    names = sorted({s.name for each in now if (s := world.sessions.get(each)) is not None})
+    return (
+        f"By its limits the task may be with {most} replicators, and is with {len(now)} "
+        f"({', '.join(names)}) until what it has to give away has been taken over. If that does "
+        "not end by itself, the others have no room for it."
     )
 
 
