@@ -107,7 +107,7 @@ async def _serve(settings: Settings) -> int:
     )
     replicator = Replicator(settings, version("milvus-cdc"), connections)
     watcher = asyncio.create_task(_report_health(replicator, health_servicer))
-    rotation = asyncio.create_task(connections.follow_secrets())
+    rotation = asyncio.create_task(connections.look_after())
     log.info(
         "replicator started",
         name=settings.name,

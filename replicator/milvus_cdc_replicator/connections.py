@@ -1,15 +1,18 @@
 """Connections shared by all assignments: one per sink, one per queue, one reader hub per
 pchannel.
 
-Law: a secret's file that was replaced counts from then on. A Milvus, asked with its token in every
+Laws: a secret's file that was replaced counts from then on. A Milvus, asked with its token in every
 call, goes on with the new one; what logs in when it connects is opened anew for whoever comes next.
+A sink that nobody works with any more is left: only who holds something is connected.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Generic, TypeVar
 
@@ -35,7 +38,9 @@ from milvus_cdc_replicator.spec import queue_config
 log = structlog.get_logger()
 
 LOOK_SECONDS = 5.0
-"""Between two looks at the files of secrets in use."""
+"""Between two looks at the files of secrets, and at sinks that nobody works with."""
+UNUSED_SECONDS = 10.0
+"""Whoever comes within it finds the sink as it was left."""
 T = TypeVar("T", Writer, Place)
 
 
@@ -45,7 +50,7 @@ class _Shared(Generic[T]):
     def __init__(self, secrets: SecretResolver) -> None:
         self._secrets = secrets
         self._open: dict[bytes, tuple[T, RecordingResolver]] = {}
-        self._replaced: list[T] = []
+        self._replaced: list[tuple[bytes, T]] = []
 
     def get(self, key: bytes, make: Callable[[SecretResolver], T]) -> T:
         found = self._open.get(key)
@@ -55,12 +60,21 @@ class _Shared(Generic[T]):
         made = make(secrets)
         if found is not None:
             # Others may still be at work with it.
-            self._replaced.append(found[0])
+            self._replaced.append((key, found[0]))
         self._open[key] = made, secrets
         return made
 
+    def take(self, key: bytes) -> list[T]:
+        """All that were opened by it, for the caller to close."""
+        taken = [opened for known, opened in self._replaced if known == key]
+        self._replaced = [each for each in self._replaced if each[0] != key]
+        if key in self._open:
+            taken.append(self._open.pop(key)[0])
+        return taken
+
     async def close(self) -> None:
-        for opened in (*self._replaced, *(opened for opened, _ in self._open.values())):
+        keys = {*self._open, *(key for key, _ in self._replaced)}
+        for opened in [each for key in keys for each in self.take(key)]:
             with contextlib.suppress(CdcError):
                 await opened.close()
 
@@ -89,7 +103,10 @@ class Connections:
     def __init__(self, secrets: SecretResolver) -> None:
         self._secrets = secrets
         self._sinks: dict[bytes, Sink] = {}
-        self._tokens: list[_Token] = []
+        self._uses = Counter[bytes]()
+        self._unused: dict[bytes, float] = {}
+        """Since when; only what somebody has worked with."""
+        self._tokens: dict[tuple[str, bytes], _Token] = {}
         self._writers = _Shared[Writer](secrets)
         self._places = _Shared[Place](secrets)
         self._sources: dict[object, LogSource] = {}
@@ -107,7 +124,7 @@ class Connections:
                 if sink is None:
                     milvus = open_milvus(spec.milvus, self._secrets)
                     sink = self._sinks[key] = milvus
-                    self._watch(spec.milvus, "sink.milvus.token", milvus.use_token)
+                    self._watch(key, spec.milvus, "sink.milvus.token", milvus.use_token)
                 return sink
             writer = self._writers.get(key, lambda secrets: open_writer(spec, secrets))
             return WriterSink(writer, origin)
@@ -118,18 +135,51 @@ class Connections:
         return self._places.get(key, lambda secrets: open_place(spec, secrets))
 
     def _watch(
-        self, endpoint: task_pb2.MilvusEndpoint, field: str, use: Callable[[str | None], None]
+        self,
+        key: bytes,
+        endpoint: task_pb2.MilvusEndpoint,
+        field: str,
+        use: Callable[[str | None], None],
     ) -> None:
         if endpoint.token.WhichOneof("ref") == "file":
             now = live(self._secrets, endpoint.token, field)
-            self._tokens.append(_Token(now, use, endpoint.uri))
+            self._tokens[field, key] = _Token(now, use, endpoint.uri)
 
-    async def follow_secrets(self) -> None:
-        """Goes on until it is cancelled."""
+    @contextlib.contextmanager
+    def using(self, spec: task_pb2.Sink) -> Iterator[None]:
+        """For as long as somebody works with that sink it stays connected."""
+        key = spec.SerializeToString(deterministic=True)
+        self._uses[key] += 1
+        self._unused.pop(key, None)
+        try:
+            yield
+        finally:
+            self._uses[key] -= 1
+            if not self._uses[key]:
+                del self._uses[key]
+                self._unused[key] = time.monotonic()
+
+    async def look_after(self) -> None:
+        """Follows secrets, and disconnects what is not used; goes on until it is cancelled."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            for token in self._tokens:
+            for token in self._tokens.values():
                 token.look()
+            now = time.monotonic()
+            for key, since in list(self._unused.items()):
+                if now - since >= UNUSED_SECONDS:
+                    await self._disconnect(key)
+
+    async def _disconnect(self, key: bytes) -> None:
+        # All is taken out before anything waits: whoever comes meanwhile opens it anew.
+        self._unused.pop(key, None)
+        self._tokens.pop(("sink.milvus.token", key), None)
+        opened: list[Sink | Writer] = [*self._writers.take(key)]
+        if key in self._sinks:
+            opened.append(self._sinks.pop(key))
+        for each in opened:
+            with contextlib.suppress(CdcError):
+                await each.close()
 
     def milvus(self, endpoint: task_pb2.MilvusEndpoint, *, who: str) -> MilvusClient:
         """A client of the caller's own; `who` is `sink` or `source`. Raises UserError for a secret
@@ -143,7 +193,7 @@ class Connections:
         client = self._source_clients.get(key)
         if client is None:
             client = self._source_clients[key] = self.milvus(spec, who="source")
-            self._watch(spec, "source.milvus.token", client.use_token)
+            self._watch(key, spec, "source.milvus.token", client.use_token)
         return client
 
     async def source(self, spec: task_pb2.Source) -> LogSource:

@@ -225,7 +225,7 @@ class Reconciler:
     async def _look(
         self, assignment: CollectionAssignment, want: Collection, carry: Carry
     ) -> tuple[ObjectDifference, ...]:
-        async with self._gate.comparisons:
+        async with self._gate.comparing(assignment.sink):
             look = partial(
                 self._sink.diff, want, carry, sink_collection_id=assignment.sink_collection_id
             )

@@ -28,7 +28,7 @@ DDL_LEAST_SECONDS = 3.0
 OPENED_AT_ONCE = 8
 """Of one sink's collections: hundreds that begin together would all be late, again and again."""
 COMPARISONS = 8
-"""Collections of the process that are compared with their sinks at once."""
+"""Collections that are compared with one sink at once."""
 
 
 def boottime() -> float:
@@ -103,8 +103,7 @@ class WriteGate:
         self._slots: dict[bytes, Slots] = {}
         self._opening: dict[bytes, Slots] = {}
         self._renewed = asyncio.Event()
-        self.comparisons = asyncio.Semaphore(COMPARISONS)
-        """Taken by whoever only looks at a sink."""
+        self._comparing: dict[bytes, asyncio.Semaphore] = {}
 
     def renewed(self) -> None:
         """The lease may have grown."""
@@ -114,6 +113,11 @@ class WriteGate:
         """A turn to open a collection at a sink, waited for before its time begins to run."""
         key = sink.SerializeToString(deterministic=True)
         return self._opening.setdefault(key, Slots(OPENED_AT_ONCE)).one()
+
+    def comparing(self, sink: task_pb2.Sink) -> asyncio.Semaphore:
+        """Held by whoever only looks at a sink; one that does not answer keeps nobody else out."""
+        key = sink.SerializeToString(deterministic=True)
+        return self._comparing.setdefault(key, asyncio.Semaphore(COMPARISONS))
 
     @contextlib.asynccontextmanager
     async def ddl(self, halt: asyncio.Event) -> AsyncIterator[None]:

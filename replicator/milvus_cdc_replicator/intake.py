@@ -21,7 +21,7 @@ from milvus_cdc.order.lane import Lane
 from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.convert import Converter
 from milvus_cdc_replicator.core.assignment import AssignmentCore
-from milvus_cdc_replicator.core.budget import Budget
+from milvus_cdc_replicator.core.budget import Budget, Share
 from milvus_cdc_replicator.reader import Item, PchannelHub, Subscription
 from milvus_cdc_replicator.sink_work import Troubles
 from milvus_cdc_replicator.spec import CollectionAssignment
@@ -60,6 +60,9 @@ class Intake:
         self._connections = connections
         self._converter = converter
         self._budget = budget
+        self._share: Share | None = budget.share(
+            assignment.sink.SerializeToString(deterministic=True)
+        )
         self._limit_bytes = limit_bytes
         self._troubles = troubles
         self._post = post
@@ -153,19 +156,27 @@ class Intake:
 
     def account(self, *, final: bool = False) -> None:
         """Keeps the process' memory budget true; `final` gives everything back."""
+        if self._share is None:
+            return  # nothing is read any more
         held, writable = (0, 0) if final else self._held()
-        if (held, writable) == self._accounted:
-            return
-        before_held, before_writable = self._accounted
-        self._budget.update(held - before_held, writable - before_writable)
-        self._accounted = (held, writable)
-        if held < before_held:
-            self._on_room()
+        if (held, writable) != self._accounted:
+            before_held, before_writable = self._accounted
+            self._share.update(held - before_held, writable - before_writable)
+            self._accounted = (held, writable)
+            if held < before_held:
+                self._on_room()
+        if final:
+            self._share.leave()
+            self._share = None
 
     @property
     def has_memory(self) -> bool:
         """Reading need not wait for what is unfinished."""
-        return self._budget.may_read and self._held()[0] < self._limit_bytes
+        return self._may_read and self._held()[0] < self._limit_bytes
+
+    @property
+    def _may_read(self) -> bool:
+        return self._share is not None and self._share.may_read
 
     def _held(self) -> tuple[int, int]:
         """Bytes of everything not durable, and of the part that writing makes room for."""
@@ -270,7 +281,7 @@ class Intake:
         if mine == 0:
             return True
         if mine < self._limit_bytes:
-            return self._budget.may_read
+            return self._may_read
         # A portion comes whole, and a single request of the source is never divided.
         return writable == 0 and (mine < self._budget.hard_limit_bytes or lane.rereading)
 

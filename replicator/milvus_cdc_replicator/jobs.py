@@ -57,7 +57,8 @@ class JobRunner:
         try:
             match request.WhichOneof("job"):
                 case "probe":
-                    result = await self._probe(request.probe)
+                    with self._connections.using(request.probe.sink):
+                        result = await self._probe(request.probe)
                     self._update(pb.JobUpdate(job_id=job_id, probe=result))
                 case "resolve":
                     resolved = await self._resolve(request.resolve)
@@ -65,11 +66,12 @@ class JobRunner:
                 case "verify":
                     await self._verify(job_id, request.verify)
                 case "diff":
-                    await diff_all(
-                        self._connections,
-                        request.diff,
-                        lambda update: self._update(pb.JobUpdate(job_id=job_id, diff=update)),
-                    )
+                    with self._connections.using(request.diff.sink):
+                        await diff_all(
+                            self._connections,
+                            request.diff,
+                            lambda update: self._update(pb.JobUpdate(job_id=job_id, diff=update)),
+                        )
                 case "locate":
                     source = await self._connections.source(request.locate.source)
                     located = await locate_targets(source, request.locate)

@@ -136,6 +136,10 @@ class MetadataRunner:
         )
 
     async def _run(self) -> None:
+        with self._connections.using(self.assignment.sink):
+            await self._run_connected()
+
+    async def _run_connected(self) -> None:
         while not self._halt.is_set():
             self._changed.clear()
             wanted = self.assignment

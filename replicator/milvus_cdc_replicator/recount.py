@@ -238,7 +238,7 @@ class Recounting:
     async def _patiently(self, call: Callable[[], Coroutine[Any, Any, _Wrong]]) -> _Wrong:
         for attempt in range(TRIES):
             try:
-                async with self._gate.comparisons:
+                async with self._gate.comparing(self._assignment.sink):
                     return await unless_halted(self._halt, call)
             except RetryableError as error:
                 if attempt + 1 == TRIES:

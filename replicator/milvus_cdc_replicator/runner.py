@@ -296,6 +296,10 @@ class CollectionRunner:
     # ---- the owner
 
     async def _run(self) -> None:
+        with self._connections.using(self.assignment.sink):
+            await self._run_connected()
+
+    async def _run_connected(self) -> None:
         try:
             sink = await self._connections.sink(self.assignment.sink, self._origin)
             await self._object.open(sink)

@@ -27,8 +27,8 @@ from milvus_cdc_controller.core.task import MetadataRecord, SourceRecord, TaskRe
 FORMAT_VERSION = 8
 """2: the incarnation of a checkpoint's topic. 3: names at the sink, and what is carried there.
 4: what sinks are known to hold. 5: marks on replicators, and which of them a task asks for.
-6: what is to be recounted there. 7: holds, secrets that are encrypted, who made a task.
-8: limits of requests and connections.
+6: what is to be recounted there. 7: holds, secrets that are encrypted. 8: limits of requests and
+connections, who made a task.
 """
 
 _KINDS: dict[str, type[Any]] = {

@@ -6,7 +6,9 @@ import asyncio
 
 import pytest
 from milvus_cdc.errors import RetryableError
-from milvus_cdc_replicator.gate import Slots
+from milvus_cdc_replicator.core.lease import Lease
+from milvus_cdc_replicator.gate import COMPARISONS, Slots, WriteGate
+from milvuscdc.v1 import task_pb2
 
 LATE = RetryableError("SINK_TIMEOUT", "no answer in time")
 
@@ -68,6 +70,18 @@ async def test_other_trouble_is_no_reason_to_send_less() -> None:
     await requests.end(RetryableError("SINK_UNAVAILABLE", "refused"))
     assert requests.slots.limit == 4
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_sink_that_does_not_answer_keeps_no_comparison_of_others_out() -> None:
+    gate = WriteGate(Lease(), 8)
+    stuck, other = (
+        task_pb2.Sink(milvus=task_pb2.MilvusEndpoint(uri=f"http://{host}:1")) for host in "ab"
+    )
+    for _ in range(COMPARISONS):
+        await gate.comparing(stuck).acquire()
+    assert gate.comparing(stuck).locked()
+    async with asyncio.timeout(1), gate.comparing(other):
+        pass
 
 
 async def test_who_gives_up_waiting_takes_no_room() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,9 @@ class Connections:
 
     async def source(self, _spec: object) -> MemorySource:
         return self._source
+
+    def using(self, _spec: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class Bench:

@@ -282,6 +282,60 @@ async def test_what_waits_stays_within_the_memory() -> None:
     await paced.end()
 
 
+async def test_no_more_requests_than_allowed_are_under_way() -> None:
+    paced = Paced(RateLimits(requests_in_flight=2))
+    bench, release, most = paced.bench, asyncio.Event(), 0
+    under_way = 0
+
+    async def write(_target: CollectionTarget, _batch: RowBatch | DeleteBatch) -> None:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await release.wait()
+        under_way -= 1
+
+    bench.sink.before_write = write
+    await bench.start()
+    in_flight = bench.runner._core.sequencer._in_flight
+    for n in range(1, 5):
+        bench.append(insert(START + n, [n]), tick(START + n))
+        await until(lambda n=n: len(in_flight) == n)  # type: ignore[misc]
+    await until(lambda: "RATE_LIMITED" in paced.conditions)
+    assert "2 requests at once" in paced.conditions["RATE_LIMITED"]
+    assert under_way == 2
+    paced.pacer.change(RateLimits(requests_in_flight=3))
+    await until(lambda: under_way == 3)
+    release.set()
+    await until(lambda: bench.resolved_ts == START + 4)
+    assert most == 3
+    await paced.end()
+    assert all(paced.pacer.requests.free() for _ in range(3)), "all were given back"
+    assert not paced.pacer.requests.free()
+
+
+async def test_a_stop_does_not_wait_for_a_request_of_others() -> None:
+    paced = Paced(RateLimits(requests_in_flight=1))
+    bench = paced.bench
+    assert paced.pacer.requests.free(), "another collection's"
+    await bench.start()
+    bench.append(insert(START + 1, [1]), tick(START + 1))
+    await until(lambda: "RATE_LIMITED" in paced.conditions)
+    async with asyncio.timeout(1):
+        await paced.end()
+    assert not paced.writes
+
+
+async def test_collections_are_opened_no_more_at_once_than_allowed() -> None:
+    paced = Paced(RateLimits(requests_in_flight=1))
+    assert paced.pacer.openings.free(), "another collection's"
+    paced.bench.runner.start()
+    await until(lambda: "RATE_LIMITED" in paced.conditions)
+    assert not paced.bench.runner._core.opened
+    paced.pacer.openings.give_back()
+    await until(lambda: paced.bench.runner._core.opened)
+    await paced.end()
+
+
 async def test_a_write_that_waited_still_needs_the_lease() -> None:
     """The lease is looked at after the waiting, never before."""
     paced = Paced(RateLimits(rows_per_second=20))

@@ -54,6 +54,9 @@ class Connections:
     async def sink(self, _spec: object, _origin: object = None) -> MemorySink:
         return self._sink
 
+    def using(self, _spec: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     async def hub(self, _spec: object, _pchannel: str) -> PchannelHub:
         return self._hub
 

@@ -32,7 +32,7 @@ async def test_an_open_milvus_goes_on_with_the_new_token(
     source = await connections.source_client(endpoint)
     assert isinstance(sink, MilvusSink)
     assert sink._client.metadata == source.metadata == authorization("one")
-    following = asyncio.create_task(connections.follow_secrets())
+    following = asyncio.create_task(connections.look_after())
     (tmp_path / "token").write_text("two")
     while source.metadata != authorization("two"):
         await asyncio.sleep(0.01)

@@ -68,6 +68,53 @@ def test_a_pause_ends_when_only_rows_that_wait_for_their_tick_are_left() -> None
     assert budget.may_read, "nothing that is written would ever make room"
 
 
+@given(st.integers(1, 6), st.lists(st.integers(0, 5), max_size=400))
+def test_sinks_that_stand_still_leave_memory_for_any_other(sinks: int, turns: list[int]) -> None:
+    """Each reads whenever it may, and nothing is written."""
+    budget = Budget(1000)
+    shares = [budget.share(b"%d" % n) for n in range(sinks + 1)]
+    held = [0] * sinks
+    for turn in [*turns, *range(sinks)] * 2 + list(range(sinks)) * 400:
+        if turn < sinks and shares[turn].may_read:
+            shares[turn].update(10, 10)
+            held[turn] += 10
+    most = 1000 * 2 / (2 * sinks + 1)
+    assert shares[-1].may_read
+    assert budget.held <= sinks * most + 10 * sinks
+    # The other one has more than a helping of it.
+    mine = 0
+    while shares[-1].may_read and mine < 1000:
+        shares[-1].update(10, 10)
+        mine += 10
+    assert mine >= 1000 / (2 * sinks + 1) / 2
+
+
+def test_the_only_sink_has_all_of_the_memory_and_again_when_the_others_have_gone() -> None:
+    budget = Budget(100)
+    only = budget.share(b"a")
+    only.update(99, 99)
+    assert only.may_read
+    again, other = budget.share(b"a"), budget.share(b"b")
+    assert not only.may_read
+    assert not again.may_read, "all collections of a sink together"
+    assert other.may_read
+    other.leave()
+    assert only.may_read
+    only.update(-99, -99)
+    only.leave()
+    again.leave()
+    assert not budget.shared
+
+
+def test_a_share_does_not_stop_the_reading_that_brings_a_tick() -> None:
+    budget = Budget(100)
+    share, _ = budget.share(b"a"), budget.share(b"b")
+    share.update(90, 0)
+    assert share.may_read
+    share.update(0, 30)
+    assert not share.may_read
+
+
 def test_epochs_decide_what_a_word_does() -> None:
     holdings = Holdings()
     assert holdings.assign("a", 3, 7) is Verdict.START
