@@ -25,6 +25,7 @@ from benchmarks import (
     metadata,
     postgres,
     reconcile,
+    scaleout,
     steady,
     trust,
 )
@@ -48,18 +49,29 @@ PARTS = (
     "metadata",
     "reconcile",
     "assignments",
+    "scaleout",
     "kafka-sink",
     "files",
     "postgres",
     "trust",
 )
-OF_NO_QUEUE = {"metadata", "reconcile", "assignments", "kafka-sink", "files", "postgres", "trust"}
+OF_NO_QUEUE = {
+    "metadata",
+    "reconcile",
+    "assignments",
+    "scaleout",
+    "kafka-sink",
+    "files",
+    "postgres",
+    "trust",
+}
 """Parts that need no source's servers, or their own."""
 LAG_ROWS_PER_SECOND = 1_000
 IDLE_COLLECTIONS = 64
 LISTED_TASKS = 1_000
 MANY_COLLECTIONS = 10_000
 COMPARED_COLLECTIONS = 1_000
+SCALED_SECONDS = 15
 MANY_REPLICATORS = 50
 LOADED_SHARE = 10
 """One in so many is loaded: a server of this machine holds no more of them."""
@@ -99,6 +111,9 @@ def _measure_all(options: argparse.Namespace, results: Results) -> None:
         many = MANY_COLLECTIONS // 10 if options.quick else MANY_COLLECTIONS
         _say(f"{many:,} assignments on {MANY_REPLICATORS} replicators")
         results.held = assignments.measure(many, MANY_REPLICATORS)
+    if "scaleout" in options.only:
+        _say(f"{', '.join(map(str, scaleout.FLEETS))} replicators with sinks of fixed speed")
+        results.scaled = scaleout.measure(SCALED_SECONDS / 3 if options.quick else SCALED_SECONDS)
     _measure_row_sinks(options, results)
     if "trust" in options.only:
         _say("trust: knowing a caller")

@@ -20,6 +20,7 @@ from benchmarks.lag import Lag
 from benchmarks.metadata import Metadata
 from benchmarks.postgres import PostgresFigures
 from benchmarks.reconcile import Reconciled
+from benchmarks.scaleout import Scaled
 from benchmarks.steady import Steady
 from benchmarks.trust import FIRST_CHECK, TlsCost
 from benchmarks.usage import machine
@@ -38,6 +39,7 @@ GOAL_LIST_MS = 100.0
 GOAL_LISTING_SECONDS = 10.0
 GOAL_CONTROLLER_MIB = 400.0
 GOAL_HELD_PERCENT, GOAL_HELD_MIB, GOAL_RESYNC_SECONDS = 20.0, 500.0, 10.0
+GOAL_SCALE = 0.9
 GOAL_RECONCILE_SECONDS = 60.0
 GOAL_RECONCILE_CALLS = 5
 GOAL_KAFKA_CPU = {
@@ -76,6 +78,7 @@ class Results:
     metadata: list[Metadata] = field(default_factory=list)
     held: Held | None = None
     reconciled: Reconciled | None = None
+    scaled: list[Scaled] = field(default_factory=list)
     kafka_sink: list[KafkaFigures] = field(default_factory=list)
     files: list[FileFigures] = field(default_factory=list)
     postgres: list[PostgresFigures] = field(default_factory=list)
@@ -239,6 +242,14 @@ class Results:
                 f"{_judged(held.resync_seconds, GOAL_RESYNC_SECONDS, 1)} s after its restart",
                 f"< {GOAL_HELD_PERCENT:.0f} %, < {GOAL_HELD_MIB:.0f} MiB, "
                 f"< {GOAL_RESYNC_SECONDS:.0f} s",
+            )
+        for fleet in self.scaled:
+            table.add_row(
+                f"{fleet.replicators} replicators, sinks of fixed speed",
+                f"{fleet.rows_per_second:,.0f} rows/s, "
+                f"{_judged(fleet.single, GOAL_SCALE, at_least=True)} of as many times one, "
+                f"{fleet.linear:.2f} of what the sinks take (the slowest {fleet.slowest:.2f})",
+                f">= {GOAL_SCALE} x linear",
             )
         if (look := self.reconciled) is not None:
             table.add_row(

@@ -29,7 +29,7 @@ WRITE_SECONDS = Histogram(
 )
 RATE_LIMITED_SECONDS = Counter(
     "milvus_cdc_replicator_rate_limited_seconds",
-    "Time that writes waited for the task's limits, summed over those that waited together",
+    "Time that writes and openings waited for the task's limits, summed over those that waited",
     ["task"],
 )
 DEAD_LETTERS = Counter(

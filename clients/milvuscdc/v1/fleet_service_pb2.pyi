@@ -608,7 +608,9 @@ class AssignmentInfo(_message.Message):
     moving_to: _builtins.str
     """`replicators/{replicator}` that it is moving to; empty unless it moves to a certain one."""
     moving_reason: _builtins.str
-    """Why it moves: MOVE, DRAIN, STOPPING, REBALANCE, LABELS (its task asks for others); empty unless it does."""
+    """Why it moves: MOVE, DRAIN, STOPPING, REBALANCE, LABELS (its task asks for others), LIMITS (of its
+    task); empty unless it does.
+    """
     rows_per_second: _builtins.float
     """As measured; 0 until something was."""
     @_builtins.property

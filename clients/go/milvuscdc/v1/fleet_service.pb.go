@@ -1237,7 +1237,8 @@ type AssignmentInfo struct {
 	AssignTime *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=assign_time,json=assignTime,proto3" json:"assign_time,omitempty"`
 	// `replicators/{replicator}` that it is moving to; empty unless it moves to a certain one.
 	MovingTo string `protobuf:"bytes,9,opt,name=moving_to,json=movingTo,proto3" json:"moving_to,omitempty"`
-	// Why it moves: MOVE, DRAIN, STOPPING, REBALANCE, LABELS (its task asks for others); empty unless it does.
+	// Why it moves: MOVE, DRAIN, STOPPING, REBALANCE, LABELS (its task asks for others), LIMITS (of its
+	// task); empty unless it does.
 	MovingReason string `protobuf:"bytes,10,opt,name=moving_reason,json=movingReason,proto3" json:"moving_reason,omitempty"`
 	// As measured; 0 until something was.
 	RowsPerSecond float64 `protobuf:"fixed64,11,opt,name=rows_per_second,json=rowsPerSecond,proto3" json:"rows_per_second,omitempty"`
