@@ -262,6 +262,49 @@ async def test_batching_is_changed_part_by_part_and_reaches_the_owner(api: Api) 
         assert info.metadata["field"] == f"task.batching.{path}"
 
 
+async def test_connections_decide_how_many_replicators_hold_a_task(tmp_path: Path) -> None:
+    source = HandFedSource(collection(11, "a"), collection(12, "b"), collection(13, "c"))
+    async with controller(tmp_path / "store.db", source) as api:
+        task = task_message()
+        task.limits.connections, task.limits.requests_in_flight = 1, 8
+
+        def change(**fields: int) -> api_pb.UpdateTaskRequest:
+            wish = task_pb2.Task(name="tasks/copy", limits=task_pb2.Limits(**fields))
+            paths = [f"limits.{each}" for each in fields]
+            return api_pb.UpdateTaskRequest(
+                task=wish, update_mask=field_mask_pb2.FieldMask(paths=paths)
+            )
+
+        async with FakeReplicator(api, "one") as one, FakeReplicator(api, "two") as two:
+            created = await create(api, task)
+            assert created.limits == task.limits
+            await until(lambda: 3 in (len(one.collections()), len(two.collections())))
+            assert sorted((len(one.collections()), len(two.collections()))) == [0, 3]
+            holder, other = (one, two) if one.collections() else (two, one)
+            assert holder.limits[created.uid] == task_pb2.Limits(requests_in_flight=8)
+            changed = await api.tasks.UpdateTask(change(connections=2))
+            assert changed.task.limits.connections == 2
+            holder.draining = True
+            await until(lambda: len(other.collections()) == 3)
+            for path, value in (("connections", -1), ("requests_in_flight", 100_001)):
+                _, info = await refused(api.tasks.UpdateTask(change(**{path: value})))
+                assert info.metadata["field"] == f"task.limits.{path}"
+        for sink, connections, reason in (
+            (task_pb2.Sink(kafka={"brokers": ["127.0.0.1:1"]}), 9, "NOT_FOR_THIS_SINK"),
+            (task_pb2.Sink(files={"uri": "file:///tmp/x"}), 9, "NOT_FOR_THIS_SINK"),
+            (
+                task_pb2.Sink(postgres={"host": "h", "database": "d", "user": "u"}),
+                3,
+                "INVALID_FIELD",
+            ),
+        ):
+            wrong = task_message("wrong")
+            wrong.sink.CopyFrom(sink)
+            wrong.limits.connections = connections
+            _, info = await refused(api.tasks.CreateTask(api_pb.CreateTaskRequest(task=wrong)))
+            assert (info.reason, info.metadata["field"]) == (reason, "task.limits.connections")
+
+
 async def test_limits_are_shared_by_those_that_hold_collections(tmp_path: Path) -> None:
     source = HandFedSource(collection(11, "a"), collection(12, "b"), collection(13, "c"))
     async with controller(tmp_path / "store.db", source) as api:
