@@ -245,7 +245,7 @@ class Results:
             )
         for fleet in self.scaled:
             table.add_row(
-                f"{fleet.replicators} replicators, sinks of fixed speed",
+                f"sinks of fixed speed, replicators: {fleet.replicators}",
                 f"{fleet.rows_per_second:,.0f} rows/s, "
                 f"{_judged(fleet.single, GOAL_SCALE, at_least=True)} of as many times one, "
                 f"{fleet.linear:.2f} of what the sinks take (the slowest {fleet.slowest:.2f})",

@@ -41,6 +41,7 @@ LOOK_SECONDS = 5.0
 """Between two looks at the files of secrets, and at sinks that nobody works with."""
 UNUSED_SECONDS = 10.0
 """Whoever comes within it finds the sink as it was left."""
+CLOSE_SECONDS = 10.0
 T = TypeVar("T", Writer, Place)
 
 
@@ -167,7 +168,8 @@ class Connections:
                 token.look()
             now = time.monotonic()
             for key, since in list(self._unused.items()):
-                if now - since >= UNUSED_SECONDS:
+                # Somebody may have come while another one was closed.
+                if now - since >= UNUSED_SECONDS and self._unused.get(key) == since:
                     await self._disconnect(key)
 
     async def _disconnect(self, key: bytes) -> None:
@@ -178,8 +180,12 @@ class Connections:
         if key in self._sinks:
             opened.append(self._sinks.pop(key))
         for each in opened:
-            with contextlib.suppress(CdcError):
-                await each.close()
+            try:
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await each.close()
+            except Exception as error:
+                # It may be of another package; secrets are to be followed all the same.
+                log.warning("a sink was not left in order", error=repr(error))
 
     def milvus(self, endpoint: task_pb2.MilvusEndpoint, *, who: str) -> MilvusClient:
         """A client of the caller's own; `who` is `sink` or `source`. Raises UserError for a secret

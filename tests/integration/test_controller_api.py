@@ -22,6 +22,8 @@ from milvuscdc.v1 import (
     fleet_service_pb2,
     format_pb2,
     sink_file_pb2,
+    sink_kafka_pb2,
+    sink_postgres_pb2,
     task_pb2,
     verify_pb2,
 )
@@ -289,11 +291,20 @@ async def test_connections_decide_how_many_replicators_hold_a_task(tmp_path: Pat
             for path, value in (("connections", -1), ("requests_in_flight", 100_001)):
                 _, info = await refused(api.tasks.UpdateTask(change(**{path: value})))
                 assert info.metadata["field"] == f"task.limits.{path}"
+        postgres = sink_postgres_pb2.PostgresSink(host="h", database="d", user="u")
         for sink, connections, reason in (
-            (task_pb2.Sink(kafka={"brokers": ["127.0.0.1:1"]}), 9, "NOT_FOR_THIS_SINK"),
-            (task_pb2.Sink(files={"uri": "file:///tmp/x"}), 9, "NOT_FOR_THIS_SINK"),
             (
-                task_pb2.Sink(postgres={"host": "h", "database": "d", "user": "u"}),
+                task_pb2.Sink(kafka=sink_kafka_pb2.KafkaSink(brokers=["127.0.0.1:1"])),
+                9,
+                "NOT_FOR_THIS_SINK",
+            ),
+            (
+                task_pb2.Sink(files=sink_file_pb2.FileSink(uri="file:///tmp/x")),
+                9,
+                "NOT_FOR_THIS_SINK",
+            ),
+            (
+                task_pb2.Sink(postgres=postgres),
                 3,
                 "INVALID_FIELD",
             ),

@@ -167,4 +167,8 @@ class Writer(Protocol):
         """This process writes no more of the collection for now: resources may go."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Ends all connections: the process ends, or nobody has worked with any collection for a
+        while. Another writer is made when it is needed again.
+        """
+        ...
