@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from milvus_cdc.errors import RetryableError
 from milvus_cdc_replicator.core.lease import Lease
-from milvus_cdc_replicator.gate import COMPARISONS, Slots, WriteGate
+from milvus_cdc_replicator.gate import COMPARISONS, OPENED_AT_ONCE, Slots, WriteGate
 from milvuscdc.v1 import task_pb2
 
 LATE = RetryableError("SINK_TIMEOUT", "no answer in time")
@@ -82,6 +82,32 @@ async def test_a_sink_that_does_not_answer_keeps_no_comparison_of_others_out() -
     assert gate.comparing(stuck).locked()
     async with asyncio.timeout(1), gate.comparing(other):
         pass
+
+
+async def test_collections_that_begin_together_are_opened_a_few_at_a_time_at_each_sink() -> None:
+    gate = WriteGate(Lease(), 8)
+    sinks = [task_pb2.Sink(milvus=task_pb2.MilvusEndpoint(uri=f"http://{host}:1")) for host in "ab"]
+    opening = [0, 0]
+    most = [0, 0]
+    answers = asyncio.Event()
+
+    async def open_one(number: int) -> None:
+        async with gate.opening(sinks[number]):
+            opening[number] += 1
+            most[number] = max(most[number], opening[number])
+            if number == 0:
+                await answers.wait()
+            opening[number] -= 1
+
+    stuck, others = (
+        [asyncio.create_task(open_one(number)) for _ in range(100)] for number in (0, 1)
+    )
+    await asyncio.wait_for(asyncio.gather(*others), 10)
+    assert opening == [OPENED_AT_ONCE, 0]
+    answers.set()
+    await asyncio.wait_for(asyncio.gather(*stuck), 10)
+    assert most[0] == OPENED_AT_ONCE
+    assert most[1] <= OPENED_AT_ONCE
 
 
 async def test_who_gives_up_waiting_takes_no_room() -> None:
