@@ -42,6 +42,11 @@ OUTCOMES_MAX = 1_000
 _TOO_SLOW = JobFailed("CALLER_TOO_SLOW", "The caller did not read the answers in time.")
 
 
+MakeEvent = Callable[[ev.Instant], ev.Event]
+_Waiting = tuple[bool, int, MakeEvent]
+"""False for who is hurried; the number under which it came, which no other has."""
+
+
 class Outward(Protocol):
     """Where effects go that are neither stored nor answers to a call."""
 
@@ -97,7 +102,8 @@ class ControlLoop:
         self._outward: Outward
         self._metrics = metrics
         self._journal = Journal(metrics)
-        self._queue: asyncio.Queue[Callable[[ev.Instant], ev.Event]] = asyncio.Queue(QUEUE_MAX)
+        self._queue: asyncio.PriorityQueue[_Waiting] = asyncio.PriorityQueue(QUEUE_MAX)
+        self._posted = 0
         self._pending = _Pending()
         self._wake = asyncio.Event()
         self._calls: dict[int, asyncio.Future[TaskRecord | None]] = {}
@@ -135,10 +141,22 @@ class ControlLoop:
         if self._ended is not None:
             raise self._ended
 
-    async def post(self, make: Callable[[ev.Instant], ev.Event]) -> None:
-        """Waits while the queue is full. `make` gets the time at which the event is taken."""
+    async def post(self, make: MakeEvent, *, hurried: bool = False) -> None:
+        """Waits while the queue is full. `make` gets the time at which the event is taken; who is
+        hurried goes before all others.
+        """
         if self._ended is None:
-            await self._queue.put(make)
+            await self._queue.put(self._waiting(make, hurried))
+
+    async def beat(self, stream: int, make: MakeEvent) -> None:
+        """A heartbeat: nobody is to fall silent because much else is to be done. It must not come
+        before the Hello of its stream.
+        """
+        await self.post(make, hurried=stream in self.controller.world.streams)
+
+    def _waiting(self, make: MakeEvent, hurried: bool) -> _Waiting:
+        self._posted += 1
+        return not hurried, self._posted, make
 
     async def call(self, make: Callable[[ev.Instant, int], ev.Command]) -> TaskRecord | None:
         """A command and its answer, given once it is stored. Raises Refused, and what the loop was
@@ -189,11 +207,15 @@ class ControlLoop:
 
     async def _step_events(self) -> None:
         while True:
-            make = await self._queue.get()
+            _, _, make = await self._queue.get()
             self._take(make(clock.now()))
             self._queue.task_done()
+            if self.controller.unfinished and self._queue.empty():
+                # Rather than at the next tick: by now what came meanwhile has been seen to.
+                self._queue.put_nowait(self._waiting(ev.Ticked, False))
+                await asyncio.sleep(0)
             # A burst must not keep the writer and the streams waiting.
-            if self._queue.qsize() % 64 == 0:
+            elif self._queue.qsize() % 64 == 0:
                 await asyncio.sleep(0)
 
     async def _tick(self) -> None:

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter as Counted
+from collections.abc import Callable, Iterator
 
 from milvus_cdc.model import tso_to_ms
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -13,10 +14,11 @@ from milvus_cdc_controller.core.collection import CollectionState
 from milvus_cdc_controller.core.events import Instant
 from milvus_cdc_controller.core.liveness import SessionState
 from milvus_cdc_controller.core.positions import retention_of
-from milvus_cdc_controller.core.status import collection_view
+from milvus_cdc_controller.core.status import outline
 from milvus_cdc_controller.core.task import TaskState
 from milvus_cdc_controller.core.world import World
 
+OBSERVED_AT_ONCE = 200
 _Place = tuple[Gauge, str, str]
 """Of a figure: which, of which task and collection."""
 
@@ -96,6 +98,14 @@ class Metrics:
         )  # fmt: skip
 
     def observe(self, world: World, now: Instant) -> None:
+        """All at once."""
+        for _ in self.observing(world, now):
+            pass
+
+    def observing(self, world: World, now: Instant) -> Iterator[None]:
+        """Pauses now and then while it looks at collections: whoever has it may do something else,
+        and the world may change. What is shown changes at the end.
+        """
         tasks = [task.state for task in world.tasks.values()]
         for state in TaskState:
             self.tasks.labels(state=state.value).set(tasks.count(state))
@@ -108,21 +118,29 @@ class Metrics:
         # Of two with one name, of which one is on its way out, the worse one is shown.
         worst: dict[_Place, float] = {}
         states: list[CollectionState] = []
-        for uid, records in world.collections.items():
-            for record in records.values():
-                view = collection_view(world, record)
-                states.append(view.status[0])
-                name = world.tasks[uid].spec.name, record.now_at_sink
-                if view.observed.lag_ms >= 0:
-                    _note(worst, (self.lag_seconds, *name), max, view.observed.lag_ms / 1000)
-                if view.progress.resolved_ts:
-                    age_ms = max(0, now.wall_ms - tso_to_ms(view.progress.resolved_ts))
-                    _note(worst, (self.checkpoint_age_seconds, *name), max, age_ms / 1000)
-                left = retention_of(world, view.progress, record.assignment_id)
-                if left.left_ms >= 0:
-                    _note(worst, (self.retention_left_seconds, *name), min, left.left_ms / 1000)
-                if left.left_bytes >= 0:
-                    _note(worst, (self.retention_left_bytes, *name), min, left.left_bytes)
+        found = [record for records in world.collections.values() for record in records.values()]
+        for number, record in enumerate(found, 1):
+            if number % OBSERVED_AT_ONCE == 0:
+                yield
+            key = record.assignment_id
+            progress = world.progress.get(key)
+            if progress is None:
+                continue  # it has gone meanwhile
+            status = outline(world, record)
+            states.append(status[0] if status is not None else CollectionState.PENDING)
+            name = world.tasks[record.task_uid].spec.name, record.now_at_sink
+            seen = world.observed.get(key)
+            if seen is not None and seen.lag_ms >= 0:
+                _note(worst, (self.lag_seconds, *name), max, seen.lag_ms / 1000)
+            resolved_ts = progress.resolved_ts
+            if resolved_ts:
+                age_ms = max(0, now.wall_ms - tso_to_ms(resolved_ts))
+                _note(worst, (self.checkpoint_age_seconds, *name), max, age_ms / 1000)
+            left = retention_of(world, progress, key)
+            if left.left_ms >= 0:
+                _note(worst, (self.retention_left_seconds, *name), min, left.left_ms / 1000)
+            if left.left_bytes >= 0:
+                _note(worst, (self.retention_left_bytes, *name), min, left.left_bytes)
         for gauge in shown:
             gauge.clear()
         for (gauge, task, collection), value in worst.items():
@@ -136,8 +154,9 @@ class Metrics:
         for session_state in SessionState:
             self.replicators.labels(state=session_state.value).set(sessions.count(session_state))
         self.assignments.clear()
-        for grant in world.grants.values():
-            self.assignments.labels(replicator=grant.owner if grant.instance else "").inc()
+        owners = (grant.owner if grant.instance else "" for grant in world.grants.values())
+        for owner, number in Counted(owners).items():
+            self.assignments.labels(replicator=owner).set(number)
 
         self._observe_holds(world)
 

@@ -4,7 +4,8 @@ only.
 Laws: until the session is synced every message keeps its place; after that a newer message of the
 same kind and assignment replaces the older one, which nobody needs any more. Heartbeat acks are
 held back until then, because a lease must not be renewed before its holder has been told what it
-may not hold.
+may not hold; after that they go before all that waits, so that no lease ends behind thousands of
+assignments.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Outbox:
             key = _key(message) or key
         self._messages.pop(key, None)
         self._messages[key] = message
+        if isinstance(message, fx.HeartbeatAck):
+            self._messages.move_to_end(key, last=False)
         if isinstance(message, fx.Synced):
             self._synced = True
         self._ready.set()

@@ -200,7 +200,9 @@ class ReplicationService(rpc.ReplicationServiceServicer):
         try:
             async for request in requests:
                 make = wire.event(stream, request)
-                if make is not None:
+                if make is not None and request.WhichOneof("message") == "heartbeat":
+                    await self._loop.beat(stream, make)
+                elif make is not None:
                     await self._loop.post(make)
             outbox.close("HALF_CLOSED", "The replicator has ended the stream.")
         except (grpc.aio.BaseError, grpc.RpcError):

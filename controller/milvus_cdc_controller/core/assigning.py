@@ -19,11 +19,13 @@ from milvus_cdc_controller.core.collection import (
 )
 from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_controller.core.granting import metadata_wanted, revoke, send_assign, wanted
+from milvus_cdc_controller.core.index import Touched
 from milvus_cdc_controller.core.mapping import split
 from milvus_cdc_controller.core.metadata_work import drop_waits_for_alias, settle_metadata
 from milvus_cdc_controller.core.names import Kind, Owner
 from milvus_cdc_controller.core.placing import place_waiting
 from milvus_cdc_controller.core.reconcile import name_fault
+from milvus_cdc_controller.core.standing import in_order
 from milvus_cdc_controller.core.task import StartAt, TaskRecord
 from milvus_cdc_controller.core.world import World
 
@@ -31,34 +33,36 @@ MOVING = "milvus_cdc_moving_"
 """Begins the name of a collection that makes way for others; its source id follows."""
 
 
-def settle(world: World) -> set[str]:
-    """Brings every dirty task's assignments towards what is wanted, places what waits, and names
-    the tasks.
+def settle(world: World) -> Touched:
+    """Brings what is dirty towards what is wanted, places what waits, and says what it has looked
+    at.
     """
-    looked_at: set[str] = set()
+    looked_at, since_placed = Touched(), Touched()
     rounds = 0
     while world.dirty:
         rounds += 1
         assert rounds < 100, "settling does not settle"
         for uid in sorted(world.dirty):
-            world.dirty.discard(uid)
-            looked_at.add(uid)
+            collection_ids = world.dirty.take(uid)
+            since_placed.add(uid, collection_ids)
             if uid in world.tasks:
-                _settle_task(world, world.tasks[uid])
+                _settle_task(world, world.tasks[uid], collection_ids)
         if not world.dirty:
-            place_waiting(world, looked_at)
+            looked_at.merge(since_placed)
+            place_waiting(world, since_placed)
+            since_placed = Touched()
     return looked_at
 
 
-def _settle_task(world: World, task: TaskRecord) -> None:
+def _settle_task(world: World, task: TaskRecord, collection_ids: set[int] | None) -> None:
     settle_metadata(world, task)
     take_names(world)
-    for record in list(world.collections[task.uid].values()):
+    for record in in_order(world.collections[task.uid], collection_ids):
         _settle_collection(world, task, record)
     grant = world.grants.get(metadata_assignment_id(task.uid))
     if grant is not None and grant.instance:
         _settle_grant(world, grant, metadata_wanted(world, task), world.metadata[task.uid].version)
-    if task.deleting and not any(grant.instance for grant in world.grants_of(task.uid)):
+    if task.deleting and not world.is_held(task.uid):
         world.drop_task(task)
 
 

@@ -73,6 +73,16 @@ class Counters:
             self.bytes_written + other.bytes_written,
         )
 
+    def minus(self, other: Counters) -> Counters:
+        return Counters(
+            self.rows_inserted - other.rows_inserted,
+            self.rows_upserted - other.rows_upserted,
+            self.rows_deleted - other.rows_deleted,
+            self.rows_skipped - other.rows_skipped,
+            self.rows_refused - other.rows_refused,
+            self.bytes_written - other.bytes_written,
+        )
+
     @property
     def rows_written(self) -> int:
         return self.rows_inserted + self.rows_upserted + self.rows_deleted

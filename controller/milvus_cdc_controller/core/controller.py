@@ -71,6 +71,11 @@ class Controller:
         self._published_ms = 0
         self._faces: dict[str, tuple[SessionState, bool]] = {}
 
+    @property
+    def unfinished(self) -> bool:
+        """The next tick has more to do than to look at the time, so it had better come soon."""
+        return self.world.more
+
     def step(self, event: events.Event) -> list[Effect]:
         world = self.world
         assert event.at.mono_ms >= world.now.mono_ms, "monotonic time went back"
@@ -87,13 +92,13 @@ class Controller:
         looked_at = settle(world)
         if looked_at:
             sources.advance_work(world)
-            looked_at |= settle(world)
+            looked_at.merge(settle(world))
             tell_parts(world, looked_at)
         if looked_at or isinstance(event, events.Ticked):
             holding.advance(world, looked_at)
-            looked_at |= settle(world)
+            looked_at.merge(settle(world))
         for uid in sorted(looked_at):
-            refresh(world, uid)
+            refresh(world, uid, looked_at.of(uid))
         assert not world.dirty
         return ordered(world.effects)
 
@@ -113,15 +118,20 @@ class Controller:
             for instance, session in world.sessions.items()
         }
         if faces != self._faces:
+            for instance, session in world.sessions.items():
+                if faces[instance] != self._faces.get(instance):
+                    world.touch_held(session)
             self._faces = faces
-            world.touch_all()
+            world.touch_fleet()
+        if world.more:
+            world.more = False
+            world.touch_unplaced()
         for uid, task in world.tasks.items():
+            work = world.work[uid]
             if task.active and not (task.probed and task.created):
-                world.touch(uid)
-            elif world.work[uid].resolve_job or world.work[uid].not_before_ms:
-                world.touch(uid)
-            elif world.work[uid].check_job:
-                world.touch(uid)
+                world.touch_state(uid)
+            elif work.resolve_job or work.not_before_ms or work.check_job:
+                world.touch_state(uid)
         positions.look_after(world, sources.start_job)
         if world.now.mono_ms - self._published_ms >= PUBLISH_EVERY_MS:
             self._published_ms = world.now.mono_ms

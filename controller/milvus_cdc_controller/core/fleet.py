@@ -289,7 +289,7 @@ def _no(reason: str, message: str, field: str, kind: str = "FAILED_PRECONDITION"
 
 
 def _held(world: World, session: Session) -> list[Grant]:
-    return [grant for grant in world.grants.values() if grant.instance == session.instance]
+    return [world.grants[key] for key in world.held.by(session.instance)]
 
 
 def describe(world: World, assignment_id: str) -> str:

@@ -91,7 +91,7 @@ def revoke(world: World, grant: Grant, reason: str) -> None:
     if observed.revoking:
         return
     observed.revoking = reason
-    world.touch(split_assignment_id(grant.assignment_id)[0])
+    world.touch_one(grant.assignment_id)
     session = world.owner(grant)
     if session is not None:
         world.send(session.stream, Revoke(grant.assignment_id, grant.epoch, reason))

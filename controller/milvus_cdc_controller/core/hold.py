@@ -66,6 +66,8 @@ class Holds:
     """By log id; forgotten with the process, like all that follows."""
     covered: set[Shard] = field(default_factory=set)
     """A round that kept their places has ended well, and so does every round since."""
+    lacking: set[str] = field(default_factory=set)
+    """Uids of tasks something of which was not held when last looked at."""
     made: set[str] = field(default_factory=set)
     """Keys of those that are known to exist."""
     seen: dict[str, HoldSeen] = field(default_factory=dict)

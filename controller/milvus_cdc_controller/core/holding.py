@@ -8,7 +8,7 @@ While anything that may need older entries is not known, holds stay where they a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from milvus_cdc.model import metadata_assignment_id
@@ -17,6 +17,7 @@ from milvus_cdc_controller.core.collection import CollectionRecord
 from milvus_cdc_controller.core.effects import JobCancel, Refusal, Reply
 from milvus_cdc_controller.core.events import ForgetHold
 from milvus_cdc_controller.core.hold import PREFIX, HoldRecord, Round, Shard
+from milvus_cdc_controller.core.index import Touched
 from milvus_cdc_controller.core.jobs import (
     HoldDone,
     HoldJob,
@@ -27,6 +28,7 @@ from milvus_cdc_controller.core.jobs import (
     JobResult,
 )
 from milvus_cdc_controller.core.sources import send_job
+from milvus_cdc_controller.core.standing import in_order
 from milvus_cdc_controller.core.task import TaskRecord
 from milvus_cdc_controller.core.world import World
 
@@ -56,8 +58,10 @@ def restored(world: World) -> None:
         world.holds.unsettled[key] = world.now.mono_ms + LATE_MS
 
 
-def advance(world: World, looked_at: Iterable[str]) -> None:
-    """Begins what is due, of what these tasks need at once; gives up what takes too long."""
+def advance(world: World, looked_at: Touched) -> None:
+    """Begins what is due, of what has just changed what is needed at once; gives up what takes too
+    long.
+    """
     holds = world.holds
     logs = {task.spec.held_log for task in world.tasks.values() if task.spec.held_log}
     logs |= {record.log_id for record in holds.records.values()}
@@ -67,10 +71,11 @@ def advance(world: World, looked_at: Iterable[str]) -> None:
     for uid in looked_at:
         task = world.tasks.get(uid)
         if task is None:
+            holds.lacking.discard(uid)
             for record in holds.records.values():
                 if not record.releasing:
                     holds.rounds.setdefault(record.log_id, Round()).unused = True
-        elif task.spec.held_log and _is_lacking(world, task):
+        elif task.spec.held_log and _comes_to_lack(world, task, looked_at.of(uid)):
             hurried.add(task.spec.held_log)
     now_ms = world.now.mono_ms
     for log_id in sorted(logs):
@@ -142,12 +147,22 @@ def _shards(world: World, record: CollectionRecord) -> Iterator[Shard]:
             yield record.assignment_id, point.vchannel
 
 
-def _is_lacking(world: World, task: TaskRecord) -> bool:
-    """Something of it is not held yet."""
+def _comes_to_lack(world: World, task: TaskRecord, collection_ids: set[int] | None) -> bool:
+    """Something of it is not held yet. Where nothing was when last looked at, only what has changed
+    since can be.
+    """
+    lacking = world.holds.lacking
+    found = _is_lacking(world, task, None if task.uid in lacking else collection_ids)
+    (lacking.add if found else lacking.discard)(task.uid)
+    return found
+
+
+def _is_lacking(world: World, task: TaskRecord, collection_ids: set[int] | None) -> bool:
+    """Something of these is not held yet."""
     if not task.probed:
         return False
     live = world.holds.of(task.spec.held_log)
-    for record in world.collections[task.uid].values():
+    for record in in_order(world.collections[task.uid], collection_ids):
         if not record.started:
             for vchannel in record.want.vchannels:
                 hold = live.get(vchannel.pchannel)

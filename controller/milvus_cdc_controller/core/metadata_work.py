@@ -81,7 +81,7 @@ def metadata_reported(world: World, uid: str, event: ProgressReported) -> bool:
         sink_id = world.tasks[uid].spec.sink_id
         for task in world.tasks.values():
             if task.spec.sink_id == sink_id:
-                world.touch(task.uid)
+                world.touch_state(task.uid)
     return new.applied_version > metadata.applied_version
 
 

@@ -19,7 +19,7 @@ from milvus_cdc_controller.core.placement import (
     even_out,
     place,
 )
-from milvus_cdc_controller.core.placing import candidates, labels_of, need_of
+from milvus_cdc_controller.core.placing import candidates, labels_of, need_of, weight_of
 from milvus_cdc_controller.core.spreading import spreads
 from milvus_cdc_controller.core.world import World
 
@@ -94,11 +94,10 @@ def _plan_leaving(world: World, leaving: list[Session]) -> None:
     soon = 2 * world.policy.moves_at_once - waiting
     by_instance = {s.instance: s for s in leaving}
     needs: list[tuple[Grant, Need]] = []
-    for grant in world.grants.values():
-        if grant.instance not in by_instance or grant.assignment_id in world.moves:
-            continue
-        if not world.seen(grant.assignment_id).revoking:
-            needs.append((grant, need_of(world, grant.assignment_id)))
+    for session in leaving:
+        for key in world.held.by(session.instance):
+            if key not in world.moves and not world.seen(key).revoking:
+                needs.append((world.grants[key], need_of(world, key)))
     if not needs:
         return
     # The busiest first: what is left when a grace period ends is the least.
@@ -133,6 +132,9 @@ def misplaced(world: World) -> None:
     for task in strict:
         labels = frozenset(task.spec.replicator_labels)
         spread = known.get(task.uid)
+        owners = (world.sessions.get(instance) for instance in world.holders(task.uid))
+        if spread is None and all(owner is None or labels <= labels_of(owner) for owner in owners):
+            continue
         for grant in world.grants_of(task.uid):
             owner = world.owner(grant)
             key = grant.assignment_id
@@ -168,12 +170,15 @@ def plan_by_hand(world: World, moves_max: int) -> list[PlannedMove]:
 
 def _plan(world: World, moves_max: int, slack: float, hysteresis: float) -> list[PlannedMove]:
     takers = world.takers()
-    instances = {s.instance for s in takers}
-    movable: dict[str, list[Need]] = {}
-    for grant in world.grants.values():
-        key = grant.assignment_id
-        if grant.instance in instances and key not in world.moves and not world.seen(key).revoking:
-            movable.setdefault(grant.instance, []).append(need_of(world, key))
+    instances = [s.instance for s in takers]
+    movable = {
+        instance: [
+            need_of(world, key)
+            for key in world.held.by(instance)
+            if key not in world.moves and not world.seen(key).revoking
+        ]
+        for instance in instances
+    }
     return even_out(
         movable,
         with_moves(world, takers),
@@ -182,6 +187,19 @@ def _plan(world: World, moves_max: int, slack: float, hysteresis: float) -> list
         hysteresis=hysteresis,
         spreads=spreads(world),
     )
+
+
+def _is_even(world: World, hysteresis: float) -> bool:
+    """So even that nothing would be planned, which takes much longer to see."""
+    loads = [
+        sum([weight_of(world, key) for key in world.held.by(session.instance)])
+        for session in world.takers()
+    ]
+    if len(loads) < 2:
+        return True
+    # Sums in another order differ a little.
+    gap = max(loads) - min(loads) + 0.001
+    return gap < BY_ITSELF_SLACK + hysteresis * sum(loads) / len(loads)
 
 
 def take_up(world: World, planned: list[PlannedMove]) -> None:
@@ -208,7 +226,7 @@ def balance(world: World) -> None:
     while balancing.begun and now_ms - balancing.begun[0] >= _MINUTE_MS:
         balancing.begun.popleft()
     budget = policy.moves_per_minute - len(balancing.begun)
-    if budget > 0:
+    if budget > 0 and not _is_even(world, policy.hysteresis):
         planned = _plan(world, budget, BY_ITSELF_SLACK, policy.hysteresis)
         take_up(world, planned)
         balancing.begun.extend([now_ms] * len(planned))

@@ -89,32 +89,60 @@ class PlannedMove:
 
 
 def place(
-    needs: Iterable[Need], candidates: Iterable[Candidate], spreads: Spreads = MappingProxyType({})
+    needs: Iterable[Need],
+    candidates: Iterable[Candidate],
+    spreads: Spreads = MappingProxyType({}),
+    *,
+    most: int = 0,
 ) -> dict[str, str]:
-    """Assignment -> instance. Needs that nobody can take are left out."""
-    all_ = {c.instance: c for c in sorted(candidates, key=lambda c: c.instance)}
+    """Assignment -> instance, at most so many when `most` is not 0. Needs that nobody can take are
+    left out.
+    """
+    takers = [_Taker(c) for c in sorted(candidates, key=lambda c: c.instance)]
     having = dict(spreads)
     placed: dict[str, str] = {}
     for need in needs:
-        able = [c for c in all_.values() if c.room() and c.suits(need)]
+        able = [t for t in takers if t.room and need.labels <= t.candidate.labels]
         spread = having.get(task_of(need)) if having else None
         if spread is not None:
-            able = [c for c in able if spread.admits(c.instance)]
+            able = [t for t in able if spread.admits(t.candidate.instance)]
         if not able:
+            if not any(t.room for t in takers):
+                break
             continue
-        least = min(c.load for c in able)
-        near = [c for c in able if c.load <= least + SLACK]
-        best = min(near, key=lambda c: (-len(need.logs & c.logs), c.load, c.held, c.instance))
-        placed[need.assignment_id] = best.instance
-        all_[best.instance] = best.holding(need)
+        near_load = min([t.load for t in able]) + SLACK
+        near = [t for t in able if t.load <= near_load]
+        best = min(near, key=lambda t: (-len(need.logs & t.logs), t.load, t.held))
+        placed[need.assignment_id] = best.candidate.instance
+        if len(placed) == most:
+            break
+        best.take(need)
         if spread is not None:
-            having[task_of(need)] = spread.with_(best.instance)
+            having[task_of(need)] = spread.with_(best.candidate.instance)
     return placed
 
 
 def task_of(need: Need) -> str:
     """Its uid."""
     return split_assignment_id(need.assignment_id)[0]
+
+
+class _Taker:
+    """A candidate while needs are being placed."""
+
+    __slots__ = ("candidate", "held", "load", "logs", "room")
+
+    def __init__(self, candidate: Candidate) -> None:
+        self.candidate = candidate
+        self.held, self.load = candidate.held, candidate.load
+        self.logs = set(candidate.logs)
+        self.room = candidate.room()
+
+    def take(self, need: Need) -> None:
+        self.held += 1
+        self.load += need.weight
+        self.logs |= need.logs
+        self.room = self.candidate.capacity == 0 or self.held < self.candidate.capacity
 
 
 @dataclass(slots=True)

@@ -8,62 +8,92 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from milvus_cdc.model import metadata_assignment_id, split_assignment_id
+from milvus_cdc.model import (
+    collection_assignment_id,
+    metadata_assignment_id,
+    split_assignment_id,
+)
 
 from milvus_cdc_controller.core.collection import CollectionRecord
 from milvus_cdc_controller.core.granting import give, is_held, metadata_wanted, wanted
 from milvus_cdc_controller.core.holding import waits
+from milvus_cdc_controller.core.index import Touched
 from milvus_cdc_controller.core.liveness import Session
 from milvus_cdc_controller.core.placement import Candidate, Labels, Log, Need, place
 from milvus_cdc_controller.core.rates import IDLE
 from milvus_cdc_controller.core.spreading import spreads
+from milvus_cdc_controller.core.standing import in_order
 from milvus_cdc_controller.core.task import TaskRecord
 from milvus_cdc_controller.core.world import World
 
+PLACED_AT_ONCE = 500
+"""More wait for the next tick, so that heartbeats are answered in between."""
 
-def place_waiting(world: World, looked_at: set[str]) -> None:
-    """Finds owners for everything that is wanted and held by nobody: it is of a task just looked
-    at, or found none before.
+
+def place_waiting(world: World, looked_at: Touched) -> None:
+    """Finds owners for what is wanted and held by nobody: it has just been looked at, or found none
+    before and there may be room now.
     """
-    sessions = world.takers()
-    uids = (looked_at | world.unplaced) & world.tasks.keys()
-    if not sessions:
-        world.unplaced = uids
-        return
+    uids = {uid for uid in looked_at if uid in world.tasks}
+    if world.room:
+        uids |= world.unplaced.keys()
+    waiting: list[str] = []
     # A process that still has it from an earlier epoch must let go (or its lease must end) first.
     stale = {key for known in world.sessions.values() for key, _ in known.stale}
-    needs: list[Need] = []
-    waiting: set[str] = set()
     for task in sorted((world.tasks[uid] for uid in uids), key=lambda t: (t.create_time_ms, t.uid)):
-        if not task.active:
-            continue
-        before = len(needs)
-        key = metadata_assignment_id(task.uid)
-        if key not in stale and not is_held(world, key) and not metadata_wanted(world, task):
-            needs.append(need_of(world, key))
-        for record in world.collections[task.uid].values():
-            key = record.assignment_id
-            if key in stale or is_held(world, key) or wanted(task, record):
-                continue
-            if not waits(world, record):
-                needs.append(need_of(world, key))
-        if len(needs) > before:
-            waiting.add(task.uid)
-    world.unplaced = waiting
-    if not needs:
+        waiting += _waiting(world, task, looked_at, stale)
+    sessions = world.takers()
+    if not sessions:
         return
-    rest = [need for need in needs if not _moved(world, need)]
+    if world.room:
+        world.room = world.more = False
+    rest = [key for key in waiting if key not in world.moves or not _moved(world, key)]
     if rest:
-        for assignment_id, instance in place(
-            rest, candidates(world, sessions), spreads(world)
-        ).items():
+        needs = (need_of(world, key) for key in rest)
+        free = candidates(world, sessions)
+        placed = place(needs, free, spreads(world), most=PLACED_AT_ONCE)
+        for assignment_id, instance in placed.items():
             give(world, assignment_id, world.sessions[instance])
+        world.more |= len(placed) == PLACED_AT_ONCE
 
 
-def _moved(world: World, need: Need) -> bool:
+def _waiting(world: World, task: TaskRecord, looked_at: Touched, stale: set[str]) -> list[str]:
+    """What of a task wants an owner now, of all that is to be considered; noted as unplaced until
+    it is looked at again.
+    """
+    unplaced = world.unplaced.pop(task.uid, set())
+    if not task.active:
+        return []
+    numbers = looked_at.of(task.uid) if task.uid in looked_at else set()
+    if numbers is not None and world.room:
+        numbers = numbers.union(n for _, n in map(split_assignment_id, unplaced) if n is not None)
+    found = []
+    key = metadata_assignment_id(task.uid)
+    if key not in stale and not is_held(world, key) and not metadata_wanted(world, task):
+        found.append(key)
+    records = world.collections[task.uid]
+    for record in in_order(records, numbers):
+        key = record.assignment_id
+        if key in stale or is_held(world, key) or wanted(task, record):
+            continue
+        if not waits(world, record):
+            found.append(key)
+    if numbers is None:
+        unplaced.clear()
+    else:
+        unplaced -= {collection_assignment_id(task.uid, number) for number in numbers}
+        unplaced.discard(metadata_assignment_id(task.uid))
+    unplaced.update(found)
+    if unplaced:
+        world.unplaced[task.uid] = unplaced
+    return found
+
+
+def _moved(world: World, assignment_id: str) -> bool:
     """It was on its way to somebody, and is there now."""
-    move = world.moves.get(need.assignment_id)
-    session = world.sessions.get(move.target) if move is not None and move.begun else None
+    move = world.moves[assignment_id]
+    need = need_of(world, assignment_id)
+    session = world.sessions.get(move.target) if move.begun else None
     if session is None or not session.takes_work(world.leases, world.now.mono_ms):
         return False
     full = session.capacity and held_by(world, session) >= session.capacity
@@ -74,7 +104,14 @@ def _moved(world: World, need: Need) -> bool:
 
 
 def held_by(world: World, session: Session) -> int:
-    return sum(grant.instance == session.instance for grant in world.grants.values())
+    return len(world.held.by(session.instance))
+
+
+def weight_of(world: World, assignment_id: str) -> float:
+    rate = world.rates.get(assignment_id)
+    if rate is not None:
+        return rate.weight
+    return IDLE.weight if world.record_of(assignment_id) is not None else 0.0
 
 
 def need_of(world: World, assignment_id: str) -> Need:
@@ -93,11 +130,10 @@ def _logs(task: TaskRecord, record: CollectionRecord) -> frozenset[Log]:
 
 
 def candidates(world: World, sessions: Iterable[Session]) -> list[Candidate]:
-    held: dict[str, list[Need]] = {s.instance: [] for s in sessions}
-    for grant in world.grants.values():
-        if grant.instance in held:
-            held[grant.instance].append(need_of(world, grant.assignment_id))
-    return [candidate(world.sessions[instance], needs) for instance, needs in held.items()]
+    return [
+        candidate(session, [need_of(world, key) for key in world.held.by(session.instance)])
+        for session in sessions
+    ]
 
 
 def candidate(session: Session, held: list[Need]) -> Candidate:

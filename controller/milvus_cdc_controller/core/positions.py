@@ -35,7 +35,7 @@ LOST_PLACE = frozenset({"LOG_TRUNCATED", "LOG_RESET"})
 
 
 def held(world: World, task: TaskRecord) -> bool:
-    return any(grant.instance for grant in world.grants_of(task.uid))
+    return world.is_held(task.uid)
 
 
 def by_vchannel(world: World, task: TaskRecord) -> dict[str, CollectionRecord]:

@@ -100,6 +100,7 @@ def hello(world: World, event: Hello) -> None:
     session.look(world.leases, world.now.mono_ms)
     world.streams[event.stream] = event.instance
     world.send(event.stream, Welcome(event.protocol))
+    world.touch_held(session)
     session.stale.clear()
     session.parts.clear()
     for held in event.held:
@@ -107,16 +108,15 @@ def hello(world: World, event: Hello) -> None:
         if grant is None or grant.instance != event.instance or grant.epoch != held.epoch:
             session.stale.add((held.assignment_id, held.epoch))
             world.send(event.stream, Revoke(held.assignment_id, held.epoch, "STALE_EPOCH"))
-    for grant in sorted(world.grants.values(), key=lambda g: g.assignment_id):
-        if grant.instance != event.instance:
-            continue
-        reason = world.seen(grant.assignment_id).revoking
+    for key in sorted(world.held.by(event.instance)):
+        grant = world.grants[key]
+        reason = world.seen(key).revoking
         if reason:
-            world.send(event.stream, Revoke(grant.assignment_id, grant.epoch, reason))
+            world.send(event.stream, Revoke(key, grant.epoch, reason))
         else:
             send_assign(world, grant)
     world.send(event.stream, Synced())
-    world.touch_all()
+    world.touch_fleet()
 
 
 def _detach(world: World, session: Session) -> None:
@@ -144,7 +144,8 @@ def stream_lost(world: World, event: StreamLost) -> None:
         depart(world, session, ReplicatorState.STOPPED)
     else:
         session.look(world.leases, world.now.mono_ms)
-    world.touch_all()
+    world.touch_held(session)
+    world.touch_fleet()
 
 
 def heartbeat(world: World, event: Heartbeat) -> None:
@@ -157,7 +158,8 @@ def heartbeat(world: World, event: Heartbeat) -> None:
     world.send(event.stream, HeartbeatAck(event.seq, resting_ms(len(world.grants))))
     session.look(world.leases, world.now.mono_ms)
     if session.shown is not was:
-        world.touch_all()
+        world.touch_held(session)
+        world.touch_fleet()
         advance(world)
 
 
@@ -173,10 +175,11 @@ def expire(world: World) -> None:
                 CloseStream(stream, "LEASE_EXPIRED", "No heartbeat for a whole lease.")
             )
         depart(world, session, ReplicatorState.LOST)
-        for grant in [g for g in world.grants.values() if g.instance == session.instance]:
-            owner_lost(world, grant.assignment_id)
-            let_go(world, grant)
-        world.touch_all()
+        world.touch_held(session)
+        for key in list(world.held.by(session.instance)):
+            owner_lost(world, key)
+            let_go(world, world.grants[key])
+        world.touch_fleet()
 
 
 def _own(world: World, stream: int, assignment_id: str, epoch: int) -> Grant | None:
@@ -237,7 +240,7 @@ def released(world: World, event: Released) -> None:
         return
     if (event.assignment_id, event.epoch) in session.stale:
         session.stale.discard((event.assignment_id, event.epoch))
-        world.touch(event.assignment_id.rpartition(".")[0])
+        world.touch_one(event.assignment_id)
     grant = _own(world, event.stream, event.assignment_id, event.epoch)
     if grant is not None:
         let_go(world, grant)
@@ -278,7 +281,7 @@ def progress_reported(world: World, event: ProgressReported) -> None:
         world.send(event.stream, Revoke(event.assignment_id, event.epoch, "FAILED"))
     world.send(event.stream, ProgressAck(event.assignment_id, event.epoch, event.seq, horizons))
     if face != (event.state, event.reason, event.message):
-        world.touch(uid)
+        world.touch_one(event.assignment_id)
 
 
 def _metadata_progress(world: World, event: ProgressReported, uid: str) -> None:
@@ -303,7 +306,7 @@ def _collection_progress(
             note(world, event.assignment_id, shard.vchannel, shard.retention)
     moves = world.names.waits(record.owner) or awaits(world, event.assignment_id)
     if moves or progress.closed != old_progress.closed:
-        world.touch(uid)
+        world.touch_one(event.assignment_id)
     if new is not record:
         world.put_collection(new)
     if record.renaming and not new.renaming:

@@ -37,8 +37,7 @@ def tell_parts(world: World, uids: Iterable[str]) -> None:
         limits = NONE if task is None else task.spec.limits
         holders: set[str] = set()
         if task is not None and limits != NONE:
-            own = (world.grants.get(r.assignment_id) for r in world.collections[uid].values())
-            holders = {grant.instance for grant in own if grant is not None and grant.instance}
+            holders = set(world.held.holders(uid))
         share = part(limits, len(holders))
         for session in world.sessions.values():
             now = share if session.instance in holders else NONE

@@ -57,7 +57,7 @@ def catalogue_seen(world: World, event: CatalogueSeen) -> None:
                 world.work[task.uid].recheck = False
                 world.put_task(replace(task, failure=None))
             _adopt(world, task.uid, before)
-        world.touch(task.uid)
+        world.touch_state(task.uid)
     if event.trusted:
         _remember(world, event.source_id, event.catalogue)
 
@@ -68,7 +68,7 @@ def source_unavailable(world: World, event: SourceUnavailable) -> None:
         return
     view.reason, view.message = event.reason, event.message
     for task in _tasks_of(world, event.source_id):
-        world.touch(task.uid)
+        world.touch_state(task.uid)
 
 
 def followed(world: World, source_id: str) -> frozenset[int]:
@@ -130,7 +130,7 @@ def _adopt(world: World, uid: str, before: Catalogue | None = None) -> None:
         world.put_collection(record)
     if changes.metadata is not None:
         world.put_metadata(changes.metadata)
-    world.touch(uid)
+    world.touch_state(uid)
 
 
 def _baseline(world: World, task: TaskRecord, catalogue: Catalogue) -> TaskRecord:
@@ -214,10 +214,11 @@ def advance_work(world: World) -> None:
             continue
         if work.resolve_job:
             continue
+        records = world.collections[task.uid]
         lacking = [
             record
-            for record in world.collections[task.uid].values()
-            if not record.started and record.want.vchannels and not record.deselected
+            for record in (records[number] for number in world.unstarted[task.uid])
+            if record.want.vchannels and not record.deselected
             if is_made(world, task, record)
         ]
         if lacking and task.baseline is not None:
@@ -271,7 +272,7 @@ def job_done(world: World, job: Job, result: JobResult) -> None:
         return
     if job.job_id not in (work.probe_job, work.resolve_job):
         return
-    world.touch(task.uid)
+    world.touch_state(task.uid)
     work.reason = work.message = ""
     work.not_before_ms = 0
     if job.job_id == work.probe_job:

@@ -1,8 +1,7 @@
 """With which replicators a task may be whose limits cannot be divided among more.
 
 Laws: who leaves no longer counts, nor who lacks the task's labels, so that a hand-over is possible;
-who is silent does. Where more
-have something than may, those stay who take work and have most of it.
+who is silent does. Where more have something than may, those stay who take work and have most of it.
 """
 
 from __future__ import annotations
@@ -26,11 +25,6 @@ def spreads(
         for uid, task in world.tasks.items()
         if task.spec.limits.replicators
     }
-
-
-def holders(world: World, uid: str) -> set[str]:
-    """Instances that have something of the task, leaving ones too."""
-    return {grant.instance for grant in world.grants_of(uid) if grant.instance}
 
 
 def _spread(world: World, task: TaskRecord, leaving: Container[str], apart_from: str) -> Spread:

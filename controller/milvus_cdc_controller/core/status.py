@@ -24,7 +24,7 @@ from milvus_cdc_controller.core.liveness import SessionState
 from milvus_cdc_controller.core.names import Kind
 from milvus_cdc_controller.core.placing import labels_of
 from milvus_cdc_controller.core.reconcile import name_fault
-from milvus_cdc_controller.core.spreading import holders
+from milvus_cdc_controller.core.standing import Standing, first
 from milvus_cdc_controller.core.task import TaskRecord, TaskState, move
 from milvus_cdc_controller.core.world import World, task_key
 
@@ -39,26 +39,38 @@ _WAITS = {
 
 
 def collection_status(world: World, record: CollectionRecord) -> Status:
+    status = outline(world, record)
+    if status is None:
+        return CollectionState.PENDING, *_why_pending(world, record)
+    return status
+
+
+def _why_pending(world: World, record: CollectionRecord) -> tuple[str, str]:
+    """Why nobody is to have it, or has it though he should."""
     task = world.tasks[record.task_uid]
-    grant = world.grants.get(record.assignment_id)
-    held = grant is not None and bool(grant.instance)
+    reason = wanted(task, record)
+    if reason == "WAITING_FOR_NAME":
+        return reason, waiting_for(world, record, record.sink_name)
+    if reason:
+        return reason, _WAITS.get(reason, "")
+    if not world.alive():
+        return "NO_REPLICATOR", "No replicator is connected."
+    if waits(world, record):
+        wrong = failing(world, task) or "A replicator makes sure that the queue keeps its log."
+        return "WAITING_FOR_HOLD", wrong
+    return _no_taker(world, task)
+
+
+def outline(world: World, record: CollectionRecord) -> Status | None:
+    """The status of a collection; None while it is pending because nobody has it, or is to."""
+    task = world.tasks[record.task_uid]
     if record.failure is not None and not record.resync:
         return CollectionState.FAILED, record.failure.reason, record.failure.message
     if task.paused:
         return CollectionState.PAUSED, "", ""
-    reason = wanted(task, record)
-    if reason == "WAITING_FOR_NAME":
-        return CollectionState.PENDING, reason, waiting_for(world, record, record.sink_name)
-    if reason:
-        return CollectionState.PENDING, reason, _WAITS.get(reason, "")
-    if not held:
-        if not world.alive():
-            return CollectionState.PENDING, "NO_REPLICATOR", "No replicator is connected."
-        if waits(world, record):
-            wrong = failing(world, task) or "A replicator makes sure that the queue keeps its log."
-            return CollectionState.PENDING, "WAITING_FOR_HOLD", wrong
-        return CollectionState.PENDING, *_no_taker(world, task)
-    assert grant is not None
+    grant = world.grants.get(record.assignment_id)
+    if grant is None or not grant.instance or wanted(task, record):
+        return None
     session = world.owner(grant)
     if session is None or session.state(world.leases, world.now.mono_ms) is SessionState.SUSPECT:
         return (
@@ -93,7 +105,7 @@ def _no_taker(world: World, task: TaskRecord) -> tuple[str, str]:
             "that has, or change replicator_labels.",
         )
     most = task.spec.limits.replicators
-    if most and len(holders(world, task.uid)) >= most:
+    if most and len(world.holders(task.uid)) >= most:
         return (
             "NO_CAPACITY",
             f"By its limits (requestsInFlight, connections) the task is with {most} replicators at "
@@ -110,7 +122,7 @@ def _no_taker(world: World, task: TaskRecord) -> tuple[str, str]:
 def beyond_limits(world: World, task: TaskRecord) -> str:
     """Why more replicators have something of the task than its limits allow; else empty."""
     most = task.spec.limits.replicators
-    if not most or len(now := holders(world, task.uid)) <= most:
+    if not most or len(now := world.holders(task.uid)) <= most:
         return ""
     names = sorted({s.name for each in now if (s := world.sessions.get(each)) is not None})
     return (
@@ -170,16 +182,46 @@ def grant_state(world: World, grant: Grant) -> GrantState:
     return GrantState.ACCEPTED if accepted else GrantState.ASSIGNED
 
 
-def refresh(world: World, uid: str) -> None:
-    """Moves the task to the state that the facts say; saved and published when it changes."""
+def look(world: World, uid: str, collection_ids: set[int] | None) -> None:
+    """Brings a task's standing in line with the facts; None stands for all of its collections."""
+    if uid not in world.tasks:
+        return
+    if collection_ids is None or uid not in world.standing:
+        collection_ids = None
+        world.standing[uid] = Standing()
+    standing, records = world.standing[uid], world.collections[uid]
+    for number in records if collection_ids is None else collection_ids:
+        standing.forget(number)
+        record = records.get(number)
+        if record is None:
+            continue
+        key = record.assignment_id
+        seen = world.observed.get(key)
+        if seen is not None and seen.revoking:
+            standing.revoking.add(number)
+        status = outline(world, record)
+        state = status[0] if status is not None else CollectionState.PENDING
+        if state in (CollectionState.RUNNING, CollectionState.DROPPING):
+            standing.running[number] = key
+        elif state is CollectionState.RETRYING:
+            standing.retrying.add(number)
+        elif state is CollectionState.FAILED:
+            standing.failed.add(number)
+
+
+def refresh(world: World, uid: str, collection_ids: set[int] | None = None) -> None:
+    """Moves the task to the state that the facts say; saved and published when it changes.
+    `collection_ids`: those of which something has changed; None stands for all.
+    """
     task = world.tasks.get(uid)
     if task is None:
         return
+    look(world, uid, collection_ids)
     state, reason, message = _derive(world, task)
     new = move(task, state, reason, message, world.now.wall_ms)
     if state in (TaskState.RUNNING, TaskState.RETRYING) and not new.created and task.probed:
         new = replace(new, created=_settled(world, task))
-    if not any(world.seen(grant.assignment_id).revoking for grant in world.grants_of(uid)):
+    if not world.standing[uid].revoking and not _metadata_revoking(world, uid):
         new = replace(new, observed_generation=new.generation)
     if new != task:
         world.tasks[uid] = new
@@ -187,10 +229,13 @@ def refresh(world: World, uid: str) -> None:
         world.effects.append(Publish(uid))
 
 
+def _metadata_revoking(world: World, uid: str) -> bool:
+    seen = world.observed.get(metadata_assignment_id(uid))
+    return seen is not None and bool(seen.revoking)
+
+
 def _settled(world: World, task: TaskRecord) -> bool:
-    return task.baseline is not None and all(
-        record.started for record in world.collections[task.uid].values()
-    )
+    return task.baseline is not None and not world.unstarted[task.uid]
 
 
 def _derive(world: World, task: TaskRecord) -> tuple[TaskState, str, str]:
@@ -199,7 +244,7 @@ def _derive(world: World, task: TaskRecord) -> tuple[TaskState, str, str]:
     if task.failure is not None:
         return TaskState.FAILED, task.failure.reason, task.failure.message
     if task.paused:
-        if any(grant.instance for grant in world.grants_of(task.uid)):
+        if world.is_held(task.uid):
             # A failed task has nothing left to run: it counts as paused while the last ones let go.
             pausing = TaskState.PAUSED if task.state is TaskState.FAILED else task.state
             return pausing, "PAUSING", "Replicators are letting go."
@@ -225,27 +270,22 @@ def _derive(world: World, task: TaskRecord) -> tuple[TaskState, str, str]:
 
 
 def _running(world: World, task: TaskRecord) -> tuple[TaskState, str, str]:
-    statuses = [
-        (record, collection_status(world, record))
-        for record in world.collections[task.uid].values()
-    ]
-    if not world.alive() and any(status[0] is not CollectionState.FAILED for _, status in statuses):
+    standing, records = world.standing[task.uid], world.collections[task.uid]
+    if len(standing.failed) < len(records) and not world.alive():
         return TaskState.RETRYING, "NO_REPLICATOR", "No replicator is connected; start one."
-    for record, (state, reason, message) in statuses:
-        if state is CollectionState.RETRYING:
-            return TaskState.RETRYING, reason, f"{record.source_name}: {message}"
+    if (record := first(records, standing.retrying)) is not None:
+        _, reason, message = collection_status(world, record)
+        return TaskState.RETRYING, reason, f"{record.source_name}: {message}"
     key = metadata_assignment_id(task.uid)
     seen = world.observed.get(key)
     if not metadata_wanted(world, task) and seen and seen.state is ReportedState.RETRYING:
         return TaskState.RETRYING, seen.reason, seen.message
-    failed = [record for record, status in statuses if status[0] is CollectionState.FAILED]
-    if failed:
-        first = failed[0]
-        assert first.failure is not None
+    if (record := first(records, standing.failed)) is not None:
+        assert record.failure is not None
         return (
             TaskState.RUNNING,
             "COLLECTIONS_FAILED",
-            f"{len(failed)} failed, {first.source_name} first: {first.failure.message} "
+            f"{len(standing.failed)} failed, {record.source_name} first: {record.failure.message} "
             "Retry or resync leads out; the others go on.",
         )
     failure = world.metadata[task.uid].failure
@@ -266,18 +306,15 @@ class TaskTotals:
 
 
 def task_totals(world: World, uid: str) -> TaskTotals:
-    running = failed = 0
-    lag_ms = -1
-    counters = Counters()
-    records = world.collections[uid]
-    for record in records.values():
-        state, _, _ = collection_status(world, record)
-        if state in (CollectionState.RUNNING, CollectionState.DROPPING):
-            running += 1
-            lag_ms = max(lag_ms, world.seen(record.assignment_id).lag_ms)
-        failed += state is CollectionState.FAILED
-        counters = counters.plus(world.progress[record.assignment_id].totals)
-    return TaskTotals(len(records), running, failed, lag_ms, counters)
+    standing, observed = world.standing.get(uid) or Standing(), world.observed
+    lag_ms = max([observed[key].lag_ms for key in standing.running.values()], default=-1)
+    return TaskTotals(
+        len(world.collections[uid]),
+        len(standing.running),
+        len(standing.failed),
+        lag_ms,
+        world.rows.of(uid),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from milvus_cdc.model import (
 )
 
 from milvus_cdc_controller.core.collection import (
+    NO_ROWS,
     CollectionProgress,
     CollectionRecord,
     claim_of,
@@ -36,6 +37,7 @@ from milvus_cdc_controller.core.effects import (
 from milvus_cdc_controller.core.events import Instant
 from milvus_cdc_controller.core.grant import Grant, Observed
 from milvus_cdc_controller.core.hold import HoldRecord, Holds
+from milvus_cdc_controller.core.index import Held, Touched
 from milvus_cdc_controller.core.jobs import Job
 from milvus_cdc_controller.core.liveness import Leases, Session
 from milvus_cdc_controller.core.metadata import alias_names
@@ -45,6 +47,7 @@ from milvus_cdc_controller.core.rates import Rate
 from milvus_cdc_controller.core.reach import Reach
 from milvus_cdc_controller.core.replicator import ReplicatorRecord
 from milvus_cdc_controller.core.retention import Seen
+from milvus_cdc_controller.core.standing import Rows, Standing
 from milvus_cdc_controller.core.task import MetadataRecord, SourceRecord, TaskRecord
 
 
@@ -127,8 +130,19 @@ class World:
     """Kept true by `put_collection` and `drop_collection`."""
     reach: Reach = field(default_factory=Reach)
     """Kept true by `put_task` and `drop_task`."""
-    unplaced: set[str] = field(default_factory=set)
-    """Tasks something of which waits for a replicator with room."""
+    held: Held = field(default_factory=Held)
+    """Kept true by `put_grant`, `drop_collection` and `drop_task`, like all that follows here."""
+    standing: dict[str, Standing] = field(default_factory=dict)
+    """By task uid, as at the end of the last step."""
+    rows: Rows = field(default_factory=Rows)
+    unstarted: dict[str, dict[int, None]] = field(default_factory=dict)
+    """By task uid: collections whose start is not known."""
+    unplaced: dict[str, set[str]] = field(default_factory=dict)
+    """By task uid: assignments that wait for a replicator with room."""
+    room: bool = False
+    """There may be room for them since they were last looked at."""
+    more: bool = False
+    """There is, and only the number that is placed at once held them back."""
     sessions: dict[str, Session] = field(default_factory=dict)
     """By instance."""
     streams: dict[int, str] = field(default_factory=dict)
@@ -159,7 +173,7 @@ class World:
     tasks_max: int = 1_000_000
     tasks_of_one_max: int = 1_000_000
     """Made by one principal."""
-    dirty: set[str] = field(default_factory=set)
+    dirty: Touched = field(default_factory=Touched)
     """Tasks whose assignments and state must be looked at in this step."""
     stirred: set[str] = field(default_factory=set)
     """Tasks whose progress changed since the last tick: published there."""
@@ -179,6 +193,7 @@ class World:
                 self.collections[record.uid] = {}
                 self.metadata[record.uid] = MetadataRecord(record.uid)
                 self.work[record.uid] = TaskWork()
+                self.unstarted[record.uid] = {}
                 self.reach.put(record.uid, record.spec)
         for record in held:
             match record:
@@ -201,12 +216,14 @@ class World:
                 ):
                     key = collection_assignment_id(record.task_uid, record.collection_id)
                     self.progress[key] = record
+                    self.rows.change(record.task_uid, NO_ROWS, record.totals)
                 case Grant():
                     uid, collection_id = split_assignment_id(record.assignment_id)
                     if uid in self.tasks and (
                         collection_id is None or collection_id in self.collections[uid]
                     ):
                         self.grants[record.assignment_id] = record
+                        self.held.put(None, record)
                 case _:
                     pass
         for uid, records_of_task in self.collections.items():
@@ -217,6 +234,8 @@ class World:
                 if wanted.opened and not wanted.at_sink:  # of the format before
                     records_of_task[collection_id] = replace(wanted, at_sink=wanted.sink_name)
                 self._claim(records_of_task[collection_id])
+                if not wanted.started:
+                    self.unstarted[uid][collection_id] = None
         for metadata in self.metadata.values():
             self._claim_aliases(metadata, None)
 
@@ -228,9 +247,11 @@ class World:
             self.collections[task.uid] = {}
             self.metadata[task.uid] = MetadataRecord(task.uid)
             self.work[task.uid] = TaskWork()
+            self.unstarted[task.uid] = {}
         self.reach.put(task.uid, task.spec)
         self.effects.append(Save(task_key(task.uid), task))
         self.effects.append(Publish(task.uid))
+        self.touch(task.uid)
 
     def put_collection(self, record: CollectionRecord) -> None:
         before = self.collections[record.task_uid].get(record.collection_id)
@@ -242,7 +263,11 @@ class World:
         )
         self.effects.append(Save(collection_key(record.task_uid, record.collection_id), record))
         self._claim(record)
-        self.touch(record.task_uid)
+        if record.started:
+            self.unstarted[record.task_uid].pop(record.collection_id, None)
+        else:
+            self.unstarted[record.task_uid][record.collection_id] = None
+        self.dirty.one(record.task_uid, record.collection_id)
 
     def _claim_aliases(self, now: MetadataRecord, before: MetadataRecord | None) -> None:
         held = alias_names(now)
@@ -257,6 +282,11 @@ class World:
 
     def put_progress(self, progress: CollectionProgress) -> None:
         key = collection_assignment_id(progress.task_uid, progress.collection_id)
+        before = self.progress.get(key)
+        if before is None:
+            self.rows.change(progress.task_uid, NO_ROWS, progress.totals)
+        elif progress.current != before.current or progress.past != before.past:
+            self.rows.change(progress.task_uid, before.totals, progress.totals)
         self.progress[key] = progress
         self.effects.append(Save(progress_key(progress.task_uid, progress.collection_id), progress))
 
@@ -272,8 +302,10 @@ class World:
         if previous is None or previous.epoch != grant.epoch or not grant.instance:
             self.observed[grant.assignment_id] = Observed(state_time_ms=self.now.wall_ms)
         self.grants[grant.assignment_id] = grant
+        self.held.put(previous, grant)
+        self.room |= not grant.instance
         self.effects.append(Save(grant_key(grant.assignment_id), grant))
-        self.touch(split_assignment_id(grant.assignment_id)[0])
+        self.touch_one(grant.assignment_id)
 
     def put_source(self, record: SourceRecord) -> None:
         if self.source_records.get(record.source_id) != record:
@@ -302,40 +334,51 @@ class World:
         for session in self.sessions.values():
             if session.name == record.name:
                 session.mark = record
-        self.touch_all()
+        self.touch_fleet()
 
     def drop_collection(self, record: CollectionRecord) -> None:
         key = record.assignment_id
         self.collections[record.task_uid].pop(record.collection_id)
-        self.progress.pop(key, None)
+        self.unstarted[record.task_uid].pop(record.collection_id, None)
+        progress = self.progress.pop(key, None)
+        if progress is not None:
+            self.rows.change(record.task_uid, progress.totals, NO_ROWS)
         self.observed.pop(key, None)
         self.retention.pop(key, None)
         self.rates.pop(key, None)
         self.holds.uncover(key)
         self.effects.append(Forget(collection_key(record.task_uid, record.collection_id)))
         self.effects.append(Forget(progress_key(record.task_uid, record.collection_id)))
-        if self.grants.pop(key, None) is not None:
-            self.effects.append(Forget(grant_key(key)))
+        self._drop_grant(key)
         self.names.drop(record.owner)
+        self.dirty.one(record.task_uid, record.collection_id)
         # Its name at the sink is free: another task's collection may wait for it.
         for task in self.tasks.values():
             if task.spec.sink_id == self.tasks[record.task_uid].spec.sink_id:
-                self.touch(task.uid)
+                self.dirty.state(task.uid)
+
+    def _drop_grant(self, assignment_id: str) -> None:
+        grant = self.grants.pop(assignment_id, None)
+        if grant is not None:
+            self.held.put(grant, None)
+            self.room = True
+            self.effects.append(Forget(grant_key(assignment_id)))
 
     def drop_task(self, task: TaskRecord) -> None:
         for record in list(self.collections[task.uid].values()):
             self.drop_collection(record)
         key = metadata_assignment_id(task.uid)
-        if self.grants.pop(key, None) is not None:
-            self.effects.append(Forget(grant_key(key)))
+        self._drop_grant(key)
         self.observed.pop(key, None)
         self._claim_aliases(MetadataRecord(task.uid), self.metadata[task.uid])
         del self.tasks[task.uid], self.collections[task.uid], self.metadata[task.uid]
-        del self.work[task.uid]
+        del self.work[task.uid], self.unstarted[task.uid]
+        self.rows.forget(task.uid)
+        self.standing.pop(task.uid, None)
         if self.uid_by_name.get(task.spec.name) == task.uid:
             del self.uid_by_name[task.spec.name]
         self.dirty.discard(task.uid)
-        self.unplaced.discard(task.uid)
+        self.unplaced.pop(task.uid, None)
         self.reach.drop(task.uid)
         self.effects.append(Forget(metadata_key(task.uid)))
         self.effects.append(Forget(task_key(task.uid)))
@@ -349,11 +392,46 @@ class World:
             self.effects.append(Send(stream, message))
 
     def touch(self, uid: str) -> None:
+        """The task with everything of it."""
         if uid in self.tasks:
-            self.dirty.add(uid)
+            self.dirty.whole(uid)
+
+    def touch_one(self, assignment_id: str) -> None:
+        """What one assignment is about."""
+        uid, _, what = assignment_id.rpartition(".")
+        if uid in self.tasks:
+            if what.isdecimal():
+                self.dirty.one(uid, int(what))
+            else:
+                self.dirty.state(uid)
+
+    def touch_state(self, uid: str) -> None:
+        """The task's own state and work."""
+        if uid in self.tasks:
+            self.dirty.state(uid)
+
+    def touch_unplaced(self) -> None:
+        """What waits for a replicator with room may find one."""
+        self.room = True
+        for uid in self.unplaced:
+            self.touch_state(uid)
+
+    def touch_fleet(self) -> None:
+        """Who takes work is another now."""
+        self.room = True
+        for uid in self.tasks:
+            self.dirty.state(uid)
+
+    def touch_held(self, session: Session) -> None:
+        """All that it holds, or held when it connected: how it stands is another now."""
+        for key in self.held.by(session.instance):
+            self.touch_one(key)
+        for key, _ in session.stale:
+            self.touch_one(key)
 
     def touch_all(self) -> None:
-        self.dirty.update(self.tasks)
+        for uid in self.tasks:
+            self.dirty.whole(uid)
 
     def watch_sources(self) -> None:
         """Sources are open while some task wants them."""
@@ -393,6 +471,16 @@ class World:
         grant = self.grants.get(metadata_assignment_id(uid))
         if grant is not None:
             yield grant
+
+    def holders(self, uid: str) -> set[str]:
+        """Instances that hold something of the task."""
+        metadata = self.grants.get(metadata_assignment_id(uid))
+        own = {metadata.instance} if metadata is not None and metadata.instance else set()
+        return own.union(self.held.holders(uid))
+
+    def is_held(self, uid: str) -> bool:
+        """Somebody holds something of the task."""
+        return bool(self.holders(uid))
 
     def seen(self, assignment_id: str) -> Observed:
         return self.observed.setdefault(assignment_id, Observed())

@@ -454,6 +454,7 @@ def test_assignments_at_rest_report_the_more_seldom_the_more_there_are() -> None
         script.hello(1, "a", capacity=10_000)
         script.create()
         script.see(*(collection(n, f"c{n}") for n in range(1, number + 1)))
+        script.pass_time(6_000, beating=(1,))  # they are given in portions
         script.take(ev.Heartbeat(script.now, 1, 1, False))
     assert few.sent(fx.HeartbeatAck)[-1].resting_ms == 3_000
     assert many.sent(fx.HeartbeatAck)[-1].resting_ms > 15_000
