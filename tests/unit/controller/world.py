@@ -9,11 +9,14 @@ from milvus_cdc.model import Catalogue, Collection, Database, ObjectState, Parti
 from milvus_cdc.selection import Selection
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core import events as ev
+from milvus_cdc_controller.core.collection import CollectionState, Counters
 from milvus_cdc_controller.core.controller import Controller
 from milvus_cdc_controller.core.effects import Effect, Record
 from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.liveness import Leases
+from milvus_cdc_controller.core.status import collection_status
 from milvus_cdc_controller.core.task import StartAt, TaskSpec
+from milvus_cdc_controller.core.world import World
 
 LEASES = Leases(ttl_ms=15_000, heartbeat_ms=3_000, margin_ms=2_000)
 SOURCE = "source-id"
@@ -53,6 +56,29 @@ def spec(name: str = "tasks/copy", **other: Any) -> TaskSpec:
     )
 
 
+def agree(world: World, uid: str) -> None:
+    """What is kept of a task with each change is what looking at all of it says."""
+    records = world.collections[uid].values()
+    states = {r.collection_id: collection_status(world, r)[0] for r in records}
+    standing = world.standing[uid]
+    running = (CollectionState.RUNNING, CollectionState.DROPPING)
+    assert set(standing.running) == {n for n, state in states.items() if state in running}
+    assert standing.failed == {n for n, s in states.items() if s is CollectionState.FAILED}
+    assert standing.retrying == {n for n, s in states.items() if s is CollectionState.RETRYING}
+    assert standing.revoking == {
+        r.collection_id for r in records if world.seen(r.assignment_id).revoking
+    }
+    assert set(world.unstarted[uid]) == {r.collection_id for r in records if not r.started}
+    rows = Counters()
+    for record in records:
+        rows = rows.plus(world.progress[record.assignment_id].totals)
+    assert world.rows.of(uid) == rows
+    held = [g for g in world.grants.values() if g.instance]
+    assert {g.assignment_id for g in held} == {
+        key for session in world.sessions for key in world.held.by(session)
+    }
+
+
 class Script:
     """Feeds a core and remembers what it stored, as a store would."""
 
@@ -87,6 +113,9 @@ class Script:
                     self.stored[key] = record
                 case fx.Forget(key=key):
                     self.stored.pop(key, None)
+        if isinstance(event, ev.Ticked | ev.Started):  # states follow the clock at ticks
+            for uid in self.core.world.tasks:
+                agree(self.core.world, uid)
         return self.last
 
     def pass_time(self, milliseconds: int, *, beating: tuple[int, ...] = ()) -> None:
