@@ -4,7 +4,7 @@ only.
 Laws: until the session is synced every message keeps its place; after that a newer message of the
 same kind and assignment replaces the older one, which nobody needs any more. Heartbeat acks are
 held back until then, because a lease must not be renewed before its holder has been told what it
-may not hold; after that they go before all that waits, so that no lease ends behind thousands of
+may not hold; once that is on its way they go before all that waits, so that no lease ends behind thousands of
 assignments.
 """
 
@@ -26,6 +26,8 @@ class Outbox:
         self._messages_max = messages_max
         self._ready = asyncio.Event()
         self._synced = False
+        self._told = False
+        """What came before the session was synced does not wait any more."""
         self._count = 0
         self.closed: tuple[str, str] | None = None
         """Reason and message once the stream is to end."""
@@ -42,7 +44,7 @@ class Outbox:
             key = _key(message) or key
         self._messages.pop(key, None)
         self._messages[key] = message
-        if isinstance(message, fx.HeartbeatAck):
+        if isinstance(message, fx.HeartbeatAck) and self._told:
             self._messages.move_to_end(key, last=False)
         if isinstance(message, fx.Synced):
             self._synced = True
@@ -62,6 +64,7 @@ class Outbox:
         if self.closed is not None:
             self._ready.set()
             return None
+        self._told = self._synced
         messages = list(self._messages.values())
         self._messages.clear()
         return messages
