@@ -4,8 +4,8 @@ only.
 Laws: until the session is synced every message keeps its place; after that a newer message of the
 same kind and assignment replaces the older one, which nobody needs any more. Heartbeat acks are
 held back until then, because a lease must not be renewed before its holder has been told what it
-may not hold; once that is on its way they go before all that waits, so that no lease ends behind thousands of
-assignments.
+may not hold; once that is on its way they go before all that waits, so that no lease ends behind
+thousands of assignments.
 """
 
 from __future__ import annotations

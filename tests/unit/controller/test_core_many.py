@@ -108,19 +108,17 @@ def test_a_tick_at_rest_looks_at_nothing(looks: Counter[str]) -> None:
 
 
 def test_very_many_are_given_in_portions_that_end() -> None:
-    script = Script()
-    script.hello(1, "a")
-    script.create()
+    script = running(3)
     number = 2 * PLACED_AT_ONCE  # a whole number of portions: the last one must not ask for more
-    script.see(*(collection(n, f"c{n}") for n in range(1, number)))  # and the databases
+    script.see(*(collection(n, f"c{n}") for n in range(1, number + 4)))
     given, steps = _given(script), 1
     assert given == PLACED_AT_ONCE
     while script.core.unfinished:
         script.take(ev.Ticked(script.now))
         assert _given(script) <= PLACED_AT_ONCE
         given, steps = given + _given(script), steps + 1
+        assert steps <= 4
     assert given == number
-    assert steps <= 4
     assert not script.core.world.unplaced
 
 
