@@ -140,3 +140,12 @@ def test_what_finds_no_room_is_given_once_there_is_some() -> None:
     assert len(script.core.world.unplaced[UID]) == 1
     script.hello(3, "c", capacity=9)
     assert not script.core.world.unplaced
+
+
+def test_a_lost_stream_shows_at_once_on_what_it_held() -> None:
+    script = running(FEW)
+    script.take(ev.StreamLost(script.now, 1))
+    task = script.core.world.tasks[UID]
+    assert (task.state, task.reason) == (TaskState.RETRYING, "REPLICATOR_LOST")
+    script.hello(4, "a", connects=2)
+    assert script.core.world.tasks[UID].state is TaskState.RUNNING
