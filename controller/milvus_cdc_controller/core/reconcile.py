@@ -133,7 +133,8 @@ def reconcile(
     """What a trusted reading changes for one task.
 
     `before`: the one that the records were brought in line with last. What is the same object in
-    both says nothing new: with ten thousand collections one change is work for one.
+    both says nothing new: with ten thousand collections one change is work for one. It may be this
+    same one, when a record has gone or a name is free: only what has no record is looked at then.
     """
     read = {c.collection_id: c for c in catalogue.collections}
     known = {id(c) for c in before.collections} if before is not None else set()
@@ -154,6 +155,8 @@ def reconcile(
                 )
         if new != record:
             saved.append(new)
+    if before is catalogue:
+        known = set()
     unknown = [c for c in read.values() if c.collection_id not in records and id(c) not in known]
     for collection in sorted(unknown, key=lambda c: (c.create_ts, c.collection_id)):
         if collection.state is ObjectState.DROPPED:

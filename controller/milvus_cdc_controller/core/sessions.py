@@ -47,7 +47,7 @@ from milvus_cdc_controller.core.progress import apply_applied, apply_opened, app
 from milvus_cdc_controller.core.rates import Rate, resting_ms
 from milvus_cdc_controller.core.recount import log_is_gone, owner_lost, recounted
 from milvus_cdc_controller.core.replicator import ReplicatorState
-from milvus_cdc_controller.core.sources import adopt_catalogue, job_done, send_job
+from milvus_cdc_controller.core.sources import adopt_again, job_done, send_job
 from milvus_cdc_controller.core.task import Failure
 from milvus_cdc_controller.core.world import World
 
@@ -286,7 +286,7 @@ def progress_reported(world: World, event: ProgressReported) -> None:
 
 def _metadata_progress(world: World, event: ProgressReported, uid: str) -> None:
     if metadata_reported(world, uid, event):
-        adopt_catalogue(world, uid)
+        adopt_again(world, uid)
 
 
 def _collection_progress(
@@ -310,7 +310,7 @@ def _collection_progress(
     if new is not record:
         world.put_collection(new)
     if record.renaming and not new.renaming:
-        adopt_catalogue(world, uid)  # the database that it has left may go
+        adopt_again(world, uid)  # the database that it has left may go
     flushed(world, uid, collection_id, event.flushed_ts)
     if event.recounted is Recounted.WRITE_AGAIN:
         revoke(world, world.grants[event.assignment_id], "WRITE_AGAIN")
@@ -319,7 +319,7 @@ def _collection_progress(
         assert session is not None
         session.stale.add((event.assignment_id, event.epoch))
         world.drop_collection(new)
-        adopt_catalogue(world, uid)
+        adopt_again(world, uid)
         world.send(event.stream, Revoke(event.assignment_id, event.epoch, "DROPPED"))
     return tuple((point.vchannel, point.horizon_ts) for point in progress.checkpoints)
 

@@ -114,6 +114,17 @@ def adopt_catalogue(world: World, uid: str) -> None:
         _remember(world, source_id, view.catalogue)
 
 
+def adopt_again(world: World, uid: str) -> None:
+    """The same after a record has gone or a name at the sink has come free: the others are in line
+    with that reading.
+    """
+    source_id = world.tasks[uid].spec.source_id
+    view = world.sources.get(source_id)
+    if view is not None and view.catalogue is not None:
+        _adopt(world, uid, view.catalogue)
+        _remember(world, source_id, view.catalogue)
+
+
 def _adopt(world: World, uid: str, before: Catalogue | None = None) -> None:
     task = world.tasks[uid]
     view = world.sources.get(task.spec.source_id)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from milvus_cdc_controller.core import assigning, placing, status
+from milvus_cdc_controller.core import assigning, placing, reconcile, status
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core.grant import Grant, ReportedState
@@ -39,6 +39,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(placing, "need_of")
     count(placing, "wanted")
     count(status, "outline")
+    count(reconcile, "merge_collection")
     monkeypatch.setattr(world, "agree", lambda *_: None)  # it looks at all
     return counted
 
@@ -149,3 +150,23 @@ def test_a_lost_stream_shows_at_once_on_what_it_held() -> None:
     assert (task.state, task.reason) == (TaskState.RETRYING, "REPLICATOR_LOST")
     script.hello(4, "a", connects=2)
     assert script.core.world.tasks[UID].state is TaskState.RUNNING
+
+
+def test_a_collection_that_is_gone_costs_the_same_among_few_and_among_many(
+    looks: Counter[str],
+) -> None:
+    costs = []
+    for number in (FEW, MANY):
+        script = running(number)
+        last = f"{UID}.{number}"
+        report(script, number, opened=ev.SinkOpened(99, False, 0))
+        script.see(*(collection(n, f"c{n}") for n in range(1, number)))
+        point = script.core.world.progress[last].checkpoints[0]
+        closed = ev.VchannelReport(point.vchannel, b"end", 10**6, True, 0)
+        report(script, number, vchannels=(closed,))
+        assert script.core.world.collections[UID][number].drop_granted
+        looks.clear()
+        report(script, number, dropped=True)
+        assert last not in script.core.world.grants
+        costs.append(dict(looks))
+    assert costs[0] == costs[1]
