@@ -63,6 +63,7 @@ def _finish(world: World) -> None:
             over = reported or now_ms >= move.until_ms
         if over:
             del world.moves[key]
+            world.room = True
 
 
 def _unattended(world: World, move: Move) -> bool:
@@ -77,6 +78,7 @@ def _begin(world: World, move: Move) -> int:
     if move.target and (target is None or not target.takes_work(world.leases, world.now.mono_ms)):
         # Its owner keeps it; a drain will find somebody else.
         del world.moves[move.assignment_id]
+        world.room = True
         return 0
     move.begun = True
     move.until_ms = world.now.mono_ms + HOLDS_BACK_MS

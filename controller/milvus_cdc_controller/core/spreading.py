@@ -1,7 +1,8 @@
 """With which replicators a task may be whose limits cannot be divided among more.
 
 Laws: who leaves no longer counts, nor who lacks the task's labels, so that a hand-over is possible;
-who is silent does. Where more have something than may, those stay who take work and have most of it.
+who is silent does. Where more have something than may, those stay who take work and have most of
+it.
 """
 
 from __future__ import annotations
