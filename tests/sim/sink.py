@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from milvus_cdc.errors import BugError, RetryableError, UnknownOutcomeError
+from milvus_cdc.errors import BugError, RetryableError, UnknownOutcomeError, UserError
 from milvus_cdc.model import Carry, Collection
 from milvus_cdc.order.ops import Key
 from milvus_cdc.sink import AnyBatch, CollectionTarget, Copies, DeleteBatch, Opened, RowBatch
@@ -82,7 +82,10 @@ class SinkServer(Server):
     def copies(self, target: CollectionTarget, partition: str, keys: Sequence[Key]) -> Copies:
         """Of everything: all is loaded."""
         name = target.collection
-        there = self.memory.partitions("default", name) if not partition else [partition]
+        there = self.memory.partitions("default", name)
+        if partition and partition not in there:
+            raise UserError("SINK_PARTITION_MISSING", f"{name} has no partition {partition}")
+        there = [partition] if partition else there
         rows = [row["id"] for one in there for row in self.memory.rows("default", name, one)]
         found = [key for key in rows if key in keys]
         return Copies(len(found), frozenset(found))

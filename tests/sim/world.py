@@ -249,6 +249,7 @@ class World:
             for point in progress.checkpoints:
                 place = decode_position(point.read_from)
                 needed[point.pchannel] = min(place, needed.get(point.pchannel, place))
+            # It may have to be written again from there, whatever checkpoints say by then.
             if progress.recount is not None:
                 pchannels = {point.vchannel: point.pchannel for point in progress.checkpoints}
                 for vchannel, start, _ in progress.recount.starts:

@@ -443,7 +443,9 @@ class AssignmentCore:
         then everything written since is replayed.
         """
         return partition.state is ObjectState.DROPPED and all(
-            0 < lane.resolved_ts < partition.drop_ts for lane in self.lanes.values()
+            # What is read for its keys alone was passed by an owner before, drops included.
+            0 < max(lane.resolved_ts, self.written_until.get(lane.vchannel, 0)) < partition.drop_ts
+            for lane in self.lanes.values()
         )
 
     def _is_dropped(self, partition_id: int) -> bool:

@@ -291,9 +291,11 @@ def test_a_partition_drop_waits_for_every_lane_and_every_row_before_it() -> None
     assert first.resolved_ts == second.resolved_ts == 12
 
 
-def _drop_ahead(resolved_ts: tuple[int, int], drop_ts: int) -> AssignmentCore:
+def _drop_ahead(
+    resolved_ts: tuple[int, int], drop_ts: int, written: tuple[int, ...] = ()
+) -> AssignmentCore:
     """Of an owner that begins when the metadata shows a drop that the log has yet to bring; its
-    name was given anew.
+    name was given anew. `written`: what is read up to there is read for a recount alone.
     """
     partitions = (
         Partition(1, "_default", 0),
@@ -317,6 +319,7 @@ def _drop_ahead(resolved_ts: tuple[int, int], drop_ts: int) -> AssignmentCore:
         WriteLimits(),
         partition_key=False,
     )
+    core.written_until = {f"v{i}": ts for i, ts in enumerate(written)}
     core.mark_opened(0)
     return core
 
@@ -350,6 +353,15 @@ def test_what_was_dropped_before_the_first_checkpoint_is_not_ours_to_drop() -> N
         lane.add(_drop(10, order, 2, "p"))
         lane.tick(12, position(order + 1))
     assert core.step() == []
+
+
+def test_a_drop_that_is_only_read_again_to_recount_keys_is_behind() -> None:
+    core = _drop_ahead((5, 6), drop_ts=10, written=(20, 20))
+    for order, lane in enumerate(core.lanes.values()):
+        lane.add(_insert(21, order, 3, key=order))
+        lane.tick(22, position(order + 1))
+    effects = core.step()
+    assert [type(effect) for effect in effects] == [StartWrite]
 
 
 def test_rows_before_a_collections_drop_get_their_horizon() -> None:
