@@ -141,9 +141,15 @@ def _positions(data: bytes) -> None:
 
 
 @cache
-def _scratch() -> Path:
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Gone when this process ends."""
     memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None)) / "config.yaml"
+    return tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None)
+
+
+@cache
+def _scratch() -> Path:
+    return Path(_folder().name) / "config.yaml"
 
 
 def _controller(data: bytes) -> object:
