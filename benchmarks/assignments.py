@@ -95,7 +95,7 @@ class _Resting(FakeReplicator):
                 try:
                     await self.connect()
                     break
-                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
                     await asyncio.sleep(0.3)
 
     async def _take(self, message: pb.ConnectResponse) -> None:
