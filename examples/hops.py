@@ -33,6 +33,7 @@ HTTP2 = Protocol(
     offers=("h2",),
 )
 """gRPC."""
+HTTP = Protocol(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n", b" 200 ", offset=8)
 NATS = Protocol(b"PING\r\n", b"INFO ")
 
 

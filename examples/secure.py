@@ -20,19 +20,20 @@ import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import grpc
 import yaml
 from pymilvus import DataType, MilvusClient
 
-from examples.hops import AS_IT_SHOULD_BE, NATS, Hop, shown, table
+from examples.hops import AS_IT_SHOULD_BE, HTTP, NATS, Hop, shown, table
 from tests.servers import Authority, Pair, ServerStartError
 from tests.servers.secured import SecuredStack
 from tests.servers.services import LEADER_LEASE_SECONDS, ControllerProcess, ReplicatorProcess
 
 FILES = Path(__file__).parents[1] / "deploy" / "examples" / "secure"
 PLACE = "/etc/milvus-cdc"
-PEOPLE = ("alice", "victor", "application")
+PEOPLE = ("alice", "victor", "application", "prometheus")
 REPLICATORS = ("replicator-1", "replicator-2")
 ROWS = 2_000
 DIM = 8
@@ -102,6 +103,15 @@ class Secure:
             Hop("replicator -> sink Milvus", stack.sink.address, of["replicators"]),
             Hop("application -> source Milvus", stack.source.address, of["application"]),
             Hop("health -> replicator", self.replicators[0].address, of["victor"]),
+            *(
+                Hop(
+                    f"metrics -> {process.name}",
+                    urlsplit(process.metrics_url).netloc,
+                    of["prometheus"],
+                    HTTP,
+                )
+                for process in (self.controllers[0], self.replicators[0])
+            ),
         ]
 
     def __enter__(self) -> Self:
@@ -163,7 +173,7 @@ class Secure:
 
     def prove(self, database: str) -> None:
         """Raises Failed."""
-        alice, victor, application = (self.issued[name] for name in PEOPLE)
+        alice, victor, application = (self.issued[name] for name in PEOPLE[:3])
         root = self.stack.connect(self.stack.source, application)
         root.create_database(database)
         root.close()
