@@ -97,7 +97,9 @@ def reader(ends: Ends, alias: str) -> Iterator[list[str]]:
     over = threading.Event()
 
     def poll() -> None:
-        while not over.is_set():
+        last = False
+        while not last:
+            last = over.is_set()  # once more after the end: what it waited for was just seen
             name = ends.target(alias)
             if not seen or seen[-1] != name:
                 seen.append(name)
