@@ -310,8 +310,9 @@ def _stale(table: Table, key: int, values: list[tuple[str, str]], until: int) ->
     empty when they are not.
     """
     stamps = sorted(int(text) for _, text in values)
-    # What is written anew passes through the partitions that a key was in since.
-    moving = len({partition for partition, _ in values}) == len(values) and stamps[:1] > [until]
+    # What is written anew passes through the partitions that a key was in since: beside the copy as
+    # of `until` there may be later ones.
+    moving = len({partition for partition, _ in values}) == len(values) and stamps[1:2] > [until]
     if len(values) > 1 and not moving:
         return f"key {key} is doubled: {[when(stamp) for stamp in stamps]}"
     op = table.last_at(key, until)

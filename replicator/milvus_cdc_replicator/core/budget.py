@@ -2,8 +2,9 @@
 
 Laws: reading pauses at 100 % and resumes at 80 %. Rows that wait for their tick do not pause
 reading by themselves, because only reading on brings the tick; the hard limit bounds them. However
-many sinks stand still, the collections of any other one find memory: of several, each has at most
-twice of what is free, so one that stands still ends with two thirds, two with two fifths each.
+many sinks stand still, the collections of any other one find memory: of several, each takes more
+only while it has at most twice of what is free. So one that stands still ends with two thirds; two
+with two fifths each, or the later with two thirds of what the earlier has left.
 """
 
 from __future__ import annotations
