@@ -24,6 +24,7 @@ from benchmarks import (
     lag,
     metadata,
     postgres,
+    pulsar_read,
     reconcile,
     scaleout,
     steady,
@@ -33,7 +34,11 @@ from benchmarks.rig import Rig
 from benchmarks.rows import Table, drop
 from benchmarks.table import Results
 from benchmarks.writers import best_direct
-from tests.servers import kafka_unavailable_reason, postgres_unavailable_reason
+from tests.servers import (
+    kafka_unavailable_reason,
+    postgres_unavailable_reason,
+    pulsar_unavailable_reason,
+)
 
 PARTS = (
     "direct",
@@ -54,6 +59,7 @@ PARTS = (
     "files",
     "postgres",
     "trust",
+    "pulsar-read",
 )
 OF_NO_QUEUE = {
     "metadata",
@@ -64,6 +70,7 @@ OF_NO_QUEUE = {
     "files",
     "postgres",
     "trust",
+    "pulsar-read",
 }
 """Parts that need no source's servers, or their own."""
 LAG_ROWS_PER_SECOND = 1_000
@@ -120,6 +127,12 @@ def _measure_all(options: argparse.Namespace, results: Results) -> None:
         results.checks = trust.check_costs()
         _say("trust: starting etcd, a source, two sinks, services with and without TLS")
         results.tls = trust.tls_cost("nats", _rows(options, trust.DIM), _say)
+    if "pulsar-read" in options.only:
+        if reason := pulsar_unavailable_reason():
+            _say(f"reading Pulsar left out: {reason}")
+        else:
+            _say("a topic of a Pulsar, read by the source's reader and by a bare one")
+            results.pulsar_read = pulsar_read.measure()
     for queue in options.queues if set(options.only) - OF_NO_QUEUE else ():
         if queue == "kafka" and (reason := kafka_unavailable_reason()):
             _say(f"kafka left out: {reason}")

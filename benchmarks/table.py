@@ -19,6 +19,7 @@ from benchmarks.kafka_sink import AT_LEAST_ONCE, EXACTLY_ONCE, KafkaFigures
 from benchmarks.lag import Lag
 from benchmarks.metadata import Metadata
 from benchmarks.postgres import PostgresFigures
+from benchmarks.pulsar_read import PulsarRead
 from benchmarks.reconcile import Reconciled
 from benchmarks.scaleout import Scaled
 from benchmarks.steady import Steady
@@ -40,6 +41,7 @@ GOAL_LISTING_SECONDS = 10.0
 GOAL_CONTROLLER_MIB = 400.0
 GOAL_HELD_PERCENT, GOAL_HELD_MIB, GOAL_RESYNC_SECONDS = 20.0, 500.0, 10.0
 GOAL_SCALE = 0.9
+GOAL_PULSAR_READ = 0.7
 GOAL_RECONCILE_SECONDS = 60.0
 GOAL_RECONCILE_CALLS = 5
 GOAL_KAFKA_CPU = {
@@ -82,6 +84,7 @@ class Results:
     kafka_sink: list[KafkaFigures] = field(default_factory=list)
     files: list[FileFigures] = field(default_factory=list)
     postgres: list[PostgresFigures] = field(default_factory=list)
+    pulsar_read: PulsarRead | None = None
     tls: TlsCost | None = None
     checks: dict[str, float] = field(default_factory=dict)
     """Microseconds of knowing a caller, by what he shows."""
@@ -258,6 +261,14 @@ class Results:
                 f"{_judged(look.calls_most, GOAL_RECONCILE_CALLS, 0)} calls each at most, "
                 f"{look.calls:.1f} on average",
                 f"< {GOAL_RECONCILE_SECONDS:.0f} s, {GOAL_RECONCILE_CALLS} calls",
+            )
+        if (read := self.pulsar_read) is not None:
+            table.add_row(
+                "reading a Pulsar topic, entries of 256 KiB",
+                f"{read.source:,.0f} MiB/s, "
+                f"{_judged(read.source / read.bare, GOAL_PULSAR_READ, at_least=True)} of a bare "
+                "pulsar-client reader",
+                f">= {GOAL_PULSAR_READ}",
             )
         if (cost := self.tls) is not None:
             rates = [
