@@ -160,7 +160,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(number=st.sampled_from(IDS), what=st.sampled_from(("create", "drop", "vanish")))
     def change_source(self, number: int, what: str) -> None:
-        if what == "create" and number not in self.gone:
+        if what == "create" and number not in self.gone and not self.forgotten(number):
             self.alive.add(number)
         elif what == "drop" and number in self.alive:
             self.alive.discard(number)
@@ -169,6 +169,12 @@ class Cluster(RuleBasedStateMachine):
             self.gone.discard(number)
             self.alive.discard(number)
         self.read()
+
+    def forgotten(self, number: int) -> bool:
+        """It was given out, and has vanished without a trace: no Milvus gives its id to another."""
+        given = any(key.endswith(f".{number}") for key, _ in self.owners)
+        known = self.script.core.world.collections.get("uid", {})
+        return given and number not in known
 
     @rule(what=st.sampled_from(("pause", "resume", "retry", "resync")))
     def command(self, what: str) -> None:
