@@ -211,7 +211,7 @@ class Lane:
 
     @property
     def rereading(self) -> bool:
-        """What was forgotten is being read again."""
+        """What was forgotten, or belongs before what was released, is being read again."""
         return bool(self._portions) or self._reread_from is not None
 
     @property
