@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 from milvuscdc.v1 import task_pb2, task_service_pb2, task_service_pb2_grpc
@@ -51,6 +51,8 @@ class Rig:
             settings={"proxy": {"timeTickInterval": tick_ms}},
             etcd_beside=etcd_beside,
         )
+        self.of_replicators: dict[str, Any] = {}
+        """Further settings of each."""
         self.controller = ControllerProcess(self.folder / "controller")
         self.replicator = self._new_replicator()
         self._channel = grpc.insecure_channel(self.controller.address)
@@ -64,6 +66,7 @@ class Rig:
             self.controller.address,
             name,
             program=program or ("-m", "milvus_cdc_replicator.app"),
+            **self.of_replicators,
         )
 
     def fresh_replicator(self, *program: str | Path) -> ReplicatorProcess:

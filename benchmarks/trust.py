@@ -29,7 +29,7 @@ from benchmarks.rig import Rig
 from benchmarks.rows import Table
 from tests.servers.certificates import Authority
 from tests.servers.milvus import MilvusServer
-from tests.servers.services import ControllerProcess, ReplicatorProcess
+from tests.servers.services import ControllerProcess
 from tests.servers.trust_authority import AUDIENCE, ISSUER, Issuer, hashed
 from tests.servers.trust_authority import Authority as OwnAuthority
 
@@ -95,30 +95,23 @@ class _SecuredRig(Rig):
             etcd=plain.stack.etcd, source=plain.stack.source, kafka=plain.stack.kafka, sink=sink
         )
         self.stack = there
-        self._own = OwnAuthority(self.folder / "authority").issue("services")
-        self._settings: dict[str, Any] = {
-            "tls": self._own.server,
+        own = OwnAuthority(self.folder / "authority").issue("services")
+        settings: dict[str, Any] = {
+            "tls": own.server,
             "auth": {"certificates": [{"name": "services", "roles": ["admin", "replicator"]}]},
         }
         self.controller = ControllerProcess(
-            self.folder / "controller", credentials=self._own.credentials, **self._settings
+            self.folder / "controller", credentials=own.credentials, **settings
         )
+        self.of_replicators = {
+            "credentials": own.credentials,
+            "controllerTls": own.client,
+            **settings,
+        }
         self.replicator = self._new_replicator()
-        self._channel = grpc.secure_channel(self.controller.address, self._own.credentials)
+        self._channel = grpc.secure_channel(self.controller.address, own.credentials)
         self.tasks = task_service_pb2_grpc.TaskServiceStub(self._channel)
         self._replicators = [self.replicator]
-
-    def _new_replicator(self, *program: str | Path) -> ReplicatorProcess:
-        name = f"secured-{int(time.monotonic() * 1000)}"
-        return ReplicatorProcess(
-            self.folder / name,
-            self.controller.address,
-            name,
-            program=program or ("-m", "milvus_cdc_replicator.app"),
-            credentials=self._own.credentials,
-            controllerTls=self._own.client,
-            **self._settings,
-        )
 
     def task(self, name: str, collections: Sequence[str]) -> task_pb2.Task:
         task = super().task(name, collections)
