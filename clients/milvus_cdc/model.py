@@ -36,13 +36,27 @@ def tso_to_text(tso: int) -> str:
 
 
 def split_assignment_id(assignment_id: str) -> tuple[str, int | None]:
-    """Task uid and collection id of an assignment; None for the task's metadata assignment."""
+    """Task uid and collection id of an assignment, or of a part; None for the task's metadata
+    assignment.
+    """
     uid, _, tail = assignment_id.rpartition(".")
-    return uid, None if tail == "metadata" else int(tail)
+    return uid, None if tail == "metadata" else int(tail.partition("-")[0])
 
 
 def collection_assignment_id(task_uid: str, collection_id: int) -> str:
     return f"{task_uid}.{collection_id}"
+
+
+def part_assignment_id(assignment_id: str, number: int, count: int) -> str:
+    """Part `number`, from 1, of a collection assignment that is given out in `count` parts."""
+    return f"{assignment_id}-{number}of{count}"
+
+
+def part_of_assignment(assignment_id: str) -> tuple[int, int] | None:
+    """Number, from 1, and count of a part; None for what is no part."""
+    _, _, part = assignment_id.rpartition(".")[2].partition("-")
+    number, _, count = part.partition("of")
+    return (int(number), int(count)) if part else None
 
 
 def metadata_assignment_id(task_uid: str) -> str:

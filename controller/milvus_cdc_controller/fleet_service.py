@@ -19,6 +19,7 @@ from milvus_cdc_controller.holds import delete_hold, list_holds
 from milvus_cdc_controller.pages import page
 from milvus_cdc_controller.present_fleet import (
     assignment_message,
+    listed_grants,
     plan_message,
     replicator_messages,
 )
@@ -144,7 +145,7 @@ class FleetService(rpc.FleetServiceServicer):
     ) -> pb.ListAssignmentsResponse:
         check(request)
         world = self._loop.controller.world
-        infos = [assignment_message(world, grant) for grant in world.grants.values()]
+        infos = [assignment_message(world, grant) for grant in listed_grants(world)]
         shown, token = page(
             (
                 info

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import structlog
-from milvus_cdc.model import split_assignment_id
+from milvus_cdc.model import part_of_assignment, split_assignment_id
 
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core.collection import CollectionRecord
@@ -115,7 +115,10 @@ def _bound(assignment_id: str, world: World) -> dict[str, str]:
     uid, collection_id = split_assignment_id(assignment_id)
     task = world.tasks.get(uid)
     record = world.collections.get(uid, {}).get(collection_id or 0)
-    return {
+    bound = {
         "task": task.spec.name if task is not None else uid,
         "collection": record.source_name if record is not None else "(metadata)",
     }
+    if part := part_of_assignment(assignment_id):
+        bound["part"] = f"{part[0]} of {part[1]}"
+    return bound

@@ -14,7 +14,7 @@ from milvus_cdc_controller.core.collection import CollectionState
 from milvus_cdc_controller.core.events import Instant
 from milvus_cdc_controller.core.liveness import SessionState
 from milvus_cdc_controller.core.positions import retention_of
-from milvus_cdc_controller.core.status import outline
+from milvus_cdc_controller.core.status import lag_ms, outline
 from milvus_cdc_controller.core.task import TaskState
 from milvus_cdc_controller.core.world import World
 
@@ -129,9 +129,9 @@ class Metrics:
             status = outline(world, record)
             states.append(status[0] if status is not None else CollectionState.PENDING)
             name = world.tasks[record.task_uid].spec.name, record.now_at_sink
-            seen = world.observed.get(key)
-            if seen is not None and seen.lag_ms >= 0:
-                _note(worst, (self.lag_seconds, *name), max, seen.lag_ms / 1000)
+            lag = lag_ms(world, record)
+            if lag >= 0:
+                _note(worst, (self.lag_seconds, *name), max, lag / 1000)
             resolved_ts = progress.resolved_ts
             if resolved_ts:
                 age_ms = max(0, now.wall_ms - tso_to_ms(resolved_ts))

@@ -23,6 +23,7 @@ from milvuscdc.v1 import task_pb2
 from milvus_cdc_controller.core.collection import Checkpoint, CollectionRecord, CollectionState
 from milvus_cdc_controller.core.holding import trouble
 from milvus_cdc_controller.core.mapping import NameRule, split
+from milvus_cdc_controller.core.parts import points_of
 from milvus_cdc_controller.core.positions import retention_of
 from milvus_cdc_controller.core.status import (
     beyond_limits,
@@ -154,6 +155,7 @@ def task_spec(task: task_pb2.Task) -> TaskSpec:
         limits=limits(task),
         dead_letters=dead_letters(task),
         replicator_labels=tuple(sorted(task.replicator_labels.items())),
+        max_parts=task.split.max_parts,
         held_log=held_log(task.source),
     )
 
@@ -233,6 +235,7 @@ def task_message(world: World, task: TaskRecord, store_error: str = "") -> task_
         limits=limits_message(spec.limits),
         dead_letters=dead_letters_message(spec.dead_letters),
         replicator_labels=dict(spec.replicator_labels),
+        split=task_pb2.Split(max_parts=spec.max_parts) if spec.max_parts else None,
         state=TASK_STATES[state],
         reason=reason,
         message=message,
@@ -335,15 +338,24 @@ def collection_message(world: World, record: CollectionRecord) -> task_pb2.TaskC
         rows_skipped=totals.rows_skipped,
         rows_refused=totals.rows_refused,
         replicator=f"replicators/{view.grant.owner}" if view.grant.instance else "",
-        epoch=view.grant.epoch,
+        epoch=0 if view.parts else view.grant.epoch,
         vchannels=[
             _vchannel_message(world, record.assignment_id, point)
             for point in view.progress.checkpoints
         ],
         conditions=[task_pb2.Condition(type=kind, message=text) for kind, text in conditions],
+        parts=[
+            task_pb2.CollectionPart(
+                assignment=f"assignments/{part.assignment_id}",
+                replicator=f"replicators/{part.owner}" if part.instance else "",
+                epoch=part.epoch,
+                vchannels=[p.vchannel for p in points_of(part.assignment_id, view.progress)],
+            )
+            for part in view.parts
+        ],
     )
-    if view.observed.lag_ms >= 0:
-        result.lag.CopyFrom(duration(view.observed.lag_ms))
+    if view.lag_ms >= 0:
+        result.lag.CopyFrom(duration(view.lag_ms))
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from milvus_cdc.model import split_assignment_id
 from milvuscdc.v1 import fleet_service_pb2 as pb
@@ -16,7 +16,7 @@ from milvus_cdc_controller.core.placing import need_of
 from milvus_cdc_controller.core.presence import held_under, why
 from milvus_cdc_controller.core.rates import IDLE
 from milvus_cdc_controller.core.replicator import DrainState, ReplicatorRecord, ReplicatorState
-from milvus_cdc_controller.core.status import grant_state
+from milvus_cdc_controller.core.status import grant_state, shown_as
 from milvus_cdc_controller.core.world import World
 from milvus_cdc_controller.present import timestamp
 
@@ -105,6 +105,18 @@ def _add_drain(world: World, result: pb.Replicator, mark: ReplicatorRecord) -> N
             force=drain.force,
         )
     )
+
+
+def listed_grants(world: World) -> Iterator[Grant]:
+    """What is held or waits; of a collection that is, or was, given out in parts only the shape in
+    which it is now.
+    """
+    for key, grant in world.grants.items():
+        record = world.record_of(key)
+        if record is not None and not grant.instance and world.parts.get(record.assignment_id):
+            if key not in shown_as(world, world.tasks[record.task_uid], record):
+                continue
+        yield grant
 
 
 def assignment_message(world: World, grant: Grant) -> pb.AssignmentInfo:

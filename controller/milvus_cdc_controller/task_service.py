@@ -35,6 +35,7 @@ from milvus_cdc_controller.validation import (
     check_batching,
     check_globs,
     check_limits,
+    check_split,
     check_task_part,
     check_update,
 )
@@ -227,6 +228,10 @@ class TaskService(rpc.TaskServiceServicer):
             whole.replicator_labels.clear()
             whole.replicator_labels.update(request.task.replicator_labels)
             check_task_part(whole, "replicator_labels")
+        with_split = _take_over(request.task.split, whole.split, paths, "split")
+        if with_split:
+            check_task_part(whole, "split")
+            check_split(whole)
         task = await self._loop.call(
             lambda at, call: ev.UpdateTask(
                 at,
@@ -243,6 +248,7 @@ class TaskService(rpc.TaskServiceServicer):
                 present.limits(whole) if with_limits else None,
                 present.dead_letters(whole) if with_letters else None,
                 tuple(sorted(whole.replicator_labels.items())) if with_places else None,
+                whole.split.max_parts if with_split else None,
             )
         )
         return pb.UpdateTaskResponse(task=self._message(task))

@@ -29,6 +29,8 @@ _UPDATABLE = (
         "limits",
         "dead_letters",
         "replicator_labels",
+        "split",
+        "split.max_parts",
     }
     | _CARRIES
     | _BATCHING
@@ -69,6 +71,7 @@ def check_create(request: pb.CreateTaskRequest) -> None:
     _check_trust(task)
     check_batching(task)
     check_limits(task)
+    check_split(task)
     check_globs(task)
 
 
@@ -154,6 +157,18 @@ def check_limits(task: task_pb2.Task) -> None:
         raise invalid(((field, f"one replicator has {each} (sink.postgres.maxConnections)"),))
 
 
+def check_split(task: task_pb2.Task) -> None:
+    """Raises ApiError where the task's kind of sink takes no parts of a collection."""
+    if task.split.max_parts > 1 and task.sink.WhichOneof("kind") != "milvus":
+        raise ApiError(
+            "INVALID_ARGUMENT",
+            "NOT_FOR_THIS_SINK",
+            "split.max_parts is for sink.milvus only: other sinks have one writer for each "
+            "collection; leave it out.",
+            field="task.split.max_parts",
+        )
+
+
 def check_update(request: pb.UpdateTaskRequest) -> tuple[bool, bool]:
     """Whether labels and selection are to be changed. The task in the request may be partial."""
     paths = list(request.update_mask.paths)
@@ -218,8 +233,8 @@ def invalid(violations: tuple[tuple[str, str], ...]) -> ApiError:
 
 def _can() -> str:
     return (
-        "only labels, selection, carry, drift, batching, limits, dead_letters and "
-        "replicator_labels can be updated"
+        "only labels, selection, carry, drift, batching, limits, dead_letters, "
+        "replicator_labels and split can be updated"
     )
 
 

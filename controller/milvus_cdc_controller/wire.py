@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from milvus_cdc.model import part_of_assignment
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import task_pb2
 
@@ -13,6 +14,7 @@ from milvus_cdc_controller.core import jobs
 from milvus_cdc_controller.core.collection import Counters, Recounted
 from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.liveness import Leases
+from milvus_cdc_controller.core.parts import compares, points_of
 from milvus_cdc_controller.core.retention import Retention
 from milvus_cdc_controller.specs import (
     DRIFTS,
@@ -60,6 +62,7 @@ def hello(stream: int, peer: str, message: pb.Hello) -> MakeEvent | None:
         held,
         message.connects,
         tuple(sorted(message.labels.items())),
+        message.takes_parts,
     )
 
 
@@ -159,6 +162,8 @@ def _progress(stream: int, progress: pb.Progress) -> MakeEvent:
         ),
         operations_read_from=progress.operations_read_from,
         recounted=_RECOUNTED.get(progress.recounted, Recounted.NOT_YET),
+        stands_ts=progress.stands_ts,
+        whole_now=progress.whole_now,
     )
 
 
@@ -295,6 +300,12 @@ def _assign(message: fx.Assign) -> pb.Assign:
         assert message.progress is not None
         spec = collection_spec(message.collection, message.progress)
         spec.adopt_existing = message.task.spec.adopt_existing
+        if part_of_assignment(message.assignment_id) is not None:
+            names = {p.vchannel for p in points_of(message.assignment_id, message.progress)}
+            others = [v for v in spec.vchannels if v.vchannel not in names]
+            for other in others:
+                spec.vchannels.remove(other)
+            assign.part.compares = compares(message.assignment_id, message.collection)
         assign.collection.CopyFrom(spec)
     else:
         assert message.metadata is not None

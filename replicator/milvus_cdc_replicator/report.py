@@ -59,6 +59,10 @@ class Report:
     flushes: tuple[FlushOperation, ...] = ()
     operations_read_from: bytes = b""
     recounted: Recounted = Recounted.NOT_YET
+    stands_ts: int = 0
+    """Of a part: all before it is done, what is there only who has all vchannels can do."""
+    whole_now: bool = False
+    """Of a part: it cannot go on, whatever the others do."""
 
 
 def lag_ms(lanes: Iterable[Lane], now_ms: int | None) -> int:
@@ -125,6 +129,8 @@ def to_progress(report: Report, seq: int) -> pb.Progress:
         ],
         operations_read_from=report.operations_read_from,
         recounted=_RECOUNTED[report.recounted],
+        stands_ts=report.stands_ts,
+        whole_now=report.whole_now,
     )
     if report.renamed_to is not None:
         message.renamed_to.database, message.renamed_to.collection = report.renamed_to

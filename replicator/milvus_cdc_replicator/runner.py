@@ -143,6 +143,8 @@ class CollectionRunner:
             reconcile_seconds=limits.reconcile_seconds,
         )
         self._core.carries_rows = assignment.carry.rows
+        self._core.part = assignment.part
+        self._stood_ts = 0
         self._recounting = Recounting(
             assignment,
             self._core,
@@ -272,6 +274,8 @@ class CollectionRunner:
             flushed_ts=self._object.flushed_ts,
             applied_version=self._object.applied_version,
             recounted=self._recounting.ended,
+            stands_ts=self._core.stands_ts,
+            whole_now=self._object.needs_whole,
         )
 
     def _state(self) -> tuple[str, str, str]:
@@ -381,6 +385,9 @@ class CollectionRunner:
         self._object.act()
         self._recounting.act()
         self._tell_awaited()
+        if self._core.stands_ts != self._stood_ts:
+            self._stood_ts = self._core.stands_ts
+            self._notify(self.assignment.assignment_id)
         if self._core.horizon_blocks():
             wanted = tuple(map(self._core.wanted_horizon, self._core.lanes.values()))
             if wanted != self._asked_horizons:

@@ -244,6 +244,7 @@ class Replicator:
             cluster=self._settings.cluster,
             connects=stream,
             labels=self._settings.labels,
+            takes_parts=True,
             held=[
                 pb.HeldAssignment(assignment_id=a, epoch=h.epoch, version=h.version)
                 for a, h in self._assigned.holdings.all().items()

@@ -106,6 +106,8 @@ class SinkObject:
         self.late_writes = False
         """As the sink says when it is opened."""
         self.renamed_to: tuple[str, str] | None = None
+        self.needs_whole = False
+        """Of a part: what it needs to go on is for who has all vchannels to do."""
         self.dropped = False
         self.flushed_ts = 0
         """Of the newest flush carried out."""
@@ -153,11 +155,12 @@ class SinkObject:
     def waits(self) -> bool:
         """Something is still to be done, when its time has come or the source's."""
         assignment = self._assignment
+        reconciler = self._reconciler if assignment.compares else None
         return (
             assignment.drop_granted
             or assignment.flush_ts > self.flushed_ts
             or _name(assignment.want) != _name(self.placed)
-            or (self._reconciler is not None and self._reconciler.due(assignment.version))
+            or (reconciler is not None and reconciler.due(assignment.version))
         )
 
     def act(self) -> None:
@@ -165,10 +168,13 @@ class SinkObject:
         self.arrangement.keep_up()
         if self._core.left_out:
             self.conditions["ROWS_LEFT_OUT"] = ROWS_LEFT_OUT
-        self._maybe_rename()
+        whole = not self._assignment.part
+        if whole:
+            self._maybe_rename()
         self._maybe_reconcile()
-        self._maybe_flush()
-        self._maybe_drop()
+        if whole:
+            self._maybe_flush()
+            self._maybe_drop()
 
     async def write(self, write: Write) -> bool:
         """As SinkWork.write."""
@@ -241,6 +247,13 @@ class SinkObject:
         if not await self._work.open(open_collection):
             return
         opened = answers[-1]
+        if self._assignment.part and opened.writes_in_flight:
+            raise UserError(
+                "SINK_TAKES_NO_PARTS",
+                f"the sink of {want.full_name} takes one write at a time; set split.max_parts of "
+                "the task to 0, then `milvus-cdc task retry`",
+                field="split.max_parts",
+            )
         if renamed_from is not None and self.placed is want:
             self.renamed_to = _name(want)
         self._work.retarget(sink.target(self.placed))
@@ -342,6 +355,8 @@ class SinkObject:
         if self._reconciling or self._halt.is_set() or not self._core.opened or self._dropping:
             return
         reconciler, want = self._reconciler, self.placed
+        if not self._assignment.compares:
+            return
         if reconciler is None or self._core.held_back or want.state is ObjectState.DROPPED:
             return
         if not reconciler.due(self._assignment.version):
@@ -365,6 +380,13 @@ class SinkObject:
 
     async def _restore(self) -> bool:
         assert self._reconciler is not None
+        assignment = self._assignment
+        if assignment.part and assignment.carry.schema and assignment.drift is Drift.REPAIR:
+            # Whoever has all vchannels next meets it, too, and brings it back.
+            self.needs_whole = True
+            self._changed()
+            await self._halt.wait()
+            return True
         return await self._reconciler.restore(self._assignment, self._wanted())
 
     def _wanted(self) -> Collection:

@@ -90,6 +90,10 @@ class CollectionAssignment:
     awaited_ts: int = 0
     """To be told as soon as everything at or below it is in the sink; 0 = none."""
     recount: Recount = Recount.NONE
+    part: bool = False
+    """Others write other vchannels of it at the same time: rows only."""
+    compares: bool = True
+    """The sink is compared, rows aside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +254,8 @@ def from_assign(message: pb.Assign) -> Assignment:
         flush_ts=spec.flush_ts,
         awaited_ts=spec.awaited_ts,
         recount=_RECOUNTS[spec.recount],
+        part=message.HasField("part"),
+        compares=message.part.compares or not message.HasField("part"),
     )
 
 

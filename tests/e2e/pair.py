@@ -98,6 +98,7 @@ class Pair:
         name: str = TASK,
         latest: bool = False,
         sink: task_pb2.Sink | None = None,
+        max_parts: int = 0,
     ) -> task_pb2.Task:
         start = (
             task_pb2.Start(latest=task_pb2.Latest())
@@ -110,6 +111,7 @@ class Pair:
             sink=sink or task_pb2.Sink(milvus=task_pb2.MilvusEndpoint(uri=self.stack.sink.uri)),
             selection=task_pb2.Selection(include=include),
             start=start,
+            split=task_pb2.Split(max_parts=max_parts) if max_parts else None,
         )
 
     def create(self, *include: str, **options: Any) -> task_pb2.Task:

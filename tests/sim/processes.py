@@ -230,7 +230,7 @@ class Ear:
         """Who leads has changed. The first one to do so finds that there is no task."""
         reign = self._front.reign
         if reign is not None and not reign.tasks:
-            self._loop.create_task(create_task(reign.loop))
+            self._loop.create_task(create_task(reign.loop, self._world.parts))
 
     async def stop_serving(self) -> None:
         self._world.front.serving.pop(self._loop.name, None)
@@ -239,7 +239,7 @@ class Ear:
         self._world.front.serving.pop(self._loop.name, None)
 
 
-async def create_task(loop: ControlLoop) -> None:
+async def create_task(loop: ControlLoop, parts: int) -> None:
     spec = TaskSpec(
         TASK,
         (),
@@ -250,6 +250,7 @@ async def create_task(loop: ControlLoop) -> None:
         "sink",
         StartAt.EARLIEST,
         drift=Drift.REPAIR,
+        max_parts=parts,
     )
     with contextlib.suppress(CdcError, Refused):
         await loop.call(lambda at, call: ev.CreateTask(at, call, "uid", spec, "r", "f", True))

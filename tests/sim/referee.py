@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from milvus_cdc.etcd import DeleteOp, GetOp, PutOp
-from milvus_cdc.model import split_assignment_id, tso_to_ms
+from milvus_cdc.model import part_of_assignment, split_assignment_id, tso_to_ms
 from milvus_cdc.source.positions import decode as decode_position
 from milvus_cdc_controller.core.collection import CollectionProgress, CollectionRecord
 from milvus_cdc_controller.core.grant import Grant
@@ -49,6 +49,7 @@ class Referee:
         self.violation: Violation | None = None
         """The first one."""
         self.takeovers = 0
+        self.splits = 0
         self.rows = 0
         self.epochs: dict[str, int] = {}
 
@@ -107,6 +108,8 @@ class Referee:
             self.fail(f"{assignment_id}: epoch {grant.epoch} was given twice")
         self._say("store", f"{assignment_id} is {grant.owner}'s, epoch {grant.epoch}")
         self.takeovers += grant.epoch > 1
+        self.splits += part_of_assignment(assignment_id) is not None
+        self._alone(grant)
         for host in self.replicators:
             why = host.may_write(assignment_id, grant.epoch)
             if why:
@@ -120,6 +123,27 @@ class Referee:
                 self.fail(
                     f"{assignment_id} was given to {grant.owner} while {name}, dead, has {why}"
                 )
+
+    def _alone(self, grant: Grant) -> None:
+        """Nobody has anything of the other shape: the whole, or a part."""
+        part = part_of_assignment(grant.assignment_id)
+        for other, spent in self.epochs.items():
+            if whole_of(other) != whole_of(grant.assignment_id):
+                continue
+            if _count(part_of_assignment(other)) == _count(part):
+                continue
+            held = self.grants.get(other)
+            if held is not None and held.instance:
+                self.fail(f"{grant.assignment_id} was given while {held.owner} has {other}")
+            for host in self.replicators:
+                if why := host.may_write(other, spent + 1):
+                    self.fail(
+                        f"{grant.assignment_id} was given to {grant.owner} while {host.host} may "
+                        f"still write {other}: {why}"
+                    )
+            for name, in_flight in self.orphans:
+                if why := in_flight.older(other, spent + 1, self._milvus.clockwork.now):
+                    self.fail(f"{grant.assignment_id} was given while {name}, dead, has {why}")
 
     def _progressed(self, progress: CollectionProgress) -> None:
         assignment_id = f"{progress.task_uid}.{progress.collection_id}"
@@ -201,7 +225,7 @@ class Referee:
             self._horizons(ack.assignment_id, [(h.vchannel, h.horizon_ts) for h in ack.horizons])
 
     def _horizons(self, assignment_id: str, told: list[tuple[str, int]]) -> None:
-        progress = self.progress.get(assignment_id)
+        progress = self.progress.get(whole_of(assignment_id))
         if progress is None:
             return
         stored = {point.vchannel: point.horizon_ts for point in progress.checkpoints}
@@ -218,9 +242,14 @@ class Referee:
         who = f"{writer.host}'s {rows} of epoch {writer.epoch}"
         if writer.epoch < epoch:
             self.fail(f"{who} landed when epoch {epoch} was given")
-        progress, table = self.progress.get(writer.assignment_id), self.table(writer.assignment_id)
+        whole = whole_of(writer.assignment_id)
+        progress, table = self.progress.get(whole), self.table(whole)
         if progress is None or table is None:
             return
+        if part := part_of_assignment(writer.assignment_id):
+            own = {point.vchannel for point in progress.checkpoints[part[0] - 1 :: part[1]]}
+            if strange := [key for key in rows.keys if table.shard_of(key)[0] not in own]:
+                self.fail(f"{who}: {strange} are of shards that are no part of it")
         stored = {point.vchannel: point.horizon_ts for point in progress.checkpoints}
         for key, text in rows.texts.items():
             if int(text) > stored[table.shard_of(key)[0]]:
@@ -230,7 +259,7 @@ class Referee:
         self.rows += len(rows.keys)
         self._say("sink", f"{rows}, by {writer.host} in epoch {writer.epoch}")
         table = self.table(writer.assignment_id)
-        progress = self.progress.get(writer.assignment_id)
+        progress = self.progress.get(whole_of(writer.assignment_id))
         if table is None or progress is None:
             return
         resolved = {point.vchannel: point.resolved_ts for point in progress.checkpoints}
@@ -296,6 +325,15 @@ class Referee:
             if split_assignment_id(assignment_id)[1] == table.collection_id:
                 return assignment_id
         return None
+
+
+def _count(part: tuple[int, int] | None) -> int:
+    return 1 if part is None else part[1]
+
+
+def whole_of(assignment_id: str) -> str:
+    uid, collection_id = split_assignment_id(assignment_id)
+    return f"{uid}.{'metadata' if collection_id is None else collection_id}"
 
 
 def _starts(progress: CollectionProgress | None) -> dict[str, int]:

@@ -12,6 +12,13 @@ from tests.sim.playing import simulate
 
 
 @pytest.mark.timeout(600)
+def test_nothing_is_lost_where_collections_are_split() -> None:
+    code, said = simulate("--seeds", "20", "--parts", "2")
+    print(said)
+    assert code == 0, said
+
+
+@pytest.mark.timeout(600)
 def test_every_planted_mistake_is_found() -> None:
     code, said = simulate("--proved", "--seeds", "40")
     print(said)

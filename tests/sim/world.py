@@ -54,14 +54,19 @@ class Result:
     steps: int
     rows: int
     takeovers: int
+    parts: int = 0
+    splits: int = 0
+    """New owners of parts."""
     story: list[str] = field(default_factory=list)
 
 
 class World:
     """Everything there is."""
 
-    def __init__(self, seed: int, *, telling: bool = False) -> None:
+    def __init__(self, seed: int, *, telling: bool = False, parts: int = 0) -> None:
         self.seed = seed
+        self.parts = parts
+        """The task's split: at most so many parts."""
         self.rng = random.Random(f"world {seed}")
         self.telling = telling
         self.story: list[str] = []
@@ -138,7 +143,9 @@ class World:
         chaos = random.Random(f"faults {self.seed}")
         count = chaos.randint(2, max(3, round(minutes * 3)))
         faults.plan(self, chaos, 15.0, end, count)
-        for at in (rng.uniform(20, end) for _ in range(rng.randint(0, 3))):
+        # Where collections are split every change takes the parts back.
+        changes = rng.randint(3, 10) if self.parts else rng.randint(0, 3)
+        for at in (rng.uniform(20, end) for _ in range(changes)):
             clockwork.at(at, self.change_schema)
         clockwork.run(end, self._over)
         self._make_peace()
@@ -363,11 +370,12 @@ def run(
     *,
     minutes: float = 4.0,
     telling: bool = False,
+    parts: int = 0,
     break_it: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Result:
     """One seed from beginning to end."""
     started = time.process_time()
-    world = World(seed, telling=telling)
+    world = World(seed, telling=telling, parts=parts)
     with _made_up(world), break_it():
         try:
             world.run(minutes)
@@ -381,5 +389,7 @@ def run(
         world.clockwork.steps,
         world.referee.rows,
         world.referee.takeovers,
+        parts,
+        world.referee.splits,
         world.story,
     )

@@ -134,6 +134,7 @@ def task_line(task: task_pb2.Task) -> Line:
 def collection_line(item: task_pb2.TaskCollection) -> Line:
     source = f"{item.database}.{item.collection}"
     sink = f"{item.sink_database}.{item.sink_collection}"
+    owners = [item.replicator] if not item.parts else [part.replicator for part in item.parts]
     return (
         source if sink in (source, ".") else f"{source} -> {sink}",
         _enum(task_pb2.CollectionState.Name(item.state), "COLLECTION_STATE_"),
@@ -142,7 +143,7 @@ def collection_line(item: task_pb2.TaskCollection) -> Line:
         str(item.rows_inserted),
         str(item.rows_upserted),
         str(item.rows_deleted),
-        _short(item.replicator) or "-",
+        ",".join(_short(owner) or "-" for owner in owners),
         " ".join(filter(None, (item.reason, item.message))),
     )
 

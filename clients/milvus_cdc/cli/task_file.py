@@ -20,7 +20,7 @@ from milvus_cdc import plain_yaml
 from milvus_cdc.errors import UserError
 
 _SECRET = secret_pb2.Secret.DESCRIPTOR.full_name
-_IN_PARTS = ("selection", "carry", "batching", "limits")
+_IN_PARTS = ("selection", "carry", "batching", "limits", "split")
 """Fields of a task that a patch changes part by part."""
 _NULL = "tag:yaml.org,2002:null"
 _MERGE = "tag:yaml.org,2002:merge"

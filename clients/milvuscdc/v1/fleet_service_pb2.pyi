@@ -595,7 +595,9 @@ class AssignmentInfo(_message.Message):
     MOVING_REASON_FIELD_NUMBER: _builtins.int
     ROWS_PER_SECOND_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`assignments/{task uid}.{collection id}` or `assignments/{task uid}.metadata`."""
+    """`assignments/{task uid}.{collection id}` or `assignments/{task uid}.metadata`; a part of a
+    collection is `assignments/{task uid}.{collection id}-{n}of{m}`.
+    """
     task: _builtins.str
     collection: _builtins.str
     """`database.collection`; empty for a metadata assignment."""

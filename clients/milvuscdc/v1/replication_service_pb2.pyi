@@ -224,6 +224,7 @@ class Hello(_message.Message):
     CLUSTER_FIELD_NUMBER: _builtins.int
     CONNECTS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    TAKES_PARTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Configured name or host name; the resource is `replicators/{name}`."""
     instance_id: _builtins.str
@@ -243,6 +244,8 @@ class Hello(_message.Message):
     """Counts the streams that this process has begun. One that does not grow comes from another process with the same
     instance_id, which is refused (INSTANCE_IN_USE). 0 = not counted.
     """
+    takes_parts: _builtins.bool
+    """It takes parts of collections."""
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldAssignment]: ...
     @_builtins.property
@@ -262,10 +265,11 @@ class Hello(_message.Message):
         cluster: _builtins.str = ...,
         connects: _builtins.int = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        takes_parts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "cluster", b"cluster", "connects", b"connects", "held", b"held", "instance_id", b"instance_id", "labels", b"labels", "name", b"name", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "cluster", b"cluster", "connects", b"connects", "held", b"held", "instance_id", b"instance_id", "labels", b"labels", "name", b"name", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "takes_parts", b"takes_parts", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -407,8 +411,9 @@ class Assign(_message.Message):
     DRIFT_FIELD_NUMBER: _builtins.int
     BATCHING_FIELD_NUMBER: _builtins.int
     DEAD_LETTERS_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
-    """`{task uid}.{collection id}` or `{task uid}.metadata`."""
+    """`{task uid}.{collection id}` or `{task uid}.metadata`; `{task uid}.{collection id}-{n}of{m}` for a part."""
     epoch: _builtins.int
     """Fencing number, grows with every new owner."""
     version: _builtins.int
@@ -430,6 +435,10 @@ class Assign(_message.Message):
     def batching(self) -> _task_pb2.Batching: ...
     @_builtins.property
     def dead_letters(self) -> _dead_letters_pb2.DeadLetters: ...
+    @_builtins.property
+    def part(self) -> Global___Part:
+        """Set where it is a part of a collection: `collection` names its vchannels only."""
+
     def __init__(
         self,
         *,
@@ -445,16 +454,41 @@ class Assign(_message.Message):
         drift: _task_pb2.Drift.ValueType = ...,
         batching: _task_pb2.Batching | None = ...,
         dead_letters: _dead_letters_pb2.DeadLetters | None = ...,
+        part: Global___Part | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "carry", b"carry", "collection", b"collection", "dead_letters", b"dead_letters", "metadata", b"metadata", "sink", b"sink", "source", b"source", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "carry", b"carry", "collection", b"collection", "dead_letters", b"dead_letters", "metadata", b"metadata", "part", b"part", "sink", b"sink", "source", b"source", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "batching", b"batching", "carry", b"carry", "collection", b"collection", "dead_letters", b"dead_letters", "drift", b"drift", "epoch", b"epoch", "metadata", b"metadata", "sink", b"sink", "source", b"source", "spec", b"spec", "task", b"task", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "batching", b"batching", "carry", b"carry", "collection", b"collection", "dead_letters", b"dead_letters", "drift", b"drift", "epoch", b"epoch", "metadata", b"metadata", "part", b"part", "sink", b"sink", "source", b"source", "spec", b"spec", "task", b"task", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["collection", "metadata"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_spec) -> _WhichOneofReturnType_spec | None: ...
 
 Global___Assign: _TypeAlias = Assign  # noqa: Y015
+
+@_typing.final
+class Part(_message.Message):
+    """Some vchannels of a collection, whose others are written by others at the same time. Rows only; what has to stand still
+    for is told in Progress.stands_ts, and done by whoever has all vchannels next.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPARES_FIELD_NUMBER: _builtins.int
+    compares: _builtins.bool
+    """It also compares the sink with what is wanted there, rows aside; one part does, while nothing waits to be changed."""
+    def __init__(
+        self,
+        *,
+        compares: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compares", b"compares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Part: _TypeAlias = Part  # noqa: Y015
 
 @_typing.final
 class CollectionSpec(_message.Message):
@@ -1383,6 +1417,8 @@ class Progress(_message.Message):
     ROWS_REFUSED_FIELD_NUMBER: _builtins.int
     BYTES_WRITTEN_FIELD_NUMBER: _builtins.int
     RECOUNTED_FIELD_NUMBER: _builtins.int
+    STANDS_TS_FIELD_NUMBER: _builtins.int
+    WHOLE_NOW_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     epoch: _builtins.int
     seq: _builtins.int
@@ -1413,6 +1449,12 @@ class Progress(_message.Message):
     bytes_written: _builtins.int
     """As the counters above: bytes of the rows, as the log holds them."""
     recounted: Global___Recounted.ValueType
+    stands_ts: _builtins.int
+    """Of a part: it stands before something at this TSO that only who has all vchannels can do, everything before it is
+    done; 0 = it does not.
+    """
+    whole_now: _builtins.bool
+    """Of a part: it cannot go on, whatever the others do."""
     @_builtins.property
     def vchannels(self) -> _containers.RepeatedCompositeFieldContainer[Global___VchannelReport]: ...
     @_builtins.property
@@ -1456,10 +1498,12 @@ class Progress(_message.Message):
         rows_refused: _builtins.int = ...,
         bytes_written: _builtins.int = ...,
         recounted: Global___Recounted.ValueType = ...,
+        stands_ts: _builtins.int = ...,
+        whole_now: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["opened", b"opened", "renamed_to", b"renamed_to"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases_version", b"aliases_version", "applied_version", b"applied_version", "assignment_id", b"assignment_id", "bytes_written", b"bytes_written", "conditions", b"conditions", "dropped", b"dropped", "epoch", b"epoch", "flushed_ts", b"flushed_ts", "flushes", b"flushes", "lag_ms", b"lag_ms", "message", b"message", "opened", b"opened", "operations_read_from", b"operations_read_from", "reason", b"reason", "recounted", b"recounted", "renamed_to", b"renamed_to", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_refused", b"rows_refused", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "seq", b"seq", "state", b"state", "vchannels", b"vchannels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases_version", b"aliases_version", "applied_version", b"applied_version", "assignment_id", b"assignment_id", "bytes_written", b"bytes_written", "conditions", b"conditions", "dropped", b"dropped", "epoch", b"epoch", "flushed_ts", b"flushed_ts", "flushes", b"flushes", "lag_ms", b"lag_ms", "message", b"message", "opened", b"opened", "operations_read_from", b"operations_read_from", "reason", b"reason", "recounted", b"recounted", "renamed_to", b"renamed_to", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_refused", b"rows_refused", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "seq", b"seq", "stands_ts", b"stands_ts", "state", b"state", "vchannels", b"vchannels", "whole_now", b"whole_now"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -213,6 +213,7 @@ class Task(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     CONDITIONS_FIELD_NUMBER: _builtins.int
+    SPLIT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `tasks/{task}`; `{task}` is 1 to 63 lower-case letters, digits and hyphens."""
     uid: _builtins.str
@@ -294,6 +295,10 @@ class Task(_message.Message):
     def conditions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Condition]:
         """Standing remarks about what belongs to no collection, for example CREDENTIAL_NEEDED for a user."""
 
+    @_builtins.property
+    def split(self) -> Global___Split:
+        """Splits very hot collections. Only for `sink.milvus`. May be changed while the task runs."""
+
     def __init__(
         self,
         *,
@@ -323,10 +328,11 @@ class Task(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         progress: Global___TaskProgress | None = ...,
         conditions: _abc.Iterable[Global___Condition] | None = ...,
+        split: Global___Split | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "carry", b"carry", "create_time", b"create_time", "dead_letters", b"dead_letters", "limits", b"limits", "progress", b"progress", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state_time", b"state_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "carry", b"carry", "create_time", b"create_time", "dead_letters", b"dead_letters", "limits", b"limits", "progress", b"progress", "selection", b"selection", "sink", b"sink", "source", b"source", "split", b"split", "start", b"start", "state_time", b"state_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "batching", b"batching", "carry", b"carry", "conditions", b"conditions", "create_time", b"create_time", "dead_letters", b"dead_letters", "drift", b"drift", "etag", b"etag", "generation", b"generation", "labels", b"labels", "limits", b"limits", "message", b"message", "name", b"name", "observed_generation", b"observed_generation", "progress", b"progress", "reason", b"reason", "rename", b"rename", "replicator_labels", b"replicator_labels", "selection", b"selection", "sink", b"sink", "source", b"source", "start", b"start", "state", b"state", "state_time", b"state_time", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_existing", b"adopt_existing", "batching", b"batching", "carry", b"carry", "conditions", b"conditions", "create_time", b"create_time", "dead_letters", b"dead_letters", "drift", b"drift", "etag", b"etag", "generation", b"generation", "labels", b"labels", "limits", b"limits", "message", b"message", "name", b"name", "observed_generation", b"observed_generation", "progress", b"progress", "reason", b"reason", "rename", b"rename", "replicator_labels", b"replicator_labels", "selection", b"selection", "sink", b"sink", "source", b"source", "split", b"split", "start", b"start", "state", b"state", "state_time", b"state_time", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -421,6 +427,30 @@ class Carry(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__schema) -> _WhichOneofReturnType__schema | None: ...
 
 Global___Carry: _TypeAlias = Carry  # noqa: Y015
+
+@_typing.final
+class Split(_message.Message):
+    """A collection with several shards may be written by several replicators at once, each with some of its shards. What is
+    no row (drops, renames, indexes, flushes) is done by one of them while it has all shards again.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_PARTS_FIELD_NUMBER: _builtins.int
+    max_parts: _builtins.int
+    """Parts of one collection at most, never more than it has shards; not split when 0 or 1."""
+    def __init__(
+        self,
+        *,
+        max_parts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_parts", b"max_parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Split: _TypeAlias = Split  # noqa: Y015
 
 @_typing.final
 class Batching(_message.Message):
@@ -1020,6 +1050,7 @@ class TaskCollection(_message.Message):
     SINK_DATABASE_FIELD_NUMBER: _builtins.int
     SINK_COLLECTION_FIELD_NUMBER: _builtins.int
     ROWS_REFUSED_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`tasks/{task}/collections/{collection id at the source}`."""
     database: _builtins.str
@@ -1061,6 +1092,10 @@ class TaskCollection(_message.Message):
     def vchannels(self) -> _containers.RepeatedCompositeFieldContainer[Global___VchannelProgress]: ...
     @_builtins.property
     def conditions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Condition]: ...
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___CollectionPart]:
+        """Who has which shards, while it is written in parts: see Task.split. `replicator` and `epoch` are empty then."""
+
     def __init__(
         self,
         *,
@@ -1085,10 +1120,11 @@ class TaskCollection(_message.Message):
         sink_database: _builtins.str = ...,
         sink_collection: _builtins.str = ...,
         rows_refused: _builtins.int = ...,
+        parts: _abc.Iterable[Global___CollectionPart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_time", b"checkpoint_time", "lag", b"lag", "state_time", b"state_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_time", b"checkpoint_time", "collection", b"collection", "collection_id", b"collection_id", "conditions", b"conditions", "database", b"database", "epoch", b"epoch", "lag", b"lag", "message", b"message", "name", b"name", "reason", b"reason", "replicator", b"replicator", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_refused", b"rows_refused", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "sink_collection", b"sink_collection", "sink_database", b"sink_database", "state", b"state", "state_time", b"state_time", "vchannels", b"vchannels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_time", b"checkpoint_time", "collection", b"collection", "collection_id", b"collection_id", "conditions", b"conditions", "database", b"database", "epoch", b"epoch", "lag", b"lag", "message", b"message", "name", b"name", "parts", b"parts", "reason", b"reason", "replicator", b"replicator", "rows_deleted", b"rows_deleted", "rows_inserted", b"rows_inserted", "rows_refused", b"rows_refused", "rows_skipped", b"rows_skipped", "rows_upserted", b"rows_upserted", "sink_collection", b"sink_collection", "sink_database", b"sink_database", "state", b"state", "state_time", b"state_time", "vchannels", b"vchannels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1169,3 +1205,36 @@ class VchannelProgress(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VchannelProgress: _TypeAlias = VchannelProgress  # noqa: Y015
+
+@_typing.final
+class CollectionPart(_message.Message):
+    """Some shards of a collection that is written in parts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    REPLICATOR_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    VCHANNELS_FIELD_NUMBER: _builtins.int
+    assignment: _builtins.str
+    """`assignments/{assignment}`"""
+    replicator: _builtins.str
+    """`replicators/{replicator}`; empty while nobody has it."""
+    epoch: _builtins.int
+    @_builtins.property
+    def vchannels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        assignment: _builtins.str = ...,
+        replicator: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        vchannels: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "epoch", b"epoch", "replicator", b"replicator", "vchannels", b"vchannels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CollectionPart: _TypeAlias = CollectionPart  # noqa: Y015

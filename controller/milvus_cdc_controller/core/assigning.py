@@ -23,6 +23,7 @@ from milvus_cdc_controller.core.index import Touched
 from milvus_cdc_controller.core.mapping import split
 from milvus_cdc_controller.core.metadata_work import drop_waits_for_alias, settle_metadata
 from milvus_cdc_controller.core.names import Kind, Owner
+from milvus_cdc_controller.core.parts import held_grants, settle_shape
 from milvus_cdc_controller.core.placing import place_waiting
 from milvus_cdc_controller.core.reconcile import name_fault
 from milvus_cdc_controller.core.standing import in_order
@@ -73,8 +74,8 @@ def _settle_collection(world: World, task: TaskRecord, record: CollectionRecord)
         world.put_collection(record)
     record = _aim(world, task, record)
     grant = world.grants.get(record.assignment_id)
-    held = grant is not None and bool(grant.instance)
-    if not held:
+    owned = held_grants(world, record)
+    if not owned:
         # A replicator that had it may have made the sink object without living to say so: only what
         # nobody ever had, or what failed before it was ours, needs no drop at the sink.
         untried = grant is None or record.failure is not None
@@ -102,9 +103,13 @@ def _settle_collection(world: World, task: TaskRecord, record: CollectionRecord)
         if world.progress[record.assignment_id].closed and not waits:
             record = replace(record, version=record.version + 1, drop_granted=True)
             world.put_collection(record)
-    if held:
-        assert grant is not None
-        _settle_grant(world, grant, wanted(task, record), record.version)
+    keys = settle_shape(world, task, record)
+    if owned:
+        unwanted = wanted(task, record)
+        other = "DIVIDING" if len(keys) > 1 else "JOINING"
+        for grant in owned:
+            fits = grant.assignment_id in keys
+            _settle_grant(world, grant, unwanted or ("" if fits else other), record.version)
 
 
 def _start_is_known(task: TaskRecord, record: CollectionRecord) -> bool:
@@ -124,9 +129,20 @@ def _reset(world: World, record: CollectionRecord, progress: CollectionProgress)
         for point in start_checkpoints(record.want)
     )
     past, current = (replace(c, rows_refused=0) for c in (progress.past, progress.current))
+    parts = tuple(
+        replace(part, current=replace(part.current, rows_refused=0), conditions=())
+        for part in progress.parts
+    )
     world.put_progress(
         replace(
-            progress, checkpoints=points, conditions=(), past=past, current=current, recount=None
+            progress,
+            checkpoints=points,
+            conditions=(),
+            past=past,
+            current=current,
+            recount=None,
+            parts=parts,
+            whole_until_ts=0,
         )
     )
     world.holds.uncover(record.assignment_id)
@@ -184,8 +200,7 @@ def _take(world: World, record: CollectionRecord, name: str) -> None:
 def _aim(world: World, task: TaskRecord, record: CollectionRecord) -> CollectionRecord:
     """A collection of which nothing can be at the sink simply takes its newest name."""
     grant = world.grants.get(record.assignment_id)
-    held = grant is not None and bool(grant.instance)
-    untried = grant is None or (record.failure is not None and not held)
+    untried = grant is None or (record.failure is not None and not held_grants(world, record))
     if record.opened or record.recreate or record.at_sink or not untried:
         return record
     target = target_name(task, record)

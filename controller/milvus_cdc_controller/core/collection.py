@@ -102,8 +102,20 @@ class Recount:
 
 
 @dataclass(frozen=True, slots=True)
+class PartReport:
+    """What the present owner of a part counts and remarks, or the last one did."""
+
+    assignment_id: str
+    epoch: int
+    current: Counters
+    conditions: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class CollectionProgress:
-    """Checkpoints and counters. `past` sums the epochs before `epoch`, `current` counts in it."""
+    """Checkpoints and counters. `past` sums the epochs before `epoch`, `current` counts in it; the
+    same of each part.
+    """
 
     task_uid: str
     collection_id: int
@@ -113,10 +125,16 @@ class CollectionProgress:
     current: Counters = NO_ROWS
     conditions: tuple[tuple[str, str], ...] = ()
     recount: Recount | None = None
+    parts: tuple[PartReport, ...] = ()
+    whole_until_ts: int = 0
+    """It is given out in one piece until every vchannel has passed this."""
 
     @property
     def totals(self) -> Counters:
-        return self.past.plus(self.current)
+        totals = self.past.plus(self.current)
+        for part in self.parts:
+            totals = totals.plus(part.current)
+        return totals
 
     @property
     def resolved_ts(self) -> int:

@@ -20,6 +20,7 @@ from milvus_cdc_controller.core.events import (
     UpdateTask,
 )
 from milvus_cdc_controller.core.grant import ReportedState
+from milvus_cdc_controller.core.parts import held_grants
 from milvus_cdc_controller.core.sources import adopt_catalogue
 from milvus_cdc_controller.core.task import TaskRecord
 from milvus_cdc_controller.core.world import World
@@ -132,6 +133,8 @@ def update_task(world: World, command: UpdateTask) -> None:
         spec = replace(spec, dead_letters=command.dead_letters)
     if command.replicator_labels is not None:
         spec = replace(spec, replicator_labels=command.replicator_labels)
+    if command.max_parts is not None:
+        spec = replace(spec, max_parts=command.max_parts)
     if command.validate_only:
         _answer(world, command, replace(task, spec=spec))
         return
@@ -199,7 +202,10 @@ def retry_task(world: World, command: RetryTask) -> None:
         record
         for record in records
         if record.failure is None
-        and world.seen(record.assignment_id).state is ReportedState.RETRYING
+        and any(
+            world.seen(grant.assignment_id).state is ReportedState.RETRYING
+            for grant in held_grants(world, record)
+        )
     ]
     if command.collection and not failed and not retrying and task.failure is None:
         _refuse(

@@ -19,6 +19,7 @@ from milvus_cdc_controller.core import (
     presence,
     sessions,
     sources,
+    splitting,
 )
 from milvus_cdc_controller.core.assigning import settle
 from milvus_cdc_controller.core.effects import Effect, Forget, Publish, Record, Save
@@ -109,6 +110,7 @@ class Controller:
         moves.misplaced(world)
         moves.advance(world)
         moves.balance(world)
+        splitting.look(world)
         now_ms = world.now.mono_ms
         faces = {
             instance: (

@@ -70,6 +70,7 @@ class UpdateTask(Command):
     limits: RateLimits | None = None
     dead_letters: bytes | None = None
     replicator_labels: tuple[tuple[str, str], ...] | None = None
+    max_parts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +219,7 @@ class Hello(StreamEvent):
     held: tuple[Held, ...]
     connects: int = 0
     labels: tuple[tuple[str, str], ...] = ()
+    takes_parts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +302,10 @@ class ProgressReported(StreamEvent):
     """`database.collection` that the sink's collection has now."""
     aliases_version: int = 0
     flushed_ts: int = 0
+    stands_ts: int = 0
+    """Of a part: all before it is done, what is there only who has all vchannels can do."""
+    whole_now: bool = False
+    """Of a part: it cannot go on, whatever the others do."""
     flushes: tuple[FlushSeen, ...] = ()
     operations_read_from: bytes = b""
     recounted: Recounted = Recounted.NOT_YET

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from milvus_cdc.model import split_assignment_id
+from milvus_cdc.model import part_of_assignment, split_assignment_id
 
 from milvus_cdc_controller.core import moves
 from milvus_cdc_controller.core.effects import Refusal, Reply
@@ -296,4 +296,6 @@ def describe(world: World, assignment_id: str) -> str:
     uid, _ = split_assignment_id(assignment_id)
     record = world.record_of(assignment_id)
     what = record.source_name if record is not None else "the databases"
+    if part := part_of_assignment(assignment_id):
+        what = f"part {part[0]} of {part[1]} of {what}"
     return f"{what} of {world.tasks[uid].spec.name}"

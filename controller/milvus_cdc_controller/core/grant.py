@@ -41,6 +41,8 @@ class Observed:
     reason: str = ""
     message: str = ""
     lag_ms: int = -1
+    stands_ts: int = 0
+    """Of a part: it stands before what only who has all vchannels can do; 0 = it does not."""
     state_time_ms: int = 0
     """Wall time at which the state last changed."""
 

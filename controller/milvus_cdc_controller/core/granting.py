@@ -78,7 +78,7 @@ def send_assign(world: World, grant: Grant) -> None:
             record.version,
             task,
             collection=record,
-            progress=world.progress[grant.assignment_id],
+            progress=world.progress[record.assignment_id],
         )
     world.send(session.stream, message)
 

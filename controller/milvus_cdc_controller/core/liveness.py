@@ -43,6 +43,7 @@ class Session:
     peer: str = ""
     capacity: int = 0
     labels: tuple[tuple[str, str], ...] = ()
+    takes_parts: bool = False
     connects: int = 0
     """Streams that the process says to have begun; 0 while it has not said so."""
     draining: bool = False

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from milvus_cdc.model import (
-    collection_assignment_id,
     metadata_assignment_id,
+    part_of_assignment,
     split_assignment_id,
 )
 
@@ -19,7 +19,8 @@ from milvus_cdc_controller.core.granting import give, is_held, metadata_wanted, 
 from milvus_cdc_controller.core.holding import waits
 from milvus_cdc_controller.core.index import Touched
 from milvus_cdc_controller.core.liveness import Session
-from milvus_cdc_controller.core.placement import Candidate, Labels, Log, Need, place
+from milvus_cdc_controller.core.parts import may_be_given, points_of, shape
+from milvus_cdc_controller.core.placement import SLACK, Candidate, Labels, Log, Need, place
 from milvus_cdc_controller.core.rates import IDLE
 from milvus_cdc_controller.core.spreading import spreads
 from milvus_cdc_controller.core.standing import in_order
@@ -28,6 +29,12 @@ from milvus_cdc_controller.core.world import World
 
 PLACED_AT_ONCE = 500
 """More wait for the next tick, so that heartbeats are answered in between."""
+TAKES_PARTS: Labels = frozenset({("(takes parts)", "")})
+"""No label that anybody can give: an older replicator would take a part for the whole."""
+PART_WEIGHT = 2 * SLACK
+"""Of an idle part at least: so parts of one collection go to different replicators while these
+carry as much as each other.
+"""
 
 
 def place_waiting(world: World, looked_at: Touched) -> None:
@@ -73,16 +80,17 @@ def _waiting(world: World, task: TaskRecord, looked_at: Touched, stale: set[str]
         found.append(key)
     records = world.collections[task.uid]
     for record in in_order(records, numbers):
-        key = record.assignment_id
-        if key in stale or is_held(world, key) or wanted(task, record):
+        if wanted(task, record):
             continue
-        if not waits(world, record):
-            found.append(key)
+        keys = shape(world, task, record)
+        free = [key for key in keys if may_be_given(world, key, keys, record, stale)]
+        if free and not waits(world, record):
+            found += free
     if numbers is None:
         unplaced.clear()
     else:
-        unplaced -= {collection_assignment_id(task.uid, number) for number in numbers}
-        unplaced.discard(metadata_assignment_id(task.uid))
+        looked_at_too = {*numbers, None}
+        unplaced = {k for k in unplaced if split_assignment_id(k)[1] not in looked_at_too}
     unplaced.update(found)
     if unplaced:
         world.unplaced[task.uid] = unplaced
@@ -110,8 +118,10 @@ def held_by(world: World, session: Session) -> int:
 def weight_of(world: World, assignment_id: str) -> float:
     rate = world.rates.get(assignment_id)
     if rate is not None:
-        return rate.weight
-    return IDLE.weight if world.record_of(assignment_id) is not None else 0.0
+        weight = rate.weight
+    else:
+        weight = IDLE.weight if world.record_of(assignment_id) is not None else 0.0
+    return max(weight, PART_WEIGHT) if part_of_assignment(assignment_id) else weight
 
 
 def need_of(world: World, assignment_id: str) -> Need:
@@ -122,7 +132,11 @@ def need_of(world: World, assignment_id: str) -> Need:
     if record is None:
         return Need(assignment_id, weight=0.0, labels=labels)
     weight = world.rates.get(assignment_id, IDLE).weight
-    return Need(assignment_id, _logs(task, record), weight, labels)
+    if part_of_assignment(assignment_id) is None:
+        return Need(assignment_id, _logs(task, record), weight, labels)
+    points = points_of(assignment_id, world.progress[record.assignment_id])
+    logs = frozenset((task.spec.source_id, point.pchannel) for point in points)
+    return Need(assignment_id, logs, max(weight, PART_WEIGHT), labels | TAKES_PARTS)
 
 
 def _logs(task: TaskRecord, record: CollectionRecord) -> frozenset[Log]:
@@ -148,4 +162,6 @@ def candidate(session: Session, held: list[Need]) -> Candidate:
 
 
 def labels_of(session: Session) -> Labels:
-    return frozenset(session.labels)
+    """What it says of itself, and that it takes parts of collections if it does."""
+    labels = frozenset(session.labels)
+    return labels | TAKES_PARTS if session.takes_parts else labels

@@ -26,6 +26,7 @@ from milvus_cdc_controller.core.jobs import (
     LocateJob,
     LocateTarget,
 )
+from milvus_cdc_controller.core.parts import held_grants
 from milvus_cdc_controller.core.retention import NO_LIMIT, Retention, Seen, least
 from milvus_cdc_controller.core.task import Failure, TaskRecord
 from milvus_cdc_controller.core.world import World
@@ -206,11 +207,10 @@ def look_after(world: World, start_job: Callable[[World, TaskRecord, JobPayload]
 
 def _rests(world: World, record: CollectionRecord) -> bool:
     """Its places count, and nobody holds it who would notice that one is gone."""
-    grant = world.grants.get(record.assignment_id)
     return (
         record.started
         and not (record.deselected or record.resync or record.drop_granted)
-        and (grant is None or not grant.instance)
+        and not held_grants(world, record)
     )
 
 

@@ -14,6 +14,7 @@ from milvus_cdc_controller.core.collection import (
     CollectionProgress,
     CollectionRecord,
     Counters,
+    PartReport,
     applied,
 )
 from milvus_cdc_controller.core.events import ProgressReported, VchannelReport
@@ -64,6 +65,34 @@ def merge(
         past=past,
         current=report.counters,
         conditions=_standing(progress.conditions, report.conditions),
+        parts=tuple(replace(part, conditions=()) for part in progress.parts),
+    )
+
+
+def merge_part(progress: CollectionProgress, report: ProgressReported) -> CollectionProgress:
+    """As `merge`, after a report of a part."""
+    by_name = {v.vchannel: v for v in report.vchannels}
+    points = tuple(
+        merge_checkpoint(point, by_name[point.vchannel], grant=True)
+        if point.vchannel in by_name
+        else point
+        for point in progress.checkpoints
+    )
+    past = progress.past
+    parts = {part.assignment_id: part for part in progress.parts}
+    before = parts.get(report.assignment_id)
+    if before is not None and before.epoch < report.epoch:
+        past = past.plus(before.current)
+    parts[report.assignment_id] = PartReport(
+        report.assignment_id, report.epoch, report.counters, report.conditions
+    )
+    said = {pair for part in parts.values() for pair in part.conditions}
+    return replace(
+        progress,
+        checkpoints=points,
+        past=past,
+        parts=tuple(parts[key] for key in sorted(parts)),
+        conditions=_standing(progress.conditions, tuple(sorted(said))),
     )
 
 

@@ -37,12 +37,13 @@ def owner_lost(world: World, assignment_id: str) -> None:
     record = world.record_of(assignment_id)
     if record is None or not record.opened:
         return
-    progress = _bounded(record, world.progress[assignment_id])
+    before = world.progress[record.assignment_id]
+    progress = _bounded(record, before)
     still_open = [point for point in progress.checkpoints if not point.closed]
     if progress.recount is None and any(p.horizon_ts > p.resolved_ts for p in still_open):
         starts = tuple((p.vchannel, p.read_from, p.resolved_ts) for p in still_open)
         progress = replace(progress, recount=Recount(starts))
-    if progress is not world.progress[assignment_id]:
+    if progress is not before:
         world.put_progress(progress)
 
 
@@ -51,7 +52,7 @@ def owner_begins(world: World, assignment_id: str) -> None:
     record = world.record_of(assignment_id)
     if record is None:
         return
-    before = world.progress[assignment_id]
+    before = world.progress[record.assignment_id]
     if (progress := _bounded(record, before)) is not before:
         world.put_progress(progress)
 
@@ -85,7 +86,7 @@ def log_is_gone(world: World, assignment_id: str, reason: str) -> bool:
     record = world.record_of(assignment_id)
     if reason != "LOG_TRUNCATED" or record is None:
         return False
-    progress = world.progress[assignment_id]
+    progress = world.progress[record.assignment_id]
     if progress.recount is None or progress.recount.again:
         return False
     world.put_progress(_given_up(progress))

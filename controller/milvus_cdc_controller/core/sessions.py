@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from milvus_cdc.model import split_assignment_id
 
+from milvus_cdc_controller.core import parts
 from milvus_cdc_controller.core.collection import Recounted
 from milvus_cdc_controller.core.effects import (
     CloseStream,
@@ -43,7 +44,13 @@ from milvus_cdc_controller.core.moves import advance
 from milvus_cdc_controller.core.placing import held_by
 from milvus_cdc_controller.core.positions import note
 from milvus_cdc_controller.core.presence import arrive, depart, look
-from milvus_cdc_controller.core.progress import apply_applied, apply_opened, apply_renamed, merge
+from milvus_cdc_controller.core.progress import (
+    apply_applied,
+    apply_opened,
+    apply_renamed,
+    merge,
+    merge_part,
+)
 from milvus_cdc_controller.core.rates import Rate, resting_ms
 from milvus_cdc_controller.core.recount import log_is_gone, owner_lost, recounted
 from milvus_cdc_controller.core.replicator import ReplicatorState
@@ -93,6 +100,7 @@ def hello(world: World, event: Hello) -> None:
     session.stream = event.stream
     session.version, session.peer, session.capacity = event.version, event.peer, event.capacity
     session.labels, session.connects = event.labels, event.connects
+    session.takes_parts = event.takes_parts
     session.draining = False
     session.connect_time_ms = world.now.wall_ms
     session.full_until_ms = 0
@@ -293,22 +301,33 @@ def _collection_progress(
     world: World, event: ProgressReported, uid: str, collection_id: int
 ) -> tuple[tuple[str, int], ...]:
     record = world.collections[uid][collection_id]
-    new = apply_applied(apply_renamed(apply_opened(record, event), event), event)
-    old_progress = world.progress[event.assignment_id]
-    progress = recounted(merge(old_progress, event, opened=new.opened), event.recounted)
+    old_progress = world.progress[record.assignment_id]
+    is_part = event.assignment_id != record.assignment_id
+    if is_part:
+        new = apply_applied(record, event)
+        progress = parts.reported(world, event, merge_part(old_progress, event))
+        counters = event.counters
+    else:
+        new = apply_applied(apply_renamed(apply_opened(record, event), event), event)
+        progress = recounted(merge(old_progress, event, opened=new.opened), event.recounted)
+        counters = progress.totals
     if progress != old_progress:
         world.put_progress(progress)
-    totals = progress.totals
     rate = world.rates.setdefault(event.assignment_id, Rate())
-    rate.count(world.now.mono_ms, totals.rows_written, totals.bytes_written)
+    rate.count(world.now.mono_ms, counters.rows_written, counters.bytes_written)
     for shard in event.vchannels:
         if shard.retention is not None:
-            note(world, event.assignment_id, shard.vchannel, shard.retention)
+            note(world, record.assignment_id, shard.vchannel, shard.retention)
     moves = world.names.waits(record.owner) or awaits(world, event.assignment_id)
     if moves or progress.closed != old_progress.closed:
         world.touch_one(event.assignment_id)
     if new is not record:
         world.put_collection(new)
+    if is_part:
+        if parts.turns(world, world.tasks[uid], new):
+            world.touch_one(record.assignment_id)
+        points = parts.points_of(event.assignment_id, progress)
+        return tuple((point.vchannel, point.horizon_ts) for point in points)
     if record.renaming and not new.renaming:
         adopt_again(world, uid)  # the database that it has left may go
     flushed(world, uid, collection_id, event.flushed_ts)

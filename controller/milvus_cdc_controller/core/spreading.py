@@ -22,13 +22,16 @@ def spreads(
     `apart_from`: an assignment that counts as if nobody had it.
     """
     return {
-        uid: _spread(world, task, leaving, apart_from)
+        uid: spread_of(world, task, leaving=leaving, apart_from=apart_from)
         for uid, task in world.tasks.items()
         if task.spec.limits.replicators
     }
 
 
-def _spread(world: World, task: TaskRecord, leaving: Container[str], apart_from: str) -> Spread:
+def spread_of(
+    world: World, task: TaskRecord, *, leaving: Container[str] = (), apart_from: str = ""
+) -> Spread:
+    """Of one task that has such limits."""
     having = Counter[str]()
     labels = set(task.spec.replicator_labels)
     for grant in world.grants_of(task.uid):

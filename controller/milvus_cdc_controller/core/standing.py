@@ -14,8 +14,10 @@ from milvus_cdc_controller.core.collection import CollectionRecord, Counters
 
 @dataclass(slots=True)
 class Standing:
-    running: dict[int, str] = field(default_factory=dict)
-    """Assignment ids by collection id; those that are on their way out count."""
+    running: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """By collection id what is held of it: one assignment id, or those of its parts. Those that are
+    on their way out count.
+    """
     failed: set[int] = field(default_factory=set)
     retrying: set[int] = field(default_factory=set)
     revoking: set[int] = field(default_factory=set)

@@ -22,6 +22,7 @@ from milvus_cdc_controller.core.granting import metadata_wanted, wanted
 from milvus_cdc_controller.core.holding import failing, waits
 from milvus_cdc_controller.core.liveness import SessionState
 from milvus_cdc_controller.core.names import Kind
+from milvus_cdc_controller.core.parts import held_grants, shape
 from milvus_cdc_controller.core.placing import labels_of
 from milvus_cdc_controller.core.reconcile import name_fault
 from milvus_cdc_controller.core.standing import Standing, first
@@ -68,7 +69,24 @@ def outline(world: World, record: CollectionRecord) -> Status | None:
         return CollectionState.FAILED, record.failure.reason, record.failure.message
     if task.paused:
         return CollectionState.PAUSED, "", ""
-    grant = world.grants.get(record.assignment_id)
+    key = record.assignment_id
+    if not world.parts.get(key):
+        return _owned(world, task, record, key)
+    found = [_owned(world, task, record, each) for each in shown_as(world, task, record)]
+    whole = (each for each in found if each is None or each[0] is not CollectionState.RUNNING)
+    return next(whole, found[0])
+
+
+def shown_as(world: World, task: TaskRecord, record: CollectionRecord) -> tuple[str, ...]:
+    """The assignments that it is held as now, those that nobody has yet included."""
+    keys = shape(world, task, record)
+    others = {grant.assignment_id for grant in held_grants(world, record)}.difference(keys)
+    return tuple(sorted(others)) or keys
+
+
+def _owned(world: World, task: TaskRecord, record: CollectionRecord, key: str) -> Status | None:
+    """As `outline`, of one of its assignments."""
+    grant = world.grants.get(key)
     if grant is None or not grant.instance or wanted(task, record):
         return None
     session = world.owner(grant)
@@ -78,9 +96,9 @@ def outline(world: World, record: CollectionRecord) -> Status | None:
             "REPLICATOR_LOST",
             f"{grant.owner} is silent; it goes elsewhere when its lease has ended.",
         )
-    seen = world.seen(record.assignment_id)
+    seen = world.seen(key)
     if seen.revoking:
-        move = world.moves.get(record.assignment_id)
+        move = world.moves.get(key)
         target = world.sessions.get(move.target) if move is not None else None
         if target is not None:
             return CollectionState.PENDING, "MOVING", f"From {grant.owner} to {target.name}."
@@ -195,18 +213,31 @@ def look(world: World, uid: str, collection_ids: set[int] | None) -> None:
         record = records.get(number)
         if record is None:
             continue
-        key = record.assignment_id
-        seen = world.observed.get(key)
-        if seen is not None and seen.revoking:
+        keys = _held_as(world, record)
+        if any([(seen := world.observed.get(key)) is not None and seen.revoking for key in keys]):
             standing.revoking.add(number)
         status = outline(world, record)
         state = status[0] if status is not None else CollectionState.PENDING
         if state in (CollectionState.RUNNING, CollectionState.DROPPING):
-            standing.running[number] = key
+            standing.running[number] = keys
         elif state is CollectionState.RETRYING:
             standing.retrying.add(number)
         elif state is CollectionState.FAILED:
             standing.failed.add(number)
+
+
+def _held_as(world: World, record: CollectionRecord) -> tuple[str, ...]:
+    """The whole, or the parts that somebody has."""
+    key = record.assignment_id
+    if not world.parts.get(key):
+        return (key,)
+    return tuple([grant.assignment_id for grant in held_grants(world, record)]) or (key,)
+
+
+def lag_ms(world: World, record: CollectionRecord) -> int:
+    """The worst of what is held of it; -1 while nobody has said it."""
+    seen = [world.observed.get(key) for key in _held_as(world, record)]
+    return max([each.lag_ms for each in seen if each is not None], default=-1)
 
 
 def refresh(world: World, uid: str, collection_ids: set[int] | None = None) -> None:
@@ -307,12 +338,12 @@ class TaskTotals:
 
 def task_totals(world: World, uid: str) -> TaskTotals:
     standing, observed = world.standing.get(uid) or Standing(), world.observed
-    lag_ms = max([observed[key].lag_ms for key in standing.running.values()], default=-1)
+    lags = [observed[key].lag_ms for keys in standing.running.values() for key in keys]
     return TaskTotals(
         len(world.collections[uid]),
         len(standing.running),
         len(standing.failed),
-        lag_ms,
+        max(lags, default=-1),
         world.rows.of(uid),
     )
 
@@ -324,14 +355,21 @@ class CollectionView:
     status: Status
     grant: Grant
     observed: Observed
+    lag_ms: int
+    parts: tuple[Grant, ...] = ()
+    """While it is held in parts."""
 
 
 def collection_view(world: World, record: CollectionRecord) -> CollectionView:
     key = record.assignment_id
+    keys = shown_as(world, world.tasks[record.task_uid], record)
+    parts = tuple(world.grants.get(part) or Grant(part) for part in keys) if keys != (key,) else ()
     return CollectionView(
         record,
         world.progress[key],
         collection_status(world, record),
         world.grants.get(key) or Grant(key),
-        world.seen(key),
+        world.seen(keys[0]),
+        lag_ms(world, record),
+        parts,
     )

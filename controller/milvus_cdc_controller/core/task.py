@@ -102,6 +102,8 @@ class TaskSpec:
     """Only replicators with all of them get something of it."""
     source_endpoint: str = ""
     """The source's public API, written as a `sink_id`; empty when the task does not name it."""
+    max_parts: int = 0
+    """Parts that one collection is given out in at most; in one piece when 0 or 1."""
     held_log: str = ""
     """Says which log of which queue is to be held; empty where none is."""
 

@@ -13,6 +13,7 @@ from milvus_cdc.model import (
     Catalogue,
     collection_assignment_id,
     metadata_assignment_id,
+    part_of_assignment,
     split_assignment_id,
 )
 
@@ -157,6 +158,15 @@ class World:
     balancing: Balancing = field(default_factory=Balancing)
     rates: dict[str, Rate] = field(default_factory=dict)
     """By assignment id."""
+    parts: dict[str, set[str]] = field(default_factory=dict)
+    """By a collection's assignment id: the parts of it that have a grant."""
+    divided: set[str] = field(default_factory=set)
+    """Assignment ids of collections that are to be held in parts; grants say it after a restart."""
+    lacking: dict[str, int] = field(default_factory=dict)
+    """Since when parts of a collection have no owner."""
+    look_at_parts_ms: int = 0
+    parts_turn: int = 0
+    """How many that are in one piece the looks have come past."""
     jobs: dict[str, Job] = field(default_factory=dict)
     job_count: int = 0
     sources: dict[str, SourceView] = field(default_factory=dict)
@@ -224,6 +234,7 @@ class World:
                     ):
                         self.grants[record.assignment_id] = record
                         self.held.put(None, record)
+                        self._note_part(record.assignment_id)
                 case _:
                     pass
         for uid, records_of_task in self.collections.items():
@@ -285,7 +296,11 @@ class World:
         before = self.progress.get(key)
         if before is None:
             self.rows.change(progress.task_uid, NO_ROWS, progress.totals)
-        elif progress.current != before.current or progress.past != before.past:
+        elif (progress.current, progress.past, progress.parts) != (
+            before.current,
+            before.past,
+            before.parts,
+        ):
             self.rows.change(progress.task_uid, before.totals, progress.totals)
         self.progress[key] = progress
         self.effects.append(Save(progress_key(progress.task_uid, progress.collection_id), progress))
@@ -304,8 +319,15 @@ class World:
         self.grants[grant.assignment_id] = grant
         self.held.put(previous, grant)
         self.room |= not grant.instance
+        self._note_part(grant.assignment_id)
         self.effects.append(Save(grant_key(grant.assignment_id), grant))
         self.touch_one(grant.assignment_id)
+
+    def _note_part(self, assignment_id: str) -> None:
+        if part_of_assignment(assignment_id) is not None:
+            uid, collection_id = split_assignment_id(assignment_id)
+            whole = collection_assignment_id(uid, collection_id or 0)
+            self.parts.setdefault(whole, set()).add(assignment_id)
 
     def put_source(self, record: SourceRecord) -> None:
         if self.source_records.get(record.source_id) != record:
@@ -343,13 +365,16 @@ class World:
         progress = self.progress.pop(key, None)
         if progress is not None:
             self.rows.change(record.task_uid, progress.totals, NO_ROWS)
-        self.observed.pop(key, None)
         self.retention.pop(key, None)
-        self.rates.pop(key, None)
+        self.divided.discard(key)
+        self.lacking.pop(key, None)
         self.holds.uncover(key)
         self.effects.append(Forget(collection_key(record.task_uid, record.collection_id)))
         self.effects.append(Forget(progress_key(record.task_uid, record.collection_id)))
-        self._drop_grant(key)
+        for held in (key, *sorted(self.parts.pop(key, ()))):
+            self.observed.pop(held, None)
+            self.rates.pop(held, None)
+            self._drop_grant(held)
         self.names.drop(record.owner)
         self.dirty.one(record.task_uid, record.collection_id)
         # Its name at the sink is free: another task's collection may wait for it.
@@ -397,11 +422,12 @@ class World:
             self.dirty.whole(uid)
 
     def touch_one(self, assignment_id: str) -> None:
-        """What one assignment is about."""
+        """What one assignment is about; of a part, its collection."""
         uid, _, what = assignment_id.rpartition(".")
         if uid in self.tasks:
-            if what.isdecimal():
-                self.dirty.one(uid, int(what))
+            number = what.partition("-")[0]
+            if number.isdecimal():
+                self.dirty.one(uid, int(number))
             else:
                 self.dirty.state(uid)
 
@@ -465,9 +491,10 @@ class World:
 
     def grants_of(self, uid: str) -> Iterator[Grant]:
         for record in self.collections[uid].values():
-            grant = self.grants.get(record.assignment_id)
-            if grant is not None:
-                yield grant
+            for key in (record.assignment_id, *sorted(self.parts.get(record.assignment_id, ()))):
+                grant = self.grants.get(key)
+                if grant is not None:
+                    yield grant
         grant = self.grants.get(metadata_assignment_id(uid))
         if grant is not None:
             yield grant

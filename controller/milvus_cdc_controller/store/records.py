@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from milvus_cdc.errors import BugError, UserError
+from milvus_cdc.model import part_of_assignment
 
 from milvus_cdc_controller.core.collection import CollectionProgress, CollectionRecord
 from milvus_cdc_controller.core.effects import Record
@@ -24,12 +25,15 @@ from milvus_cdc_controller.core.hold import HoldRecord
 from milvus_cdc_controller.core.replicator import ReplicatorRecord
 from milvus_cdc_controller.core.task import MetadataRecord, SourceRecord, TaskRecord
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 """2: the incarnation of a checkpoint's topic. 3: names at the sink, and what is carried there.
 4: what sinks are known to hold. 5: marks on replicators, and which of them a task asks for.
 6: what is to be recounted there. 7: holds, secrets that are encrypted. 8: limits of requests and
-connections, who made a task.
+connections, who made a task. 9: collections that are given out in parts.
 """
+_BEFORE_PARTS = 8
+_OF_PARTS = frozenset({"max_parts", "parts", "whole_until_ts"})
+"""Left out where they say nothing: then the version before can read the record, too."""
 
 _KINDS: dict[str, type[Any]] = {
     "tasks": TaskRecord,
@@ -45,7 +49,8 @@ _KINDS: dict[str, type[Any]] = {
 
 def encode(record: Record) -> bytes:
     body = _plain(record)
-    body["format_version"] = FORMAT_VERSION
+    with_parts = _has_parts(record)
+    body["format_version"] = FORMAT_VERSION if with_parts else _BEFORE_PARTS
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -72,6 +77,17 @@ def decode(key: str, value: bytes) -> Record:
     return record
 
 
+def _has_parts(record: Record) -> bool:
+    match record:
+        case TaskRecord():
+            return bool(record.spec.max_parts)
+        case CollectionProgress():
+            return bool(record.parts or record.whole_until_ts)
+        case Grant():
+            return part_of_assignment(record.assignment_id) is not None
+    return False
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
@@ -80,7 +96,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if is_dataclass(value):
-        return {name: _plain(getattr(value, name)) for name in _hints(value.__class__)}
+        return {
+            name: _plain(told)
+            for name in _hints(value.__class__)
+            if (told := getattr(value, name)) or name not in _OF_PARTS
+        }
     return value
 
 

@@ -101,6 +101,12 @@ class AssignmentCore:
         """Rows were, for that reason."""
         self.held_back = False
         """Nothing new is begun: what is under way comes to its end."""
+        self.part = False
+        """Others write other vchannels of it at the same time: what needs all of them is not
+        done, but stood before.
+        """
+        self.stands_ts = 0
+        """Of a part: the newest TSO that it has stood before; all before that is durable."""
         self.silence_ms = 0
         """So long nobody may be there to grant a horizon, and rows are to go on."""
         self.rest_ms = 3_000
@@ -305,7 +311,8 @@ class AssignmentCore:
                 if op.drops_collection:
                     self._leave_out(lane)
                     continue
-                if self._partitions.holders.get(op.partition) != op.partition_id:
+                making = self.part and op.partition_id in self._partitions.creating
+                if self._partitions.holders.get(op.partition) != op.partition_id and not making:
                     # Never at the sink, or dropped already to make room for its successor.
                     self._partitions.dropped.add(op.partition_id)
                     self._leave_out(lane)
@@ -389,7 +396,9 @@ class AssignmentCore:
             return None
         if holder is not None and self._is_dropped(holder):
             # The name was given anew before the old partition's drop message: make room first.
-            if self.sequencer.idle:
+            if self.sequencer.idle and self.part:
+                self.stands_ts = max(self.stands_ts, op.ts)
+            elif self.sequencer.idle:
                 state.dropping = holder
                 return [DropPartition(holder, known.name, self._known[holder].drop_ts)]
             return []
@@ -424,6 +433,9 @@ class AssignmentCore:
             if self.sequencer.idle and all(
                 self._reached(other, marker) for other in self.lanes.values()
             ):
+                if self.part:
+                    self.stands_ts = max(self.stands_ts, marker.ts)
+                    return []
                 self._partitions.dropping = marker.partition_id
                 return [DropPartition(marker.partition_id, marker.partition, marker.ts)]
         return []

@@ -23,6 +23,8 @@ class Mutant:
     name: str
     what: str
     plant: Plant
+    parts: int = 0
+    """Of the world in which it shows: collections are split into so many."""
 
     @contextlib.contextmanager
     def planted(self) -> Iterator[None]:
@@ -34,10 +36,10 @@ class Mutant:
 MUTANTS: dict[str, Mutant] = {}
 
 
-def mutant(what: str) -> Callable[[Plant], Plant]:
+def mutant(what: str, *, parts: int = 0) -> Callable[[Plant], Plant]:
     def register(plant: Plant) -> Plant:
         name = plant.__name__.replace("_", "-")
-        MUTANTS[name] = Mutant(name, what, plant)
+        MUTANTS[name] = Mutant(name, what, plant, parts)
         return plant
 
     return register
@@ -52,4 +54,4 @@ def handle(stack: ExitStack, event: type[events.Event], handler: Any) -> None:
     stack.enter_context(mock.patch.dict(controller._HANDLERS, {event: handler}))
 
 
-from tests.sim.mutants import checkpoints, handover, leases  # noqa: E402, F401
+from tests.sim.mutants import checkpoints, handover, leases, splits  # noqa: E402, F401

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from milvus_cdc.model import Catalogue, Collection, Database, ObjectState, Partition, Vchannel
+from milvus_cdc.model import (
+    Catalogue,
+    Collection,
+    Database,
+    ObjectState,
+    Partition,
+    Vchannel,
+    part_of_assignment,
+    split_assignment_id,
+)
 from milvus_cdc.selection import Selection
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core import events as ev
@@ -13,8 +22,10 @@ from milvus_cdc_controller.core.collection import CollectionState, Counters
 from milvus_cdc_controller.core.controller import Controller
 from milvus_cdc_controller.core.effects import Effect, Record
 from milvus_cdc_controller.core.grant import ReportedState
+from milvus_cdc_controller.core.granting import is_held
 from milvus_cdc_controller.core.liveness import Leases
-from milvus_cdc_controller.core.status import collection_status
+from milvus_cdc_controller.core.parts import whole_of
+from milvus_cdc_controller.core.status import collection_status, task_totals
 from milvus_cdc_controller.core.task import StartAt, TaskSpec
 from milvus_cdc_controller.core.world import World
 
@@ -65,9 +76,22 @@ def agree(world: World, uid: str) -> None:
     assert set(standing.running) == {n for n, state in states.items() if state in running}
     assert standing.failed == {n for n, s in states.items() if s is CollectionState.FAILED}
     assert standing.retrying == {n for n, s in states.items() if s is CollectionState.RETRYING}
+    own = {r.collection_id: {r.assignment_id} for r in records}
+    for key in filter(part_of_assignment, world.grants):
+        assert key in world.parts[whole_of(key)]
+        owner, number = split_assignment_id(key)
+        if owner == uid and number is not None:
+            own[number].add(key)
     assert standing.revoking == {
-        r.collection_id for r in records if world.seen(r.assignment_id).revoking
+        number for number, keys in own.items() if any(world.seen(key).revoking for key in keys)
     }
+    having = {number: {k for k in keys if is_held(world, k)} for number, keys in own.items()}
+    for keys in having.values():
+        parts = [part_of_assignment(key) for key in keys]
+        assert len({part and part[1] for part in parts}) < 2, "two shapes are held"
+    assert all(set(keys) == having[number] for number, keys in standing.running.items())
+    lags = [world.seen(key).lag_ms for number in standing.running for key in having[number]]
+    assert task_totals(world, uid).lag_ms == max(lags, default=-1)
     assert set(world.unstarted[uid]) == {r.collection_id for r in records if not r.started}
     rows = Counters()
     for record in records:
@@ -77,6 +101,10 @@ def agree(world: World, uid: str) -> None:
     assert {g.assignment_id for g in held} == {
         key for session in world.sessions for key in world.held.by(session)
     }
+    mine = {g.instance for g in held if split_assignment_id(g.assignment_id)[0] == uid}
+    assert world.holders(uid) == mine
+    for key in world.unplaced.get(uid, ()):
+        assert not is_held(world, key), "what has an owner waits for one"
 
 
 class Script:

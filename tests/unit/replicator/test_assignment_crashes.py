@@ -355,6 +355,36 @@ def test_what_was_dropped_before_the_first_checkpoint_is_not_ours_to_drop() -> N
     assert core.step() == []
 
 
+def test_a_part_stands_before_a_partitions_drop_and_leaves_it_to_others() -> None:
+    core = _core((Partition(1, "_default", 0), Partition(2, "p", 0)))
+    core.part = True
+    first, second = core.lanes.values()
+    first.add(_insert(5, 0, 2))
+    first.add(_drop(10, 1, 2, "p"))
+    first.add(_insert(11, 2, 1))
+    first.tick(12, position(3))
+    [write] = core.step()
+    assert isinstance(write, StartWrite)
+    second.add(_drop(10, 0, 2, "p"))
+    second.tick(12, position(1))
+    assert (core.step(), core.stands_ts) == ([], 0)
+    core.write_done(write.write.write_id)
+    assert (core.step(), core.stands_ts) == ([], 10)
+    assert (first.resolved_ts, second.resolved_ts, len(first.staged)) == (0, 0, 2)
+
+
+def test_a_part_makes_no_room_for_a_name_that_was_given_anew() -> None:
+    core = _core((Partition(1, "_default", 0), Partition(2, "p", 0)), lanes=1)
+    core.part = True
+    [lane] = core.lanes.values()
+    again = (Partition(2, "p", 0, ObjectState.DROPPED, 10), Partition(3, "p", 11))
+    core.update(replace(core.want, partitions=(*core.want.partitions[:1], *again)))
+    lane.add(_insert(12, 0, 3))
+    lane.tick(13, position(1))
+    assert (core.step(), core.stands_ts) == ([], 12)
+    assert len(lane.staged) == 1
+
+
 def test_a_drop_that_is_only_read_again_to_recount_keys_is_behind() -> None:
     core = _drop_ahead((5, 6), drop_ts=10, written=(20, 20))
     for order, lane in enumerate(core.lanes.values()):

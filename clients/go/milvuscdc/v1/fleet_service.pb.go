@@ -1223,7 +1223,8 @@ func (x *CancelDrainResponse) GetReplicator() *Replicator {
 
 type AssignmentInfo struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// `assignments/{task uid}.{collection id}` or `assignments/{task uid}.metadata`.
+	// `assignments/{task uid}.{collection id}` or `assignments/{task uid}.metadata`; a part of a
+	// collection is `assignments/{task uid}.{collection id}-{n}of{m}`.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Task string `protobuf:"bytes,2,opt,name=task,proto3" json:"task,omitempty"`
 	// `database.collection`; empty for a metadata assignment.

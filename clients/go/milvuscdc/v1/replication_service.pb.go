@@ -183,7 +183,7 @@ func (x CollectionSpec_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CollectionSpec_State.Descriptor instead.
 func (CollectionSpec_State) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{8, 0}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{9, 0}
 }
 
 type PartitionSpec_State int32
@@ -232,7 +232,7 @@ func (x PartitionSpec_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PartitionSpec_State.Descriptor instead.
 func (PartitionSpec_State) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{11, 0}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{12, 0}
 }
 
 type LoadSpec_Kind int32
@@ -283,7 +283,7 @@ func (x LoadSpec_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use LoadSpec_Kind.Descriptor instead.
 func (LoadSpec_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{13, 0}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{14, 0}
 }
 
 type Progress_State int32
@@ -336,7 +336,7 @@ func (x Progress_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Progress_State.Descriptor instead.
 func (Progress_State) EnumDescriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{29, 0}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{30, 0}
 }
 
 // From the replicator.
@@ -735,7 +735,9 @@ type Hello struct {
 	// instance_id, which is refused (INSTANCE_IN_USE). 0 = not counted.
 	Connects int64 `protobuf:"varint,9,opt,name=connects,proto3" json:"connects,omitempty"`
 	// For tasks that ask for them.
-	Labels        map[string]string `protobuf:"bytes,10,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Labels map[string]string `protobuf:"bytes,10,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// It takes parts of collections.
+	TakesParts    bool `protobuf:"varint,60,opt,name=takes_parts,json=takesParts,proto3" json:"takes_parts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -838,6 +840,13 @@ func (x *Hello) GetLabels() map[string]string {
 		return x.Labels
 	}
 	return nil
+}
+
+func (x *Hello) GetTakesParts() bool {
+	if x != nil {
+		return x.TakesParts
+	}
+	return false
 }
 
 // What a replicator still runs from an earlier stream.
@@ -1084,7 +1093,7 @@ func (x *TaskLimits) GetLimits() *Limits {
 // A versioned resource: everything a replicator needs to run one assignment.
 type Assign struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// `{task uid}.{collection id}` or `{task uid}.metadata`.
+	// `{task uid}.{collection id}` or `{task uid}.metadata`; `{task uid}.{collection id}-{n}of{m}` for a part.
 	AssignmentId string `protobuf:"bytes,1,opt,name=assignment_id,json=assignmentId,proto3" json:"assignment_id,omitempty"`
 	// Fencing number, grows with every new owner.
 	Epoch int64 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
@@ -1098,11 +1107,13 @@ type Assign struct {
 	//
 	//	*Assign_Collection
 	//	*Assign_Metadata
-	Spec          isAssign_Spec `protobuf_oneof:"spec"`
-	Carry         *Carry        `protobuf:"bytes,9,opt,name=carry,proto3" json:"carry,omitempty"`
-	Drift         Drift         `protobuf:"varint,10,opt,name=drift,proto3,enum=milvuscdc.v1.Drift" json:"drift,omitempty"`
-	Batching      *Batching     `protobuf:"bytes,11,opt,name=batching,proto3" json:"batching,omitempty"`
-	DeadLetters   *DeadLetters  `protobuf:"bytes,12,opt,name=dead_letters,json=deadLetters,proto3" json:"dead_letters,omitempty"`
+	Spec        isAssign_Spec `protobuf_oneof:"spec"`
+	Carry       *Carry        `protobuf:"bytes,9,opt,name=carry,proto3" json:"carry,omitempty"`
+	Drift       Drift         `protobuf:"varint,10,opt,name=drift,proto3,enum=milvuscdc.v1.Drift" json:"drift,omitempty"`
+	Batching    *Batching     `protobuf:"bytes,11,opt,name=batching,proto3" json:"batching,omitempty"`
+	DeadLetters *DeadLetters  `protobuf:"bytes,12,opt,name=dead_letters,json=deadLetters,proto3" json:"dead_letters,omitempty"`
+	// Set where it is a part of a collection: `collection` names its vchannels only.
+	Part          *Part `protobuf:"bytes,60,opt,name=part,proto3" json:"part,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1232,6 +1243,13 @@ func (x *Assign) GetDeadLetters() *DeadLetters {
 	return nil
 }
 
+func (x *Assign) GetPart() *Part {
+	if x != nil {
+		return x.Part
+	}
+	return nil
+}
+
 type isAssign_Spec interface {
 	isAssign_Spec()
 }
@@ -1247,6 +1265,53 @@ type Assign_Metadata struct {
 func (*Assign_Collection) isAssign_Spec() {}
 
 func (*Assign_Metadata) isAssign_Spec() {}
+
+// Some vchannels of a collection, whose others are written by others at the same time. Rows only; what has to stand still
+// for is told in Progress.stands_ts, and done by whoever has all vchannels next.
+type Part struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// It also compares the sink with what is wanted there, rows aside; one part does, while nothing waits to be changed.
+	Compares      bool `protobuf:"varint,1,opt,name=compares,proto3" json:"compares,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Part) Reset() {
+	*x = Part{}
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Part) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Part) ProtoMessage() {}
+
+func (x *Part) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Part.ProtoReflect.Descriptor instead.
+func (*Part) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Part) GetCompares() bool {
+	if x != nil {
+		return x.Compares
+	}
+	return false
+}
 
 // One collection of the source, as wanted at the sink.
 type CollectionSpec struct {
@@ -1298,7 +1363,7 @@ type CollectionSpec struct {
 
 func (x *CollectionSpec) Reset() {
 	*x = CollectionSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1310,7 +1375,7 @@ func (x *CollectionSpec) String() string {
 func (*CollectionSpec) ProtoMessage() {}
 
 func (x *CollectionSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1323,7 +1388,7 @@ func (x *CollectionSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectionSpec.ProtoReflect.Descriptor instead.
 func (*CollectionSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{8}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CollectionSpec) GetCollectionId() int64 {
@@ -1532,7 +1597,7 @@ type AppliedObjects struct {
 
 func (x *AppliedObjects) Reset() {
 	*x = AppliedObjects{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1544,7 +1609,7 @@ func (x *AppliedObjects) String() string {
 func (*AppliedObjects) ProtoMessage() {}
 
 func (x *AppliedObjects) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1557,7 +1622,7 @@ func (x *AppliedObjects) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppliedObjects.ProtoReflect.Descriptor instead.
 func (*AppliedObjects) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{9}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *AppliedObjects) GetIndexes() []*IndexSpec {
@@ -1612,7 +1677,7 @@ type SinkName struct {
 
 func (x *SinkName) Reset() {
 	*x = SinkName{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1624,7 +1689,7 @@ func (x *SinkName) String() string {
 func (*SinkName) ProtoMessage() {}
 
 func (x *SinkName) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1637,7 +1702,7 @@ func (x *SinkName) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SinkName.ProtoReflect.Descriptor instead.
 func (*SinkName) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{10}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SinkName) GetDatabase() string {
@@ -1668,7 +1733,7 @@ type PartitionSpec struct {
 
 func (x *PartitionSpec) Reset() {
 	*x = PartitionSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1680,7 +1745,7 @@ func (x *PartitionSpec) String() string {
 func (*PartitionSpec) ProtoMessage() {}
 
 func (x *PartitionSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1693,7 +1758,7 @@ func (x *PartitionSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PartitionSpec.ProtoReflect.Descriptor instead.
 func (*PartitionSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{11}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *PartitionSpec) GetPartitionId() int64 {
@@ -1746,7 +1811,7 @@ type IndexSpec struct {
 
 func (x *IndexSpec) Reset() {
 	*x = IndexSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1758,7 +1823,7 @@ func (x *IndexSpec) String() string {
 func (*IndexSpec) ProtoMessage() {}
 
 func (x *IndexSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1771,7 +1836,7 @@ func (x *IndexSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IndexSpec.ProtoReflect.Descriptor instead.
 func (*IndexSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{12}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *IndexSpec) GetIndexId() int64 {
@@ -1827,7 +1892,7 @@ type LoadSpec struct {
 
 func (x *LoadSpec) Reset() {
 	*x = LoadSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1839,7 +1904,7 @@ func (x *LoadSpec) String() string {
 func (*LoadSpec) ProtoMessage() {}
 
 func (x *LoadSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1852,7 +1917,7 @@ func (x *LoadSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadSpec.ProtoReflect.Descriptor instead.
 func (*LoadSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{13}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *LoadSpec) GetKind() LoadSpec_Kind {
@@ -1900,7 +1965,7 @@ type VchannelSpec struct {
 
 func (x *VchannelSpec) Reset() {
 	*x = VchannelSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1912,7 +1977,7 @@ func (x *VchannelSpec) String() string {
 func (*VchannelSpec) ProtoMessage() {}
 
 func (x *VchannelSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1925,7 +1990,7 @@ func (x *VchannelSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VchannelSpec.ProtoReflect.Descriptor instead.
 func (*VchannelSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{14}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *VchannelSpec) GetVchannel() string {
@@ -2018,7 +2083,7 @@ type MetadataSpec struct {
 
 func (x *MetadataSpec) Reset() {
 	*x = MetadataSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2030,7 +2095,7 @@ func (x *MetadataSpec) String() string {
 func (*MetadataSpec) ProtoMessage() {}
 
 func (x *MetadataSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2043,7 +2108,7 @@ func (x *MetadataSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetadataSpec.ProtoReflect.Descriptor instead.
 func (*MetadataSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{15}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *MetadataSpec) GetDatabases() []*DatabaseSpec {
@@ -2101,7 +2166,7 @@ type DatabaseSpec struct {
 
 func (x *DatabaseSpec) Reset() {
 	*x = DatabaseSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2113,7 +2178,7 @@ func (x *DatabaseSpec) String() string {
 func (*DatabaseSpec) ProtoMessage() {}
 
 func (x *DatabaseSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2126,7 +2191,7 @@ func (x *DatabaseSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DatabaseSpec.ProtoReflect.Descriptor instead.
 func (*DatabaseSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{16}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DatabaseSpec) GetDatabaseId() int64 {
@@ -2170,7 +2235,7 @@ type AliasSpec struct {
 
 func (x *AliasSpec) Reset() {
 	*x = AliasSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2182,7 +2247,7 @@ func (x *AliasSpec) String() string {
 func (*AliasSpec) ProtoMessage() {}
 
 func (x *AliasSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2195,7 +2260,7 @@ func (x *AliasSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AliasSpec.ProtoReflect.Descriptor instead.
 func (*AliasSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{17}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AliasSpec) GetDatabase() string {
@@ -2238,7 +2303,7 @@ type RbacSpec struct {
 
 func (x *RbacSpec) Reset() {
 	*x = RbacSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[18]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2250,7 +2315,7 @@ func (x *RbacSpec) String() string {
 func (*RbacSpec) ProtoMessage() {}
 
 func (x *RbacSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[18]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2263,7 +2328,7 @@ func (x *RbacSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RbacSpec.ProtoReflect.Descriptor instead.
 func (*RbacSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{18}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RbacSpec) GetUsers() []string {
@@ -2339,7 +2404,7 @@ type RoleMember struct {
 
 func (x *RoleMember) Reset() {
 	*x = RoleMember{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[19]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2351,7 +2416,7 @@ func (x *RoleMember) String() string {
 func (*RoleMember) ProtoMessage() {}
 
 func (x *RoleMember) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[19]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2364,7 +2429,7 @@ func (x *RoleMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoleMember.ProtoReflect.Descriptor instead.
 func (*RoleMember) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{19}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RoleMember) GetUser() string {
@@ -2397,7 +2462,7 @@ type GrantSpec struct {
 
 func (x *GrantSpec) Reset() {
 	*x = GrantSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[20]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2409,7 +2474,7 @@ func (x *GrantSpec) String() string {
 func (*GrantSpec) ProtoMessage() {}
 
 func (x *GrantSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[20]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2422,7 +2487,7 @@ func (x *GrantSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantSpec.ProtoReflect.Descriptor instead.
 func (*GrantSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{20}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *GrantSpec) GetRole() string {
@@ -2470,7 +2535,7 @@ type PrivilegeGroupSpec struct {
 
 func (x *PrivilegeGroupSpec) Reset() {
 	*x = PrivilegeGroupSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[21]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2482,7 +2547,7 @@ func (x *PrivilegeGroupSpec) String() string {
 func (*PrivilegeGroupSpec) ProtoMessage() {}
 
 func (x *PrivilegeGroupSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[21]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2495,7 +2560,7 @@ func (x *PrivilegeGroupSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrivilegeGroupSpec.ProtoReflect.Descriptor instead.
 func (*PrivilegeGroupSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{21}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *PrivilegeGroupSpec) GetName() string {
@@ -2526,7 +2591,7 @@ type OperationsSpec struct {
 
 func (x *OperationsSpec) Reset() {
 	*x = OperationsSpec{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[22]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2538,7 +2603,7 @@ func (x *OperationsSpec) String() string {
 func (*OperationsSpec) ProtoMessage() {}
 
 func (x *OperationsSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[22]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2551,7 +2616,7 @@ func (x *OperationsSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OperationsSpec.ProtoReflect.Descriptor instead.
 func (*OperationsSpec) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{22}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *OperationsSpec) GetChannel() string {
@@ -2593,7 +2658,7 @@ type Ack struct {
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[23]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2605,7 +2670,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[23]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2618,7 +2683,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{23}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Ack) GetAssignmentId() string {
@@ -2656,7 +2721,7 @@ type Nack struct {
 
 func (x *Nack) Reset() {
 	*x = Nack{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[24]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2668,7 +2733,7 @@ func (x *Nack) String() string {
 func (*Nack) ProtoMessage() {}
 
 func (x *Nack) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[24]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2681,7 +2746,7 @@ func (x *Nack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nack.ProtoReflect.Descriptor instead.
 func (*Nack) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{24}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Nack) GetAssignmentId() string {
@@ -2730,7 +2795,7 @@ type Revoke struct {
 
 func (x *Revoke) Reset() {
 	*x = Revoke{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[25]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2742,7 +2807,7 @@ func (x *Revoke) String() string {
 func (*Revoke) ProtoMessage() {}
 
 func (x *Revoke) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[25]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2755,7 +2820,7 @@ func (x *Revoke) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revoke.ProtoReflect.Descriptor instead.
 func (*Revoke) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{25}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Revoke) GetAssignmentId() string {
@@ -2790,7 +2855,7 @@ type Released struct {
 
 func (x *Released) Reset() {
 	*x = Released{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[26]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2802,7 +2867,7 @@ func (x *Released) String() string {
 func (*Released) ProtoMessage() {}
 
 func (x *Released) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[26]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2815,7 +2880,7 @@ func (x *Released) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Released.ProtoReflect.Descriptor instead.
 func (*Released) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{26}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Released) GetAssignmentId() string {
@@ -2844,7 +2909,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[27]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2856,7 +2921,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[27]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2869,7 +2934,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{27}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Heartbeat) GetSeq() int64 {
@@ -2898,7 +2963,7 @@ type HeartbeatAck struct {
 
 func (x *HeartbeatAck) Reset() {
 	*x = HeartbeatAck{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[28]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2910,7 +2975,7 @@ func (x *HeartbeatAck) String() string {
 func (*HeartbeatAck) ProtoMessage() {}
 
 func (x *HeartbeatAck) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[28]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2923,7 +2988,7 @@ func (x *HeartbeatAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeartbeatAck.ProtoReflect.Descriptor instead.
 func (*HeartbeatAck) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{28}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *HeartbeatAck) GetSeq() int64 {
@@ -2978,15 +3043,20 @@ type Progress struct {
 	// As the counters above: rows that are in the dead letters instead.
 	RowsRefused int64 `protobuf:"varint,22,opt,name=rows_refused,json=rowsRefused,proto3" json:"rows_refused,omitempty"`
 	// As the counters above: bytes of the rows, as the log holds them.
-	BytesWritten  int64     `protobuf:"varint,23,opt,name=bytes_written,json=bytesWritten,proto3" json:"bytes_written,omitempty"`
-	Recounted     Recounted `protobuf:"varint,24,opt,name=recounted,proto3,enum=milvuscdc.v1.Recounted" json:"recounted,omitempty"`
+	BytesWritten int64     `protobuf:"varint,23,opt,name=bytes_written,json=bytesWritten,proto3" json:"bytes_written,omitempty"`
+	Recounted    Recounted `protobuf:"varint,24,opt,name=recounted,proto3,enum=milvuscdc.v1.Recounted" json:"recounted,omitempty"`
+	// Of a part: it stands before something at this TSO that only who has all vchannels can do, everything before it is
+	// done; 0 = it does not.
+	StandsTs uint64 `protobuf:"varint,60,opt,name=stands_ts,json=standsTs,proto3" json:"stands_ts,omitempty"`
+	// Of a part: it cannot go on, whatever the others do.
+	WholeNow      bool `protobuf:"varint,61,opt,name=whole_now,json=wholeNow,proto3" json:"whole_now,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[29]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2998,7 +3068,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[29]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3011,7 +3081,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{29}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Progress) GetAssignmentId() string {
@@ -3182,6 +3252,20 @@ func (x *Progress) GetRecounted() Recounted {
 	return Recounted_RECOUNTED_UNSPECIFIED
 }
 
+func (x *Progress) GetStandsTs() uint64 {
+	if x != nil {
+		return x.StandsTs
+	}
+	return 0
+}
+
+func (x *Progress) GetWholeNow() bool {
+	if x != nil {
+		return x.WholeNow
+	}
+	return false
+}
+
 type FlushOperation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Ts    uint64                 `protobuf:"varint,1,opt,name=ts,proto3" json:"ts,omitempty"`
@@ -3194,7 +3278,7 @@ type FlushOperation struct {
 
 func (x *FlushOperation) Reset() {
 	*x = FlushOperation{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[30]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3206,7 +3290,7 @@ func (x *FlushOperation) String() string {
 func (*FlushOperation) ProtoMessage() {}
 
 func (x *FlushOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[30]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3219,7 +3303,7 @@ func (x *FlushOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlushOperation.ProtoReflect.Descriptor instead.
 func (*FlushOperation) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{30}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *FlushOperation) GetTs() uint64 {
@@ -3256,7 +3340,7 @@ type SinkOpened struct {
 
 func (x *SinkOpened) Reset() {
 	*x = SinkOpened{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[31]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3268,7 +3352,7 @@ func (x *SinkOpened) String() string {
 func (*SinkOpened) ProtoMessage() {}
 
 func (x *SinkOpened) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[31]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3281,7 +3365,7 @@ func (x *SinkOpened) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SinkOpened.ProtoReflect.Descriptor instead.
 func (*SinkOpened) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{31}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SinkOpened) GetSinkCollectionId() int64 {
@@ -3326,7 +3410,7 @@ type VchannelReport struct {
 
 func (x *VchannelReport) Reset() {
 	*x = VchannelReport{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[32]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3338,7 +3422,7 @@ func (x *VchannelReport) String() string {
 func (*VchannelReport) ProtoMessage() {}
 
 func (x *VchannelReport) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[32]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3351,7 +3435,7 @@ func (x *VchannelReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VchannelReport.ProtoReflect.Descriptor instead.
 func (*VchannelReport) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{32}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *VchannelReport) GetVchannel() string {
@@ -3426,7 +3510,7 @@ type Retention struct {
 
 func (x *Retention) Reset() {
 	*x = Retention{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[33]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3438,7 +3522,7 @@ func (x *Retention) String() string {
 func (*Retention) ProtoMessage() {}
 
 func (x *Retention) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[33]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3451,7 +3535,7 @@ func (x *Retention) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Retention.ProtoReflect.Descriptor instead.
 func (*Retention) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{33}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Retention) GetLeft() *durationpb.Duration {
@@ -3495,7 +3579,7 @@ type ProgressAck struct {
 
 func (x *ProgressAck) Reset() {
 	*x = ProgressAck{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[34]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3507,7 +3591,7 @@ func (x *ProgressAck) String() string {
 func (*ProgressAck) ProtoMessage() {}
 
 func (x *ProgressAck) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[34]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3520,7 +3604,7 @@ func (x *ProgressAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProgressAck.ProtoReflect.Descriptor instead.
 func (*ProgressAck) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{34}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ProgressAck) GetAssignmentId() string {
@@ -3561,7 +3645,7 @@ type HorizonGrant struct {
 
 func (x *HorizonGrant) Reset() {
 	*x = HorizonGrant{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[35]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3573,7 +3657,7 @@ func (x *HorizonGrant) String() string {
 func (*HorizonGrant) ProtoMessage() {}
 
 func (x *HorizonGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[35]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3586,7 +3670,7 @@ func (x *HorizonGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HorizonGrant.ProtoReflect.Descriptor instead.
 func (*HorizonGrant) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{35}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *HorizonGrant) GetVchannel() string {
@@ -3616,7 +3700,7 @@ type PartitionQuery struct {
 
 func (x *PartitionQuery) Reset() {
 	*x = PartitionQuery{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[36]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3628,7 +3712,7 @@ func (x *PartitionQuery) String() string {
 func (*PartitionQuery) ProtoMessage() {}
 
 func (x *PartitionQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[36]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3641,7 +3725,7 @@ func (x *PartitionQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PartitionQuery.ProtoReflect.Descriptor instead.
 func (*PartitionQuery) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{36}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PartitionQuery) GetAssignmentId() string {
@@ -3684,7 +3768,7 @@ type JobRequest struct {
 
 func (x *JobRequest) Reset() {
 	*x = JobRequest{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[37]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3696,7 +3780,7 @@ func (x *JobRequest) String() string {
 func (*JobRequest) ProtoMessage() {}
 
 func (x *JobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[37]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3709,7 +3793,7 @@ func (x *JobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobRequest.ProtoReflect.Descriptor instead.
 func (*JobRequest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{37}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *JobRequest) GetJobId() string {
@@ -3838,7 +3922,7 @@ type ProbeJob struct {
 
 func (x *ProbeJob) Reset() {
 	*x = ProbeJob{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[38]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3850,7 +3934,7 @@ func (x *ProbeJob) String() string {
 func (*ProbeJob) ProtoMessage() {}
 
 func (x *ProbeJob) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[38]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3863,7 +3947,7 @@ func (x *ProbeJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeJob.ProtoReflect.Descriptor instead.
 func (*ProbeJob) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{38}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ProbeJob) GetSource() *Source {
@@ -3912,7 +3996,7 @@ type ResolveJob struct {
 
 func (x *ResolveJob) Reset() {
 	*x = ResolveJob{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[39]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3924,7 +4008,7 @@ func (x *ResolveJob) String() string {
 func (*ResolveJob) ProtoMessage() {}
 
 func (x *ResolveJob) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[39]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3937,7 +4021,7 @@ func (x *ResolveJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveJob.ProtoReflect.Descriptor instead.
 func (*ResolveJob) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{39}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ResolveJob) GetSource() *Source {
@@ -3966,7 +4050,7 @@ type VerifyJob struct {
 
 func (x *VerifyJob) Reset() {
 	*x = VerifyJob{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[40]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3978,7 +4062,7 @@ func (x *VerifyJob) String() string {
 func (*VerifyJob) ProtoMessage() {}
 
 func (x *VerifyJob) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[40]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3991,7 +4075,7 @@ func (x *VerifyJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyJob.ProtoReflect.Descriptor instead.
 func (*VerifyJob) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{40}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *VerifyJob) GetSource() *Source {
@@ -4034,7 +4118,7 @@ type VerifyTarget struct {
 
 func (x *VerifyTarget) Reset() {
 	*x = VerifyTarget{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[41]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4046,7 +4130,7 @@ func (x *VerifyTarget) String() string {
 func (*VerifyTarget) ProtoMessage() {}
 
 func (x *VerifyTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[41]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4059,7 +4143,7 @@ func (x *VerifyTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyTarget.ProtoReflect.Descriptor instead.
 func (*VerifyTarget) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{41}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *VerifyTarget) GetSourceDatabase() string {
@@ -4104,7 +4188,7 @@ type DiffJob struct {
 
 func (x *DiffJob) Reset() {
 	*x = DiffJob{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[42]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4116,7 +4200,7 @@ func (x *DiffJob) String() string {
 func (*DiffJob) ProtoMessage() {}
 
 func (x *DiffJob) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[42]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4129,7 +4213,7 @@ func (x *DiffJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffJob.ProtoReflect.Descriptor instead.
 func (*DiffJob) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{42}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *DiffJob) GetSource() *Source {
@@ -4178,7 +4262,7 @@ type LocateJob struct {
 
 func (x *LocateJob) Reset() {
 	*x = LocateJob{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[43]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4190,7 +4274,7 @@ func (x *LocateJob) String() string {
 func (*LocateJob) ProtoMessage() {}
 
 func (x *LocateJob) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[43]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4203,7 +4287,7 @@ func (x *LocateJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocateJob.ProtoReflect.Descriptor instead.
 func (*LocateJob) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{43}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *LocateJob) GetSource() *Source {
@@ -4240,7 +4324,7 @@ type LocateTarget struct {
 
 func (x *LocateTarget) Reset() {
 	*x = LocateTarget{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[44]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4252,7 +4336,7 @@ func (x *LocateTarget) String() string {
 func (*LocateTarget) ProtoMessage() {}
 
 func (x *LocateTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[44]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4265,7 +4349,7 @@ func (x *LocateTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocateTarget.ProtoReflect.Descriptor instead.
 func (*LocateTarget) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{44}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *LocateTarget) GetVchannel() string {
@@ -4359,7 +4443,7 @@ type HoldJob struct {
 
 func (x *HoldJob) Reset() {
 	*x = HoldJob{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[45]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4371,7 +4455,7 @@ func (x *HoldJob) String() string {
 func (*HoldJob) ProtoMessage() {}
 
 func (x *HoldJob) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[45]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4384,7 +4468,7 @@ func (x *HoldJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HoldJob.ProtoReflect.Descriptor instead.
 func (*HoldJob) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{45}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *HoldJob) GetSource() *Source {
@@ -4423,7 +4507,7 @@ type HoldPlace struct {
 
 func (x *HoldPlace) Reset() {
 	*x = HoldPlace{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[46]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4435,7 +4519,7 @@ func (x *HoldPlace) String() string {
 func (*HoldPlace) ProtoMessage() {}
 
 func (x *HoldPlace) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[46]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4448,7 +4532,7 @@ func (x *HoldPlace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HoldPlace.ProtoReflect.Descriptor instead.
 func (*HoldPlace) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{46}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *HoldPlace) GetPchannel() string {
@@ -4488,7 +4572,7 @@ type JobCancel struct {
 
 func (x *JobCancel) Reset() {
 	*x = JobCancel{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[47]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4500,7 +4584,7 @@ func (x *JobCancel) String() string {
 func (*JobCancel) ProtoMessage() {}
 
 func (x *JobCancel) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[47]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4513,7 +4597,7 @@ func (x *JobCancel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobCancel.ProtoReflect.Descriptor instead.
 func (*JobCancel) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{47}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *JobCancel) GetJobId() string {
@@ -4542,7 +4626,7 @@ type JobUpdate struct {
 
 func (x *JobUpdate) Reset() {
 	*x = JobUpdate{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[48]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4554,7 +4638,7 @@ func (x *JobUpdate) String() string {
 func (*JobUpdate) ProtoMessage() {}
 
 func (x *JobUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[48]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4567,7 +4651,7 @@ func (x *JobUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobUpdate.ProtoReflect.Descriptor instead.
 func (*JobUpdate) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{48}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *JobUpdate) GetJobId() string {
@@ -4709,7 +4793,7 @@ type JobFailed struct {
 
 func (x *JobFailed) Reset() {
 	*x = JobFailed{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[49]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4721,7 +4805,7 @@ func (x *JobFailed) String() string {
 func (*JobFailed) ProtoMessage() {}
 
 func (x *JobFailed) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[49]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4734,7 +4818,7 @@ func (x *JobFailed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobFailed.ProtoReflect.Descriptor instead.
 func (*JobFailed) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{49}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *JobFailed) GetReason() string {
@@ -4777,7 +4861,7 @@ type ProbeResult struct {
 
 func (x *ProbeResult) Reset() {
 	*x = ProbeResult{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[50]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4789,7 +4873,7 @@ func (x *ProbeResult) String() string {
 func (*ProbeResult) ProtoMessage() {}
 
 func (x *ProbeResult) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[50]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4802,7 +4886,7 @@ func (x *ProbeResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeResult.ProtoReflect.Descriptor instead.
 func (*ProbeResult) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{50}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ProbeResult) GetSourceVersion() string {
@@ -4837,7 +4921,7 @@ type ResolveResult struct {
 
 func (x *ResolveResult) Reset() {
 	*x = ResolveResult{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[51]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4849,7 +4933,7 @@ func (x *ResolveResult) String() string {
 func (*ResolveResult) ProtoMessage() {}
 
 func (x *ResolveResult) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[51]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4862,7 +4946,7 @@ func (x *ResolveResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveResult.ProtoReflect.Descriptor instead.
 func (*ResolveResult) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{51}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ResolveResult) GetLogEnds() []*LogEnd {
@@ -4892,7 +4976,7 @@ type LogEnd struct {
 
 func (x *LogEnd) Reset() {
 	*x = LogEnd{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[52]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4904,7 +4988,7 @@ func (x *LogEnd) String() string {
 func (*LogEnd) ProtoMessage() {}
 
 func (x *LogEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[52]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4917,7 +5001,7 @@ func (x *LogEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEnd.ProtoReflect.Descriptor instead.
 func (*LogEnd) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{52}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *LogEnd) GetPchannel() string {
@@ -4956,7 +5040,7 @@ type VerifyUpdate struct {
 
 func (x *VerifyUpdate) Reset() {
 	*x = VerifyUpdate{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[53]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4968,7 +5052,7 @@ func (x *VerifyUpdate) String() string {
 func (*VerifyUpdate) ProtoMessage() {}
 
 func (x *VerifyUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[53]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4981,7 +5065,7 @@ func (x *VerifyUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyUpdate.ProtoReflect.Descriptor instead.
 func (*VerifyUpdate) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{53}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *VerifyUpdate) GetEvent() isVerifyUpdate_Event {
@@ -5064,7 +5148,7 @@ type VerifyDone struct {
 
 func (x *VerifyDone) Reset() {
 	*x = VerifyDone{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[54]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5076,7 +5160,7 @@ func (x *VerifyDone) String() string {
 func (*VerifyDone) ProtoMessage() {}
 
 func (x *VerifyDone) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[54]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5089,7 +5173,7 @@ func (x *VerifyDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyDone.ProtoReflect.Descriptor instead.
 func (*VerifyDone) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{54}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{55}
 }
 
 type DiffUpdate struct {
@@ -5106,7 +5190,7 @@ type DiffUpdate struct {
 
 func (x *DiffUpdate) Reset() {
 	*x = DiffUpdate{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[55]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5118,7 +5202,7 @@ func (x *DiffUpdate) String() string {
 func (*DiffUpdate) ProtoMessage() {}
 
 func (x *DiffUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[55]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5131,7 +5215,7 @@ func (x *DiffUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffUpdate.ProtoReflect.Descriptor instead.
 func (*DiffUpdate) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{55}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *DiffUpdate) GetEvent() isDiffUpdate_Event {
@@ -5198,7 +5282,7 @@ type DiffDone struct {
 
 func (x *DiffDone) Reset() {
 	*x = DiffDone{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[56]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5210,7 +5294,7 @@ func (x *DiffDone) String() string {
 func (*DiffDone) ProtoMessage() {}
 
 func (x *DiffDone) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[56]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5223,7 +5307,7 @@ func (x *DiffDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffDone.ProtoReflect.Descriptor instead.
 func (*DiffDone) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{56}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{57}
 }
 
 type LocateResult struct {
@@ -5235,7 +5319,7 @@ type LocateResult struct {
 
 func (x *LocateResult) Reset() {
 	*x = LocateResult{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[57]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5247,7 +5331,7 @@ func (x *LocateResult) String() string {
 func (*LocateResult) ProtoMessage() {}
 
 func (x *LocateResult) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[57]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5260,7 +5344,7 @@ func (x *LocateResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocateResult.ProtoReflect.Descriptor instead.
 func (*LocateResult) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{57}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *LocateResult) GetLocated() []*LocatedVchannel {
@@ -5287,7 +5371,7 @@ type LocatedVchannel struct {
 
 func (x *LocatedVchannel) Reset() {
 	*x = LocatedVchannel{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[58]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5299,7 +5383,7 @@ func (x *LocatedVchannel) String() string {
 func (*LocatedVchannel) ProtoMessage() {}
 
 func (x *LocatedVchannel) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[58]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5312,7 +5396,7 @@ func (x *LocatedVchannel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocatedVchannel.ProtoReflect.Descriptor instead.
 func (*LocatedVchannel) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{58}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *LocatedVchannel) GetVchannel() string {
@@ -5378,7 +5462,7 @@ type HoldResult struct {
 
 func (x *HoldResult) Reset() {
 	*x = HoldResult{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[59]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5390,7 +5474,7 @@ func (x *HoldResult) String() string {
 func (*HoldResult) ProtoMessage() {}
 
 func (x *HoldResult) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[59]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5403,7 +5487,7 @@ func (x *HoldResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HoldResult.ProtoReflect.Descriptor instead.
 func (*HoldResult) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{59}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *HoldResult) GetPlaces() []*HeldLog {
@@ -5443,7 +5527,7 @@ type HeldLog struct {
 
 func (x *HeldLog) Reset() {
 	*x = HeldLog{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[60]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5455,7 +5539,7 @@ func (x *HeldLog) String() string {
 func (*HeldLog) ProtoMessage() {}
 
 func (x *HeldLog) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[60]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5468,7 +5552,7 @@ func (x *HeldLog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldLog.ProtoReflect.Descriptor instead.
 func (*HeldLog) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{60}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *HeldLog) GetPchannel() string {
@@ -5523,7 +5607,7 @@ type HoldWarning struct {
 
 func (x *HoldWarning) Reset() {
 	*x = HoldWarning{}
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[61]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5535,7 +5619,7 @@ func (x *HoldWarning) String() string {
 func (*HoldWarning) ProtoMessage() {}
 
 func (x *HoldWarning) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[61]
+	mi := &file_milvuscdc_v1_replication_service_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5548,7 +5632,7 @@ func (x *HoldWarning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HoldWarning.ProtoReflect.Descriptor instead.
 func (*HoldWarning) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{61}
+	return file_milvuscdc_v1_replication_service_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *HoldWarning) GetReason() string {
@@ -5594,7 +5678,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"job_cancel\x18\b \x01(\v2\x17.milvuscdc.v1.JobCancelH\x00R\tjobCancel\x12;\n" +
 	"\vtask_limits\x18\t \x01(\v2\x18.milvuscdc.v1.TaskLimitsH\x00R\n" +
 	"taskLimitsB\t\n" +
-	"\amessage\"\x94\x03\n" +
+	"\amessage\"\xb5\x03\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n" +
 	"\vinstance_id\x18\x02 \x01(\tR\n" +
@@ -5607,7 +5691,9 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\acluster\x18\b \x01(\tR\acluster\x12\x1a\n" +
 	"\bconnects\x18\t \x01(\x03R\bconnects\x127\n" +
 	"\x06labels\x18\n" +
-	" \x03(\v2\x1f.milvuscdc.v1.Hello.LabelsEntryR\x06labels\x1a9\n" +
+	" \x03(\v2\x1f.milvuscdc.v1.Hello.LabelsEntryR\x06labels\x12\x1f\n" +
+	"\vtakes_parts\x18< \x01(\bR\n" +
+	"takesParts\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"e\n" +
@@ -5626,7 +5712,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\n" +
 	"TaskLimits\x12\x19\n" +
 	"\btask_uid\x18\x01 \x01(\tR\ataskUid\x12,\n" +
-	"\x06limits\x18\x02 \x01(\v2\x14.milvuscdc.v1.LimitsR\x06limits\"\x91\x04\n" +
+	"\x06limits\x18\x02 \x01(\v2\x14.milvuscdc.v1.LimitsR\x06limits\"\xb9\x04\n" +
 	"\x06Assign\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x18\n" +
@@ -5642,8 +5728,11 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x05drift\x18\n" +
 	" \x01(\x0e2\x13.milvuscdc.v1.DriftR\x05drift\x122\n" +
 	"\bbatching\x18\v \x01(\v2\x16.milvuscdc.v1.BatchingR\bbatching\x12<\n" +
-	"\fdead_letters\x18\f \x01(\v2\x19.milvuscdc.v1.DeadLettersR\vdeadLettersB\x06\n" +
-	"\x04spec\"\xe7\t\n" +
+	"\fdead_letters\x18\f \x01(\v2\x19.milvuscdc.v1.DeadLettersR\vdeadLetters\x12&\n" +
+	"\x04part\x18< \x01(\v2\x12.milvuscdc.v1.PartR\x04partB\x06\n" +
+	"\x04spec\"\"\n" +
+	"\x04Part\x12\x1a\n" +
+	"\bcompares\x18\x01 \x01(\bR\bcompares\"\xe7\t\n" +
 	"\x0eCollectionSpec\x12#\n" +
 	"\rcollection_id\x18\x01 \x01(\x03R\fcollectionId\x12\x1a\n" +
 	"\bdatabase\x18\x02 \x01(\tR\bdatabase\x12\x1e\n" +
@@ -5823,7 +5912,7 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\bdraining\x18\x02 \x01(\bR\bdraining\"f\n" +
 	"\fHeartbeatAck\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x03R\x03seq\x12D\n" +
-	"\x10resting_interval\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x0frestingInterval\"\x8f\b\n" +
+	"\x10resting_interval\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x0frestingInterval\"\xc9\b\n" +
 	"\bProgress\x12#\n" +
 	"\rassignment_id\x18\x01 \x01(\tR\fassignmentId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x10\n" +
@@ -5853,7 +5942,9 @@ const file_milvuscdc_v1_replication_service_proto_rawDesc = "" +
 	"\x0faliases_version\x18\x15 \x01(\x03R\x0ealiasesVersion\x12!\n" +
 	"\frows_refused\x18\x16 \x01(\x03R\vrowsRefused\x12#\n" +
 	"\rbytes_written\x18\x17 \x01(\x03R\fbytesWritten\x125\n" +
-	"\trecounted\x18\x18 \x01(\x0e2\x17.milvuscdc.v1.RecountedR\trecounted\"W\n" +
+	"\trecounted\x18\x18 \x01(\x0e2\x17.milvuscdc.v1.RecountedR\trecounted\x12\x1b\n" +
+	"\tstands_ts\x18< \x01(\x04R\bstandsTs\x12\x1b\n" +
+	"\twhole_now\x18= \x01(\bR\bwholeNow\"W\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x01\x12\x12\n" +
@@ -6058,7 +6149,7 @@ func file_milvuscdc_v1_replication_service_proto_rawDescGZIP() []byte {
 }
 
 var file_milvuscdc_v1_replication_service_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_milvuscdc_v1_replication_service_proto_msgTypes = make([]protoimpl.MessageInfo, 66)
+var file_milvuscdc_v1_replication_service_proto_msgTypes = make([]protoimpl.MessageInfo, 67)
 var file_milvuscdc_v1_replication_service_proto_goTypes = []any{
 	(Recount)(0),                   // 0: milvuscdc.v1.Recount
 	(Recounted)(0),                 // 1: milvuscdc.v1.Recounted
@@ -6074,199 +6165,201 @@ var file_milvuscdc_v1_replication_service_proto_goTypes = []any{
 	(*Synced)(nil),                 // 11: milvuscdc.v1.Synced
 	(*TaskLimits)(nil),             // 12: milvuscdc.v1.TaskLimits
 	(*Assign)(nil),                 // 13: milvuscdc.v1.Assign
-	(*CollectionSpec)(nil),         // 14: milvuscdc.v1.CollectionSpec
-	(*AppliedObjects)(nil),         // 15: milvuscdc.v1.AppliedObjects
-	(*SinkName)(nil),               // 16: milvuscdc.v1.SinkName
-	(*PartitionSpec)(nil),          // 17: milvuscdc.v1.PartitionSpec
-	(*IndexSpec)(nil),              // 18: milvuscdc.v1.IndexSpec
-	(*LoadSpec)(nil),               // 19: milvuscdc.v1.LoadSpec
-	(*VchannelSpec)(nil),           // 20: milvuscdc.v1.VchannelSpec
-	(*MetadataSpec)(nil),           // 21: milvuscdc.v1.MetadataSpec
-	(*DatabaseSpec)(nil),           // 22: milvuscdc.v1.DatabaseSpec
-	(*AliasSpec)(nil),              // 23: milvuscdc.v1.AliasSpec
-	(*RbacSpec)(nil),               // 24: milvuscdc.v1.RbacSpec
-	(*RoleMember)(nil),             // 25: milvuscdc.v1.RoleMember
-	(*GrantSpec)(nil),              // 26: milvuscdc.v1.GrantSpec
-	(*PrivilegeGroupSpec)(nil),     // 27: milvuscdc.v1.PrivilegeGroupSpec
-	(*OperationsSpec)(nil),         // 28: milvuscdc.v1.OperationsSpec
-	(*Ack)(nil),                    // 29: milvuscdc.v1.Ack
-	(*Nack)(nil),                   // 30: milvuscdc.v1.Nack
-	(*Revoke)(nil),                 // 31: milvuscdc.v1.Revoke
-	(*Released)(nil),               // 32: milvuscdc.v1.Released
-	(*Heartbeat)(nil),              // 33: milvuscdc.v1.Heartbeat
-	(*HeartbeatAck)(nil),           // 34: milvuscdc.v1.HeartbeatAck
-	(*Progress)(nil),               // 35: milvuscdc.v1.Progress
-	(*FlushOperation)(nil),         // 36: milvuscdc.v1.FlushOperation
-	(*SinkOpened)(nil),             // 37: milvuscdc.v1.SinkOpened
-	(*VchannelReport)(nil),         // 38: milvuscdc.v1.VchannelReport
-	(*Retention)(nil),              // 39: milvuscdc.v1.Retention
-	(*ProgressAck)(nil),            // 40: milvuscdc.v1.ProgressAck
-	(*HorizonGrant)(nil),           // 41: milvuscdc.v1.HorizonGrant
-	(*PartitionQuery)(nil),         // 42: milvuscdc.v1.PartitionQuery
-	(*JobRequest)(nil),             // 43: milvuscdc.v1.JobRequest
-	(*ProbeJob)(nil),               // 44: milvuscdc.v1.ProbeJob
-	(*ResolveJob)(nil),             // 45: milvuscdc.v1.ResolveJob
-	(*VerifyJob)(nil),              // 46: milvuscdc.v1.VerifyJob
-	(*VerifyTarget)(nil),           // 47: milvuscdc.v1.VerifyTarget
-	(*DiffJob)(nil),                // 48: milvuscdc.v1.DiffJob
-	(*LocateJob)(nil),              // 49: milvuscdc.v1.LocateJob
-	(*LocateTarget)(nil),           // 50: milvuscdc.v1.LocateTarget
-	(*HoldJob)(nil),                // 51: milvuscdc.v1.HoldJob
-	(*HoldPlace)(nil),              // 52: milvuscdc.v1.HoldPlace
-	(*JobCancel)(nil),              // 53: milvuscdc.v1.JobCancel
-	(*JobUpdate)(nil),              // 54: milvuscdc.v1.JobUpdate
-	(*JobFailed)(nil),              // 55: milvuscdc.v1.JobFailed
-	(*ProbeResult)(nil),            // 56: milvuscdc.v1.ProbeResult
-	(*ResolveResult)(nil),          // 57: milvuscdc.v1.ResolveResult
-	(*LogEnd)(nil),                 // 58: milvuscdc.v1.LogEnd
-	(*VerifyUpdate)(nil),           // 59: milvuscdc.v1.VerifyUpdate
-	(*VerifyDone)(nil),             // 60: milvuscdc.v1.VerifyDone
-	(*DiffUpdate)(nil),             // 61: milvuscdc.v1.DiffUpdate
-	(*DiffDone)(nil),               // 62: milvuscdc.v1.DiffDone
-	(*LocateResult)(nil),           // 63: milvuscdc.v1.LocateResult
-	(*LocatedVchannel)(nil),        // 64: milvuscdc.v1.LocatedVchannel
-	(*HoldResult)(nil),             // 65: milvuscdc.v1.HoldResult
-	(*HeldLog)(nil),                // 66: milvuscdc.v1.HeldLog
-	(*HoldWarning)(nil),            // 67: milvuscdc.v1.HoldWarning
-	nil,                            // 68: milvuscdc.v1.Hello.LabelsEntry
-	nil,                            // 69: milvuscdc.v1.CollectionSpec.PropertiesEntry
-	nil,                            // 70: milvuscdc.v1.IndexSpec.ParamsEntry
-	nil,                            // 71: milvuscdc.v1.DatabaseSpec.PropertiesEntry
-	(*durationpb.Duration)(nil),    // 72: google.protobuf.Duration
-	(*Limits)(nil),                 // 73: milvuscdc.v1.Limits
-	(*Source)(nil),                 // 74: milvuscdc.v1.Source
-	(*Sink)(nil),                   // 75: milvuscdc.v1.Sink
-	(*Carry)(nil),                  // 76: milvuscdc.v1.Carry
-	(Drift)(0),                     // 77: milvuscdc.v1.Drift
-	(*Batching)(nil),               // 78: milvuscdc.v1.Batching
-	(*DeadLetters)(nil),            // 79: milvuscdc.v1.DeadLetters
-	(*Condition)(nil),              // 80: milvuscdc.v1.Condition
-	(*VerifyProgress)(nil),         // 81: milvuscdc.v1.VerifyProgress
-	(*VerifyDifference)(nil),       // 82: milvuscdc.v1.VerifyDifference
-	(*VerifyCollectionResult)(nil), // 83: milvuscdc.v1.VerifyCollectionResult
-	(*DiffProgress)(nil),           // 84: milvuscdc.v1.DiffProgress
-	(*ObjectDifference)(nil),       // 85: milvuscdc.v1.ObjectDifference
+	(*Part)(nil),                   // 14: milvuscdc.v1.Part
+	(*CollectionSpec)(nil),         // 15: milvuscdc.v1.CollectionSpec
+	(*AppliedObjects)(nil),         // 16: milvuscdc.v1.AppliedObjects
+	(*SinkName)(nil),               // 17: milvuscdc.v1.SinkName
+	(*PartitionSpec)(nil),          // 18: milvuscdc.v1.PartitionSpec
+	(*IndexSpec)(nil),              // 19: milvuscdc.v1.IndexSpec
+	(*LoadSpec)(nil),               // 20: milvuscdc.v1.LoadSpec
+	(*VchannelSpec)(nil),           // 21: milvuscdc.v1.VchannelSpec
+	(*MetadataSpec)(nil),           // 22: milvuscdc.v1.MetadataSpec
+	(*DatabaseSpec)(nil),           // 23: milvuscdc.v1.DatabaseSpec
+	(*AliasSpec)(nil),              // 24: milvuscdc.v1.AliasSpec
+	(*RbacSpec)(nil),               // 25: milvuscdc.v1.RbacSpec
+	(*RoleMember)(nil),             // 26: milvuscdc.v1.RoleMember
+	(*GrantSpec)(nil),              // 27: milvuscdc.v1.GrantSpec
+	(*PrivilegeGroupSpec)(nil),     // 28: milvuscdc.v1.PrivilegeGroupSpec
+	(*OperationsSpec)(nil),         // 29: milvuscdc.v1.OperationsSpec
+	(*Ack)(nil),                    // 30: milvuscdc.v1.Ack
+	(*Nack)(nil),                   // 31: milvuscdc.v1.Nack
+	(*Revoke)(nil),                 // 32: milvuscdc.v1.Revoke
+	(*Released)(nil),               // 33: milvuscdc.v1.Released
+	(*Heartbeat)(nil),              // 34: milvuscdc.v1.Heartbeat
+	(*HeartbeatAck)(nil),           // 35: milvuscdc.v1.HeartbeatAck
+	(*Progress)(nil),               // 36: milvuscdc.v1.Progress
+	(*FlushOperation)(nil),         // 37: milvuscdc.v1.FlushOperation
+	(*SinkOpened)(nil),             // 38: milvuscdc.v1.SinkOpened
+	(*VchannelReport)(nil),         // 39: milvuscdc.v1.VchannelReport
+	(*Retention)(nil),              // 40: milvuscdc.v1.Retention
+	(*ProgressAck)(nil),            // 41: milvuscdc.v1.ProgressAck
+	(*HorizonGrant)(nil),           // 42: milvuscdc.v1.HorizonGrant
+	(*PartitionQuery)(nil),         // 43: milvuscdc.v1.PartitionQuery
+	(*JobRequest)(nil),             // 44: milvuscdc.v1.JobRequest
+	(*ProbeJob)(nil),               // 45: milvuscdc.v1.ProbeJob
+	(*ResolveJob)(nil),             // 46: milvuscdc.v1.ResolveJob
+	(*VerifyJob)(nil),              // 47: milvuscdc.v1.VerifyJob
+	(*VerifyTarget)(nil),           // 48: milvuscdc.v1.VerifyTarget
+	(*DiffJob)(nil),                // 49: milvuscdc.v1.DiffJob
+	(*LocateJob)(nil),              // 50: milvuscdc.v1.LocateJob
+	(*LocateTarget)(nil),           // 51: milvuscdc.v1.LocateTarget
+	(*HoldJob)(nil),                // 52: milvuscdc.v1.HoldJob
+	(*HoldPlace)(nil),              // 53: milvuscdc.v1.HoldPlace
+	(*JobCancel)(nil),              // 54: milvuscdc.v1.JobCancel
+	(*JobUpdate)(nil),              // 55: milvuscdc.v1.JobUpdate
+	(*JobFailed)(nil),              // 56: milvuscdc.v1.JobFailed
+	(*ProbeResult)(nil),            // 57: milvuscdc.v1.ProbeResult
+	(*ResolveResult)(nil),          // 58: milvuscdc.v1.ResolveResult
+	(*LogEnd)(nil),                 // 59: milvuscdc.v1.LogEnd
+	(*VerifyUpdate)(nil),           // 60: milvuscdc.v1.VerifyUpdate
+	(*VerifyDone)(nil),             // 61: milvuscdc.v1.VerifyDone
+	(*DiffUpdate)(nil),             // 62: milvuscdc.v1.DiffUpdate
+	(*DiffDone)(nil),               // 63: milvuscdc.v1.DiffDone
+	(*LocateResult)(nil),           // 64: milvuscdc.v1.LocateResult
+	(*LocatedVchannel)(nil),        // 65: milvuscdc.v1.LocatedVchannel
+	(*HoldResult)(nil),             // 66: milvuscdc.v1.HoldResult
+	(*HeldLog)(nil),                // 67: milvuscdc.v1.HeldLog
+	(*HoldWarning)(nil),            // 68: milvuscdc.v1.HoldWarning
+	nil,                            // 69: milvuscdc.v1.Hello.LabelsEntry
+	nil,                            // 70: milvuscdc.v1.CollectionSpec.PropertiesEntry
+	nil,                            // 71: milvuscdc.v1.IndexSpec.ParamsEntry
+	nil,                            // 72: milvuscdc.v1.DatabaseSpec.PropertiesEntry
+	(*durationpb.Duration)(nil),    // 73: google.protobuf.Duration
+	(*Limits)(nil),                 // 74: milvuscdc.v1.Limits
+	(*Source)(nil),                 // 75: milvuscdc.v1.Source
+	(*Sink)(nil),                   // 76: milvuscdc.v1.Sink
+	(*Carry)(nil),                  // 77: milvuscdc.v1.Carry
+	(Drift)(0),                     // 78: milvuscdc.v1.Drift
+	(*Batching)(nil),               // 79: milvuscdc.v1.Batching
+	(*DeadLetters)(nil),            // 80: milvuscdc.v1.DeadLetters
+	(*Condition)(nil),              // 81: milvuscdc.v1.Condition
+	(*VerifyProgress)(nil),         // 82: milvuscdc.v1.VerifyProgress
+	(*VerifyDifference)(nil),       // 83: milvuscdc.v1.VerifyDifference
+	(*VerifyCollectionResult)(nil), // 84: milvuscdc.v1.VerifyCollectionResult
+	(*DiffProgress)(nil),           // 85: milvuscdc.v1.DiffProgress
+	(*ObjectDifference)(nil),       // 86: milvuscdc.v1.ObjectDifference
 }
 var file_milvuscdc_v1_replication_service_proto_depIdxs = []int32{
 	8,   // 0: milvuscdc.v1.ConnectRequest.hello:type_name -> milvuscdc.v1.Hello
-	29,  // 1: milvuscdc.v1.ConnectRequest.ack:type_name -> milvuscdc.v1.Ack
-	30,  // 2: milvuscdc.v1.ConnectRequest.nack:type_name -> milvuscdc.v1.Nack
-	32,  // 3: milvuscdc.v1.ConnectRequest.released:type_name -> milvuscdc.v1.Released
-	33,  // 4: milvuscdc.v1.ConnectRequest.heartbeat:type_name -> milvuscdc.v1.Heartbeat
-	35,  // 5: milvuscdc.v1.ConnectRequest.progress:type_name -> milvuscdc.v1.Progress
-	54,  // 6: milvuscdc.v1.ConnectRequest.job_update:type_name -> milvuscdc.v1.JobUpdate
-	42,  // 7: milvuscdc.v1.ConnectRequest.partition_query:type_name -> milvuscdc.v1.PartitionQuery
+	30,  // 1: milvuscdc.v1.ConnectRequest.ack:type_name -> milvuscdc.v1.Ack
+	31,  // 2: milvuscdc.v1.ConnectRequest.nack:type_name -> milvuscdc.v1.Nack
+	33,  // 3: milvuscdc.v1.ConnectRequest.released:type_name -> milvuscdc.v1.Released
+	34,  // 4: milvuscdc.v1.ConnectRequest.heartbeat:type_name -> milvuscdc.v1.Heartbeat
+	36,  // 5: milvuscdc.v1.ConnectRequest.progress:type_name -> milvuscdc.v1.Progress
+	55,  // 6: milvuscdc.v1.ConnectRequest.job_update:type_name -> milvuscdc.v1.JobUpdate
+	43,  // 7: milvuscdc.v1.ConnectRequest.partition_query:type_name -> milvuscdc.v1.PartitionQuery
 	10,  // 8: milvuscdc.v1.ConnectResponse.welcome:type_name -> milvuscdc.v1.Welcome
 	13,  // 9: milvuscdc.v1.ConnectResponse.assign:type_name -> milvuscdc.v1.Assign
-	31,  // 10: milvuscdc.v1.ConnectResponse.revoke:type_name -> milvuscdc.v1.Revoke
+	32,  // 10: milvuscdc.v1.ConnectResponse.revoke:type_name -> milvuscdc.v1.Revoke
 	11,  // 11: milvuscdc.v1.ConnectResponse.synced:type_name -> milvuscdc.v1.Synced
-	34,  // 12: milvuscdc.v1.ConnectResponse.heartbeat_ack:type_name -> milvuscdc.v1.HeartbeatAck
-	40,  // 13: milvuscdc.v1.ConnectResponse.progress_ack:type_name -> milvuscdc.v1.ProgressAck
-	43,  // 14: milvuscdc.v1.ConnectResponse.job_request:type_name -> milvuscdc.v1.JobRequest
-	53,  // 15: milvuscdc.v1.ConnectResponse.job_cancel:type_name -> milvuscdc.v1.JobCancel
+	35,  // 12: milvuscdc.v1.ConnectResponse.heartbeat_ack:type_name -> milvuscdc.v1.HeartbeatAck
+	41,  // 13: milvuscdc.v1.ConnectResponse.progress_ack:type_name -> milvuscdc.v1.ProgressAck
+	44,  // 14: milvuscdc.v1.ConnectResponse.job_request:type_name -> milvuscdc.v1.JobRequest
+	54,  // 15: milvuscdc.v1.ConnectResponse.job_cancel:type_name -> milvuscdc.v1.JobCancel
 	12,  // 16: milvuscdc.v1.ConnectResponse.task_limits:type_name -> milvuscdc.v1.TaskLimits
 	9,   // 17: milvuscdc.v1.Hello.held:type_name -> milvuscdc.v1.HeldAssignment
-	68,  // 18: milvuscdc.v1.Hello.labels:type_name -> milvuscdc.v1.Hello.LabelsEntry
-	72,  // 19: milvuscdc.v1.Welcome.lease_ttl:type_name -> google.protobuf.Duration
-	72,  // 20: milvuscdc.v1.Welcome.heartbeat_interval:type_name -> google.protobuf.Duration
-	72,  // 21: milvuscdc.v1.Welcome.progress_interval:type_name -> google.protobuf.Duration
-	72,  // 22: milvuscdc.v1.Welcome.silence:type_name -> google.protobuf.Duration
-	73,  // 23: milvuscdc.v1.TaskLimits.limits:type_name -> milvuscdc.v1.Limits
-	74,  // 24: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
-	75,  // 25: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
-	14,  // 26: milvuscdc.v1.Assign.collection:type_name -> milvuscdc.v1.CollectionSpec
-	21,  // 27: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	76,  // 28: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
-	77,  // 29: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
-	78,  // 30: milvuscdc.v1.Assign.batching:type_name -> milvuscdc.v1.Batching
-	79,  // 31: milvuscdc.v1.Assign.dead_letters:type_name -> milvuscdc.v1.DeadLetters
-	69,  // 32: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
-	2,   // 33: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
-	17,  // 34: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
-	18,  // 35: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
-	19,  // 36: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
-	20,  // 37: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
-	16,  // 38: milvuscdc.v1.CollectionSpec.renamed_from:type_name -> milvuscdc.v1.SinkName
-	15,  // 39: milvuscdc.v1.CollectionSpec.applied:type_name -> milvuscdc.v1.AppliedObjects
-	0,   // 40: milvuscdc.v1.CollectionSpec.recount:type_name -> milvuscdc.v1.Recount
-	18,  // 41: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
-	19,  // 42: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
-	3,   // 43: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
-	70,  // 44: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
-	4,   // 45: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
-	22,  // 46: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
-	23,  // 47: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
-	16,  // 48: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
-	24,  // 49: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
-	28,  // 50: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
-	71,  // 51: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
-	25,  // 52: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
-	26,  // 53: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
-	27,  // 54: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
-	25,  // 55: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
-	26,  // 56: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
-	72,  // 57: milvuscdc.v1.HeartbeatAck.resting_interval:type_name -> google.protobuf.Duration
-	5,   // 58: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
-	38,  // 59: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
-	80,  // 60: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
-	37,  // 61: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
-	16,  // 62: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
-	36,  // 63: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
-	1,   // 64: milvuscdc.v1.Progress.recounted:type_name -> milvuscdc.v1.Recounted
-	39,  // 65: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
-	72,  // 66: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
-	72,  // 67: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
-	41,  // 68: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
-	44,  // 69: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
-	45,  // 70: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
-	46,  // 71: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
-	48,  // 72: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
-	49,  // 73: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
-	51,  // 74: milvuscdc.v1.JobRequest.hold:type_name -> milvuscdc.v1.HoldJob
-	74,  // 75: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
-	75,  // 76: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
-	14,  // 77: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	79,  // 78: milvuscdc.v1.ProbeJob.dead_letters:type_name -> milvuscdc.v1.DeadLetters
-	74,  // 79: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
-	74,  // 80: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
-	75,  // 81: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
-	47,  // 82: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
-	74,  // 83: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
-	75,  // 84: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
-	14,  // 85: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
-	21,  // 86: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
-	76,  // 87: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
-	74,  // 88: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
-	50,  // 89: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
-	74,  // 90: milvuscdc.v1.HoldJob.source:type_name -> milvuscdc.v1.Source
-	52,  // 91: milvuscdc.v1.HoldJob.places:type_name -> milvuscdc.v1.HoldPlace
-	55,  // 92: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
-	56,  // 93: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
-	57,  // 94: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
-	59,  // 95: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
-	61,  // 96: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
-	63,  // 97: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
-	65,  // 98: milvuscdc.v1.JobUpdate.hold:type_name -> milvuscdc.v1.HoldResult
-	58,  // 99: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
-	81,  // 100: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
-	82,  // 101: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
-	83,  // 102: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
-	60,  // 103: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
-	84,  // 104: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
-	85,  // 105: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
-	62,  // 106: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
-	64,  // 107: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
-	39,  // 108: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
-	66,  // 109: milvuscdc.v1.HoldResult.places:type_name -> milvuscdc.v1.HeldLog
-	66,  // 110: milvuscdc.v1.HoldResult.found:type_name -> milvuscdc.v1.HeldLog
-	67,  // 111: milvuscdc.v1.HoldResult.warnings:type_name -> milvuscdc.v1.HoldWarning
-	6,   // 112: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
-	7,   // 113: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
-	113, // [113:114] is the sub-list for method output_type
-	112, // [112:113] is the sub-list for method input_type
-	112, // [112:112] is the sub-list for extension type_name
-	112, // [112:112] is the sub-list for extension extendee
-	0,   // [0:112] is the sub-list for field type_name
+	69,  // 18: milvuscdc.v1.Hello.labels:type_name -> milvuscdc.v1.Hello.LabelsEntry
+	73,  // 19: milvuscdc.v1.Welcome.lease_ttl:type_name -> google.protobuf.Duration
+	73,  // 20: milvuscdc.v1.Welcome.heartbeat_interval:type_name -> google.protobuf.Duration
+	73,  // 21: milvuscdc.v1.Welcome.progress_interval:type_name -> google.protobuf.Duration
+	73,  // 22: milvuscdc.v1.Welcome.silence:type_name -> google.protobuf.Duration
+	74,  // 23: milvuscdc.v1.TaskLimits.limits:type_name -> milvuscdc.v1.Limits
+	75,  // 24: milvuscdc.v1.Assign.source:type_name -> milvuscdc.v1.Source
+	76,  // 25: milvuscdc.v1.Assign.sink:type_name -> milvuscdc.v1.Sink
+	15,  // 26: milvuscdc.v1.Assign.collection:type_name -> milvuscdc.v1.CollectionSpec
+	22,  // 27: milvuscdc.v1.Assign.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	77,  // 28: milvuscdc.v1.Assign.carry:type_name -> milvuscdc.v1.Carry
+	78,  // 29: milvuscdc.v1.Assign.drift:type_name -> milvuscdc.v1.Drift
+	79,  // 30: milvuscdc.v1.Assign.batching:type_name -> milvuscdc.v1.Batching
+	80,  // 31: milvuscdc.v1.Assign.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	14,  // 32: milvuscdc.v1.Assign.part:type_name -> milvuscdc.v1.Part
+	70,  // 33: milvuscdc.v1.CollectionSpec.properties:type_name -> milvuscdc.v1.CollectionSpec.PropertiesEntry
+	2,   // 34: milvuscdc.v1.CollectionSpec.state:type_name -> milvuscdc.v1.CollectionSpec.State
+	18,  // 35: milvuscdc.v1.CollectionSpec.partitions:type_name -> milvuscdc.v1.PartitionSpec
+	19,  // 36: milvuscdc.v1.CollectionSpec.indexes:type_name -> milvuscdc.v1.IndexSpec
+	20,  // 37: milvuscdc.v1.CollectionSpec.load:type_name -> milvuscdc.v1.LoadSpec
+	21,  // 38: milvuscdc.v1.CollectionSpec.vchannels:type_name -> milvuscdc.v1.VchannelSpec
+	17,  // 39: milvuscdc.v1.CollectionSpec.renamed_from:type_name -> milvuscdc.v1.SinkName
+	16,  // 40: milvuscdc.v1.CollectionSpec.applied:type_name -> milvuscdc.v1.AppliedObjects
+	0,   // 41: milvuscdc.v1.CollectionSpec.recount:type_name -> milvuscdc.v1.Recount
+	19,  // 42: milvuscdc.v1.AppliedObjects.indexes:type_name -> milvuscdc.v1.IndexSpec
+	20,  // 43: milvuscdc.v1.AppliedObjects.load:type_name -> milvuscdc.v1.LoadSpec
+	3,   // 44: milvuscdc.v1.PartitionSpec.state:type_name -> milvuscdc.v1.PartitionSpec.State
+	71,  // 45: milvuscdc.v1.IndexSpec.params:type_name -> milvuscdc.v1.IndexSpec.ParamsEntry
+	4,   // 46: milvuscdc.v1.LoadSpec.kind:type_name -> milvuscdc.v1.LoadSpec.Kind
+	23,  // 47: milvuscdc.v1.MetadataSpec.databases:type_name -> milvuscdc.v1.DatabaseSpec
+	24,  // 48: milvuscdc.v1.MetadataSpec.aliases:type_name -> milvuscdc.v1.AliasSpec
+	17,  // 49: milvuscdc.v1.MetadataSpec.dropped_aliases:type_name -> milvuscdc.v1.SinkName
+	25,  // 50: milvuscdc.v1.MetadataSpec.rbac:type_name -> milvuscdc.v1.RbacSpec
+	29,  // 51: milvuscdc.v1.MetadataSpec.operations:type_name -> milvuscdc.v1.OperationsSpec
+	72,  // 52: milvuscdc.v1.DatabaseSpec.properties:type_name -> milvuscdc.v1.DatabaseSpec.PropertiesEntry
+	26,  // 53: milvuscdc.v1.RbacSpec.members:type_name -> milvuscdc.v1.RoleMember
+	27,  // 54: milvuscdc.v1.RbacSpec.grants:type_name -> milvuscdc.v1.GrantSpec
+	28,  // 55: milvuscdc.v1.RbacSpec.privilege_groups:type_name -> milvuscdc.v1.PrivilegeGroupSpec
+	26,  // 56: milvuscdc.v1.RbacSpec.dropped_members:type_name -> milvuscdc.v1.RoleMember
+	27,  // 57: milvuscdc.v1.RbacSpec.dropped_grants:type_name -> milvuscdc.v1.GrantSpec
+	73,  // 58: milvuscdc.v1.HeartbeatAck.resting_interval:type_name -> google.protobuf.Duration
+	5,   // 59: milvuscdc.v1.Progress.state:type_name -> milvuscdc.v1.Progress.State
+	39,  // 60: milvuscdc.v1.Progress.vchannels:type_name -> milvuscdc.v1.VchannelReport
+	81,  // 61: milvuscdc.v1.Progress.conditions:type_name -> milvuscdc.v1.Condition
+	38,  // 62: milvuscdc.v1.Progress.opened:type_name -> milvuscdc.v1.SinkOpened
+	17,  // 63: milvuscdc.v1.Progress.renamed_to:type_name -> milvuscdc.v1.SinkName
+	37,  // 64: milvuscdc.v1.Progress.flushes:type_name -> milvuscdc.v1.FlushOperation
+	1,   // 65: milvuscdc.v1.Progress.recounted:type_name -> milvuscdc.v1.Recounted
+	40,  // 66: milvuscdc.v1.VchannelReport.retention:type_name -> milvuscdc.v1.Retention
+	73,  // 67: milvuscdc.v1.Retention.left:type_name -> google.protobuf.Duration
+	73,  // 68: milvuscdc.v1.Retention.limit:type_name -> google.protobuf.Duration
+	42,  // 69: milvuscdc.v1.ProgressAck.horizons:type_name -> milvuscdc.v1.HorizonGrant
+	45,  // 70: milvuscdc.v1.JobRequest.probe:type_name -> milvuscdc.v1.ProbeJob
+	46,  // 71: milvuscdc.v1.JobRequest.resolve:type_name -> milvuscdc.v1.ResolveJob
+	47,  // 72: milvuscdc.v1.JobRequest.verify:type_name -> milvuscdc.v1.VerifyJob
+	49,  // 73: milvuscdc.v1.JobRequest.diff:type_name -> milvuscdc.v1.DiffJob
+	50,  // 74: milvuscdc.v1.JobRequest.locate:type_name -> milvuscdc.v1.LocateJob
+	52,  // 75: milvuscdc.v1.JobRequest.hold:type_name -> milvuscdc.v1.HoldJob
+	75,  // 76: milvuscdc.v1.ProbeJob.source:type_name -> milvuscdc.v1.Source
+	76,  // 77: milvuscdc.v1.ProbeJob.sink:type_name -> milvuscdc.v1.Sink
+	15,  // 78: milvuscdc.v1.ProbeJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	80,  // 79: milvuscdc.v1.ProbeJob.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	75,  // 80: milvuscdc.v1.ResolveJob.source:type_name -> milvuscdc.v1.Source
+	75,  // 81: milvuscdc.v1.VerifyJob.source:type_name -> milvuscdc.v1.Source
+	76,  // 82: milvuscdc.v1.VerifyJob.sink:type_name -> milvuscdc.v1.Sink
+	48,  // 83: milvuscdc.v1.VerifyJob.targets:type_name -> milvuscdc.v1.VerifyTarget
+	75,  // 84: milvuscdc.v1.DiffJob.source:type_name -> milvuscdc.v1.Source
+	76,  // 85: milvuscdc.v1.DiffJob.sink:type_name -> milvuscdc.v1.Sink
+	15,  // 86: milvuscdc.v1.DiffJob.collections:type_name -> milvuscdc.v1.CollectionSpec
+	22,  // 87: milvuscdc.v1.DiffJob.metadata:type_name -> milvuscdc.v1.MetadataSpec
+	77,  // 88: milvuscdc.v1.DiffJob.carry:type_name -> milvuscdc.v1.Carry
+	75,  // 89: milvuscdc.v1.LocateJob.source:type_name -> milvuscdc.v1.Source
+	51,  // 90: milvuscdc.v1.LocateJob.targets:type_name -> milvuscdc.v1.LocateTarget
+	75,  // 91: milvuscdc.v1.HoldJob.source:type_name -> milvuscdc.v1.Source
+	53,  // 92: milvuscdc.v1.HoldJob.places:type_name -> milvuscdc.v1.HoldPlace
+	56,  // 93: milvuscdc.v1.JobUpdate.failed:type_name -> milvuscdc.v1.JobFailed
+	57,  // 94: milvuscdc.v1.JobUpdate.probe:type_name -> milvuscdc.v1.ProbeResult
+	58,  // 95: milvuscdc.v1.JobUpdate.resolve:type_name -> milvuscdc.v1.ResolveResult
+	60,  // 96: milvuscdc.v1.JobUpdate.verify:type_name -> milvuscdc.v1.VerifyUpdate
+	62,  // 97: milvuscdc.v1.JobUpdate.diff:type_name -> milvuscdc.v1.DiffUpdate
+	64,  // 98: milvuscdc.v1.JobUpdate.locate:type_name -> milvuscdc.v1.LocateResult
+	66,  // 99: milvuscdc.v1.JobUpdate.hold:type_name -> milvuscdc.v1.HoldResult
+	59,  // 100: milvuscdc.v1.ResolveResult.log_ends:type_name -> milvuscdc.v1.LogEnd
+	82,  // 101: milvuscdc.v1.VerifyUpdate.progress:type_name -> milvuscdc.v1.VerifyProgress
+	83,  // 102: milvuscdc.v1.VerifyUpdate.difference:type_name -> milvuscdc.v1.VerifyDifference
+	84,  // 103: milvuscdc.v1.VerifyUpdate.collection:type_name -> milvuscdc.v1.VerifyCollectionResult
+	61,  // 104: milvuscdc.v1.VerifyUpdate.done:type_name -> milvuscdc.v1.VerifyDone
+	85,  // 105: milvuscdc.v1.DiffUpdate.progress:type_name -> milvuscdc.v1.DiffProgress
+	86,  // 106: milvuscdc.v1.DiffUpdate.difference:type_name -> milvuscdc.v1.ObjectDifference
+	63,  // 107: milvuscdc.v1.DiffUpdate.done:type_name -> milvuscdc.v1.DiffDone
+	65,  // 108: milvuscdc.v1.LocateResult.located:type_name -> milvuscdc.v1.LocatedVchannel
+	40,  // 109: milvuscdc.v1.LocatedVchannel.retention:type_name -> milvuscdc.v1.Retention
+	67,  // 110: milvuscdc.v1.HoldResult.places:type_name -> milvuscdc.v1.HeldLog
+	67,  // 111: milvuscdc.v1.HoldResult.found:type_name -> milvuscdc.v1.HeldLog
+	68,  // 112: milvuscdc.v1.HoldResult.warnings:type_name -> milvuscdc.v1.HoldWarning
+	6,   // 113: milvuscdc.v1.ReplicationService.Connect:input_type -> milvuscdc.v1.ConnectRequest
+	7,   // 114: milvuscdc.v1.ReplicationService.Connect:output_type -> milvuscdc.v1.ConnectResponse
+	114, // [114:115] is the sub-list for method output_type
+	113, // [113:114] is the sub-list for method input_type
+	113, // [113:113] is the sub-list for extension type_name
+	113, // [113:113] is the sub-list for extension extendee
+	0,   // [0:113] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_replication_service_proto_init() }
@@ -6303,7 +6396,7 @@ func file_milvuscdc_v1_replication_service_proto_init() {
 		(*Assign_Collection)(nil),
 		(*Assign_Metadata)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[37].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[38].OneofWrappers = []any{
 		(*JobRequest_Probe)(nil),
 		(*JobRequest_Resolve)(nil),
 		(*JobRequest_Verify)(nil),
@@ -6311,11 +6404,11 @@ func file_milvuscdc_v1_replication_service_proto_init() {
 		(*JobRequest_Locate)(nil),
 		(*JobRequest_Hold)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[44].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[45].OneofWrappers = []any{
 		(*LocateTarget_ReadFrom)(nil),
 		(*LocateTarget_Ts)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[48].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[49].OneofWrappers = []any{
 		(*JobUpdate_Failed)(nil),
 		(*JobUpdate_Probe)(nil),
 		(*JobUpdate_Resolve)(nil),
@@ -6324,13 +6417,13 @@ func file_milvuscdc_v1_replication_service_proto_init() {
 		(*JobUpdate_Locate)(nil),
 		(*JobUpdate_Hold)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[53].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[54].OneofWrappers = []any{
 		(*VerifyUpdate_Progress)(nil),
 		(*VerifyUpdate_Difference)(nil),
 		(*VerifyUpdate_Collection)(nil),
 		(*VerifyUpdate_Done)(nil),
 	}
-	file_milvuscdc_v1_replication_service_proto_msgTypes[55].OneofWrappers = []any{
+	file_milvuscdc_v1_replication_service_proto_msgTypes[56].OneofWrappers = []any{
 		(*DiffUpdate_Progress)(nil),
 		(*DiffUpdate_Difference)(nil),
 		(*DiffUpdate_Done)(nil),
@@ -6341,7 +6434,7 @@ func file_milvuscdc_v1_replication_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_replication_service_proto_rawDesc), len(file_milvuscdc_v1_replication_service_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   66,
+			NumMessages:   67,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -315,7 +315,9 @@ type Task struct {
 	UpdateTime *timestamppb.Timestamp `protobuf:"bytes,25,opt,name=update_time,json=updateTime,proto3" json:"update_time,omitempty"`
 	Progress   *TaskProgress          `protobuf:"bytes,26,opt,name=progress,proto3" json:"progress,omitempty"`
 	// Standing remarks about what belongs to no collection, for example CREDENTIAL_NEEDED for a user.
-	Conditions    []*Condition `protobuf:"bytes,27,rep,name=conditions,proto3" json:"conditions,omitempty"`
+	Conditions []*Condition `protobuf:"bytes,27,rep,name=conditions,proto3" json:"conditions,omitempty"`
+	// Splits very hot collections. Only for `sink.milvus`. May be changed while the task runs.
+	Split         *Split `protobuf:"bytes,60,opt,name=split,proto3" json:"split,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -532,6 +534,13 @@ func (x *Task) GetConditions() []*Condition {
 	return nil
 }
 
+func (x *Task) GetSplit() *Split {
+	if x != nil {
+		return x.Split
+	}
+	return nil
+}
+
 // A collection (or many, with one `*`) that has another name at the sink.
 type NameRule struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -679,6 +688,53 @@ func (x *Carry) GetFlush() bool {
 	return false
 }
 
+// A collection with several shards may be written by several replicators at once, each with some of its shards. What is
+// no row (drops, renames, indexes, flushes) is done by one of them while it has all shards again.
+type Split struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Parts of one collection at most, never more than it has shards; not split when 0 or 1.
+	MaxParts      int32 `protobuf:"varint,1,opt,name=max_parts,json=maxParts,proto3" json:"max_parts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Split) Reset() {
+	*x = Split{}
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Split) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Split) ProtoMessage() {}
+
+func (x *Split) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Split.ProtoReflect.Descriptor instead.
+func (*Split) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Split) GetMaxParts() int32 {
+	if x != nil {
+		return x.MaxParts
+	}
+	return 0
+}
+
 // Bounds of one batch: a request to a Milvus, a transaction, a file. What is unset is as the sink has it; a value
 // larger than what the sink takes at once is bounded by that. A request of the source is never divided, so a batch
 // can be larger than these.
@@ -699,7 +755,7 @@ type Batching struct {
 
 func (x *Batching) Reset() {
 	*x = Batching{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[3]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -711,7 +767,7 @@ func (x *Batching) String() string {
 func (*Batching) ProtoMessage() {}
 
 func (x *Batching) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[3]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -724,7 +780,7 @@ func (x *Batching) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batching.ProtoReflect.Descriptor instead.
 func (*Batching) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{3}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Batching) GetMaxRows() int64 {
@@ -770,7 +826,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -782,7 +838,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[4]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -795,7 +851,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{4}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Limits) GetRowsPerSecond() int64 {
@@ -843,7 +899,7 @@ type TaskProgress struct {
 
 func (x *TaskProgress) Reset() {
 	*x = TaskProgress{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -855,7 +911,7 @@ func (x *TaskProgress) String() string {
 func (*TaskProgress) ProtoMessage() {}
 
 func (x *TaskProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[5]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -868,7 +924,7 @@ func (x *TaskProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskProgress.ProtoReflect.Descriptor instead.
 func (*TaskProgress) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{5}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *TaskProgress) GetCollections() int32 {
@@ -941,7 +997,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -953,7 +1009,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[6]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -966,7 +1022,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{6}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Source) GetEtcd() *EtcdMetadata {
@@ -1059,7 +1115,7 @@ type EtcdMetadata struct {
 
 func (x *EtcdMetadata) Reset() {
 	*x = EtcdMetadata{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1071,7 +1127,7 @@ func (x *EtcdMetadata) String() string {
 func (*EtcdMetadata) ProtoMessage() {}
 
 func (x *EtcdMetadata) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[7]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1084,7 +1140,7 @@ func (x *EtcdMetadata) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EtcdMetadata.ProtoReflect.Descriptor instead.
 func (*EtcdMetadata) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{7}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *EtcdMetadata) GetEndpoints() []string {
@@ -1153,7 +1209,7 @@ type NatsQueue struct {
 
 func (x *NatsQueue) Reset() {
 	*x = NatsQueue{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1165,7 +1221,7 @@ func (x *NatsQueue) String() string {
 func (*NatsQueue) ProtoMessage() {}
 
 func (x *NatsQueue) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[8]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1178,7 +1234,7 @@ func (x *NatsQueue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NatsQueue.ProtoReflect.Descriptor instead.
 func (*NatsQueue) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{8}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *NatsQueue) GetUrl() string {
@@ -1249,7 +1305,7 @@ type KafkaQueue struct {
 
 func (x *KafkaQueue) Reset() {
 	*x = KafkaQueue{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1261,7 +1317,7 @@ func (x *KafkaQueue) String() string {
 func (*KafkaQueue) ProtoMessage() {}
 
 func (x *KafkaQueue) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[9]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1274,7 +1330,7 @@ func (x *KafkaQueue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KafkaQueue.ProtoReflect.Descriptor instead.
 func (*KafkaQueue) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{9}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *KafkaQueue) GetBrokers() []string {
@@ -1317,7 +1373,7 @@ type PulsarQueue struct {
 
 func (x *PulsarQueue) Reset() {
 	*x = PulsarQueue{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1329,7 +1385,7 @@ func (x *PulsarQueue) String() string {
 func (*PulsarQueue) ProtoMessage() {}
 
 func (x *PulsarQueue) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[10]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1342,7 +1398,7 @@ func (x *PulsarQueue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PulsarQueue.ProtoReflect.Descriptor instead.
 func (*PulsarQueue) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{10}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PulsarQueue) GetServiceUrl() string {
@@ -1420,7 +1476,7 @@ type PulsarOauth struct {
 
 func (x *PulsarOauth) Reset() {
 	*x = PulsarOauth{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1432,7 +1488,7 @@ func (x *PulsarOauth) String() string {
 func (*PulsarOauth) ProtoMessage() {}
 
 func (x *PulsarOauth) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[11]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1445,7 +1501,7 @@ func (x *PulsarOauth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PulsarOauth.ProtoReflect.Descriptor instead.
 func (*PulsarOauth) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{11}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *PulsarOauth) GetIssuerUrl() string {
@@ -1505,7 +1561,7 @@ type MilvusEndpoint struct {
 
 func (x *MilvusEndpoint) Reset() {
 	*x = MilvusEndpoint{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1517,7 +1573,7 @@ func (x *MilvusEndpoint) String() string {
 func (*MilvusEndpoint) ProtoMessage() {}
 
 func (x *MilvusEndpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[12]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1530,7 +1586,7 @@ func (x *MilvusEndpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MilvusEndpoint.ProtoReflect.Descriptor instead.
 func (*MilvusEndpoint) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{12}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *MilvusEndpoint) GetUri() string {
@@ -1571,7 +1627,7 @@ type Sink struct {
 
 func (x *Sink) Reset() {
 	*x = Sink{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1583,7 +1639,7 @@ func (x *Sink) String() string {
 func (*Sink) ProtoMessage() {}
 
 func (x *Sink) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[13]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1596,7 +1652,7 @@ func (x *Sink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sink.ProtoReflect.Descriptor instead.
 func (*Sink) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{13}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Sink) GetKind() isSink_Kind {
@@ -1702,7 +1758,7 @@ type Selection struct {
 
 func (x *Selection) Reset() {
 	*x = Selection{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1714,7 +1770,7 @@ func (x *Selection) String() string {
 func (*Selection) ProtoMessage() {}
 
 func (x *Selection) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[14]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1727,7 +1783,7 @@ func (x *Selection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selection.ProtoReflect.Descriptor instead.
 func (*Selection) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{14}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Selection) GetInclude() []string {
@@ -1758,7 +1814,7 @@ type Start struct {
 
 func (x *Start) Reset() {
 	*x = Start{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1770,7 +1826,7 @@ func (x *Start) String() string {
 func (*Start) ProtoMessage() {}
 
 func (x *Start) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[15]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1783,7 +1839,7 @@ func (x *Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Start.ProtoReflect.Descriptor instead.
 func (*Start) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{15}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Start) GetAt() isStart_At {
@@ -1837,7 +1893,7 @@ type Earliest struct {
 
 func (x *Earliest) Reset() {
 	*x = Earliest{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1849,7 +1905,7 @@ func (x *Earliest) String() string {
 func (*Earliest) ProtoMessage() {}
 
 func (x *Earliest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[16]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1862,7 +1918,7 @@ func (x *Earliest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Earliest.ProtoReflect.Descriptor instead.
 func (*Earliest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{16}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{17}
 }
 
 type Latest struct {
@@ -1873,7 +1929,7 @@ type Latest struct {
 
 func (x *Latest) Reset() {
 	*x = Latest{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1885,7 +1941,7 @@ func (x *Latest) String() string {
 func (*Latest) ProtoMessage() {}
 
 func (x *Latest) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[17]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1898,7 +1954,7 @@ func (x *Latest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Latest.ProtoReflect.Descriptor instead.
 func (*Latest) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{17}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{18}
 }
 
 // One collection of a task: state, place in the log, counters.
@@ -1935,14 +1991,16 @@ type TaskCollection struct {
 	SinkCollection string `protobuf:"bytes,20,opt,name=sink_collection,json=sinkCollection,proto3" json:"sink_collection,omitempty"`
 	// Rows that the sink refused and that are in the task's dead letters instead, since the collection was last filled
 	// from its beginning.
-	RowsRefused   int64 `protobuf:"varint,21,opt,name=rows_refused,json=rowsRefused,proto3" json:"rows_refused,omitempty"`
+	RowsRefused int64 `protobuf:"varint,21,opt,name=rows_refused,json=rowsRefused,proto3" json:"rows_refused,omitempty"`
+	// Who has which shards, while it is written in parts: see Task.split. `replicator` and `epoch` are empty then.
+	Parts         []*CollectionPart `protobuf:"bytes,60,rep,name=parts,proto3" json:"parts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *TaskCollection) Reset() {
 	*x = TaskCollection{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[18]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1954,7 +2012,7 @@ func (x *TaskCollection) String() string {
 func (*TaskCollection) ProtoMessage() {}
 
 func (x *TaskCollection) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[18]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1967,7 +2025,7 @@ func (x *TaskCollection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskCollection.ProtoReflect.Descriptor instead.
 func (*TaskCollection) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{18}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *TaskCollection) GetName() string {
@@ -2117,6 +2175,13 @@ func (x *TaskCollection) GetRowsRefused() int64 {
 	return 0
 }
 
+func (x *TaskCollection) GetParts() []*CollectionPart {
+	if x != nil {
+		return x.Parts
+	}
+	return nil
+}
+
 // A standing remark about a collection, for example AUTO_ID_KEYS.
 type Condition struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2129,7 +2194,7 @@ type Condition struct {
 
 func (x *Condition) Reset() {
 	*x = Condition{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[19]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2141,7 +2206,7 @@ func (x *Condition) String() string {
 func (*Condition) ProtoMessage() {}
 
 func (x *Condition) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[19]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2154,7 +2219,7 @@ func (x *Condition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Condition.ProtoReflect.Descriptor instead.
 func (*Condition) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{19}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Condition) GetType() string {
@@ -2195,7 +2260,7 @@ type VchannelProgress struct {
 
 func (x *VchannelProgress) Reset() {
 	*x = VchannelProgress{}
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[20]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2207,7 +2272,7 @@ func (x *VchannelProgress) String() string {
 func (*VchannelProgress) ProtoMessage() {}
 
 func (x *VchannelProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_milvuscdc_v1_task_proto_msgTypes[20]
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2220,7 +2285,7 @@ func (x *VchannelProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VchannelProgress.ProtoReflect.Descriptor instead.
 func (*VchannelProgress) Descriptor() ([]byte, []int) {
-	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{20}
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *VchannelProgress) GetVchannel() string {
@@ -2279,11 +2344,82 @@ func (x *VchannelProgress) GetReadFromText() string {
 	return ""
 }
 
+// Some shards of a collection that is written in parts.
+type CollectionPart struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `assignments/{assignment}`
+	Assignment string `protobuf:"bytes,1,opt,name=assignment,proto3" json:"assignment,omitempty"`
+	// `replicators/{replicator}`; empty while nobody has it.
+	Replicator    string   `protobuf:"bytes,2,opt,name=replicator,proto3" json:"replicator,omitempty"`
+	Epoch         int64    `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Vchannels     []string `protobuf:"bytes,4,rep,name=vchannels,proto3" json:"vchannels,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CollectionPart) Reset() {
+	*x = CollectionPart{}
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CollectionPart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CollectionPart) ProtoMessage() {}
+
+func (x *CollectionPart) ProtoReflect() protoreflect.Message {
+	mi := &file_milvuscdc_v1_task_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CollectionPart.ProtoReflect.Descriptor instead.
+func (*CollectionPart) Descriptor() ([]byte, []int) {
+	return file_milvuscdc_v1_task_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *CollectionPart) GetAssignment() string {
+	if x != nil {
+		return x.Assignment
+	}
+	return ""
+}
+
+func (x *CollectionPart) GetReplicator() string {
+	if x != nil {
+		return x.Replicator
+	}
+	return ""
+}
+
+func (x *CollectionPart) GetEpoch() int64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *CollectionPart) GetVchannels() []string {
+	if x != nil {
+		return x.Vchannels
+	}
+	return nil
+}
+
 var File_milvuscdc_v1_task_proto protoreflect.FileDescriptor
 
 const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\n" +
-	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fmilvuscdc/v1/dead_letters.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\x1a\x16milvuscdc/v1/tls.proto\"\xa9\r\n" +
+	"\x17milvuscdc/v1/task.proto\x12\fmilvuscdc.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fmilvuscdc/v1/dead_letters.proto\x1a\x19milvuscdc/v1/format.proto\x1a\x19milvuscdc/v1/secret.proto\x1a\x1cmilvuscdc/v1/sink_file.proto\x1a\x1dmilvuscdc/v1/sink_kafka.proto\x1a milvuscdc/v1/sink_postgres.proto\x1a\x16milvuscdc/v1/tls.proto\"\xd4\r\n" +
 	"\x04Task\x12F\n" +
 	"\x04name\x18\x01 \x01(\tB2\xe2A\x01\b\xbaH+r)2'^tasks/[a-z]([a-z0-9-]{0,61}[a-z0-9])?$R\x04name\x12\x16\n" +
 	"\x03uid\x18\x02 \x01(\tB\x04\xe2A\x01\x03R\x03uid\x12\x12\n" +
@@ -2319,7 +2455,8 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\bprogress\x18\x1a \x01(\v2\x1a.milvuscdc.v1.TaskProgressB\x04\xe2A\x01\x03R\bprogress\x12=\n" +
 	"\n" +
 	"conditions\x18\x1b \x03(\v2\x17.milvuscdc.v1.ConditionB\x04\xe2A\x01\x03R\n" +
-	"conditions\x1a9\n" +
+	"conditions\x12)\n" +
+	"\x05split\x18< \x01(\v2\x13.milvuscdc.v1.SplitR\x05split\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1aC\n" +
@@ -2342,7 +2479,9 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x06_indexB\a\n" +
 	"\x05_loadB\a\n" +
 	"\x05_rbacB\b\n" +
-	"\x06_flush\"\x96\x01\n" +
+	"\x06_flush\"/\n" +
+	"\x05Split\x12&\n" +
+	"\tmax_parts\x18\x01 \x01(\x05B\t\xbaH\x06\x1a\x04\x18@(\x00R\bmaxParts\"\x96\x01\n" +
 	"\bBatching\x12\"\n" +
 	"\bmax_rows\x18\x01 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\amaxRows\x12$\n" +
 	"\tmax_bytes\x18\x02 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\bmaxBytes\x12@\n" +
@@ -2435,7 +2574,7 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x02at\x12\x05\xbaH\x02\b\x01\"\n" +
 	"\n" +
 	"\bEarliest\"\b\n" +
-	"\x06Latest\"\xb1\a\n" +
+	"\x06Latest\"\xe5\a\n" +
 	"\x0eTaskCollection\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bdatabase\x18\x02 \x01(\tR\bdatabase\x12\x1e\n" +
@@ -2465,7 +2604,8 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"conditions\x12#\n" +
 	"\rsink_database\x18\x13 \x01(\tR\fsinkDatabase\x12'\n" +
 	"\x0fsink_collection\x18\x14 \x01(\tR\x0esinkCollection\x12!\n" +
-	"\frows_refused\x18\x15 \x01(\x03R\vrowsRefused:h\xeaAe\n" +
+	"\frows_refused\x18\x15 \x01(\x03R\vrowsRefused\x122\n" +
+	"\x05parts\x18< \x03(\v2\x1c.milvuscdc.v1.CollectionPartR\x05parts:h\xeaAe\n" +
 	"\x1bmilvuscdc.io/TaskCollection\x12%tasks/{task}/collections/{collection}*\x0ftaskCollections2\x0etaskCollection\"9\n" +
 	"\tCondition\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x18\n" +
@@ -2480,7 +2620,16 @@ const file_milvuscdc_v1_task_proto_rawDesc = "" +
 	"\x06closed\x18\x05 \x01(\bR\x06closed\x12@\n" +
 	"\x0eretention_left\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\rretentionLeft\x120\n" +
 	"\x14retention_left_bytes\x18\a \x01(\x03R\x12retentionLeftBytes\x12$\n" +
-	"\x0eread_from_text\x18\b \x01(\tR\freadFromText*B\n" +
+	"\x0eread_from_text\x18\b \x01(\tR\freadFromText\"\x84\x01\n" +
+	"\x0eCollectionPart\x12\x1e\n" +
+	"\n" +
+	"assignment\x18\x01 \x01(\tR\n" +
+	"assignment\x12\x1e\n" +
+	"\n" +
+	"replicator\x18\x02 \x01(\tR\n" +
+	"replicator\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\x03R\x05epoch\x12\x1c\n" +
+	"\tvchannels\x18\x04 \x03(\tR\tvchannels*B\n" +
 	"\x05Drift\x12\x15\n" +
 	"\x11DRIFT_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fDRIFT_REPAIR\x10\x01\x12\x10\n" +
@@ -2521,7 +2670,7 @@ func file_milvuscdc_v1_task_proto_rawDescGZIP() []byte {
 }
 
 var file_milvuscdc_v1_task_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_milvuscdc_v1_task_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(Drift)(0),                    // 0: milvuscdc.v1.Drift
 	(TaskState)(0),                // 1: milvuscdc.v1.TaskState
@@ -2530,96 +2679,100 @@ var file_milvuscdc_v1_task_proto_goTypes = []any{
 	(*Task)(nil),                  // 4: milvuscdc.v1.Task
 	(*NameRule)(nil),              // 5: milvuscdc.v1.NameRule
 	(*Carry)(nil),                 // 6: milvuscdc.v1.Carry
-	(*Batching)(nil),              // 7: milvuscdc.v1.Batching
-	(*Limits)(nil),                // 8: milvuscdc.v1.Limits
-	(*TaskProgress)(nil),          // 9: milvuscdc.v1.TaskProgress
-	(*Source)(nil),                // 10: milvuscdc.v1.Source
-	(*EtcdMetadata)(nil),          // 11: milvuscdc.v1.EtcdMetadata
-	(*NatsQueue)(nil),             // 12: milvuscdc.v1.NatsQueue
-	(*KafkaQueue)(nil),            // 13: milvuscdc.v1.KafkaQueue
-	(*PulsarQueue)(nil),           // 14: milvuscdc.v1.PulsarQueue
-	(*PulsarOauth)(nil),           // 15: milvuscdc.v1.PulsarOauth
-	(*MilvusEndpoint)(nil),        // 16: milvuscdc.v1.MilvusEndpoint
-	(*Sink)(nil),                  // 17: milvuscdc.v1.Sink
-	(*Selection)(nil),             // 18: milvuscdc.v1.Selection
-	(*Start)(nil),                 // 19: milvuscdc.v1.Start
-	(*Earliest)(nil),              // 20: milvuscdc.v1.Earliest
-	(*Latest)(nil),                // 21: milvuscdc.v1.Latest
-	(*TaskCollection)(nil),        // 22: milvuscdc.v1.TaskCollection
-	(*Condition)(nil),             // 23: milvuscdc.v1.Condition
-	(*VchannelProgress)(nil),      // 24: milvuscdc.v1.VchannelProgress
-	nil,                           // 25: milvuscdc.v1.Task.LabelsEntry
-	nil,                           // 26: milvuscdc.v1.Task.ReplicatorLabelsEntry
-	(*DeadLetters)(nil),           // 27: milvuscdc.v1.DeadLetters
-	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
-	(*Tls)(nil),                   // 30: milvuscdc.v1.Tls
-	(*Secret)(nil),                // 31: milvuscdc.v1.Secret
-	(*KafkaSecurity)(nil),         // 32: milvuscdc.v1.KafkaSecurity
-	(*KafkaSink)(nil),             // 33: milvuscdc.v1.KafkaSink
-	(*FileSink)(nil),              // 34: milvuscdc.v1.FileSink
-	(*PostgresSink)(nil),          // 35: milvuscdc.v1.PostgresSink
-	(*Plugin)(nil),                // 36: milvuscdc.v1.Plugin
+	(*Split)(nil),                 // 7: milvuscdc.v1.Split
+	(*Batching)(nil),              // 8: milvuscdc.v1.Batching
+	(*Limits)(nil),                // 9: milvuscdc.v1.Limits
+	(*TaskProgress)(nil),          // 10: milvuscdc.v1.TaskProgress
+	(*Source)(nil),                // 11: milvuscdc.v1.Source
+	(*EtcdMetadata)(nil),          // 12: milvuscdc.v1.EtcdMetadata
+	(*NatsQueue)(nil),             // 13: milvuscdc.v1.NatsQueue
+	(*KafkaQueue)(nil),            // 14: milvuscdc.v1.KafkaQueue
+	(*PulsarQueue)(nil),           // 15: milvuscdc.v1.PulsarQueue
+	(*PulsarOauth)(nil),           // 16: milvuscdc.v1.PulsarOauth
+	(*MilvusEndpoint)(nil),        // 17: milvuscdc.v1.MilvusEndpoint
+	(*Sink)(nil),                  // 18: milvuscdc.v1.Sink
+	(*Selection)(nil),             // 19: milvuscdc.v1.Selection
+	(*Start)(nil),                 // 20: milvuscdc.v1.Start
+	(*Earliest)(nil),              // 21: milvuscdc.v1.Earliest
+	(*Latest)(nil),                // 22: milvuscdc.v1.Latest
+	(*TaskCollection)(nil),        // 23: milvuscdc.v1.TaskCollection
+	(*Condition)(nil),             // 24: milvuscdc.v1.Condition
+	(*VchannelProgress)(nil),      // 25: milvuscdc.v1.VchannelProgress
+	(*CollectionPart)(nil),        // 26: milvuscdc.v1.CollectionPart
+	nil,                           // 27: milvuscdc.v1.Task.LabelsEntry
+	nil,                           // 28: milvuscdc.v1.Task.ReplicatorLabelsEntry
+	(*DeadLetters)(nil),           // 29: milvuscdc.v1.DeadLetters
+	(*timestamppb.Timestamp)(nil), // 30: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 31: google.protobuf.Duration
+	(*Tls)(nil),                   // 32: milvuscdc.v1.Tls
+	(*Secret)(nil),                // 33: milvuscdc.v1.Secret
+	(*KafkaSecurity)(nil),         // 34: milvuscdc.v1.KafkaSecurity
+	(*KafkaSink)(nil),             // 35: milvuscdc.v1.KafkaSink
+	(*FileSink)(nil),              // 36: milvuscdc.v1.FileSink
+	(*PostgresSink)(nil),          // 37: milvuscdc.v1.PostgresSink
+	(*Plugin)(nil),                // 38: milvuscdc.v1.Plugin
 }
 var file_milvuscdc_v1_task_proto_depIdxs = []int32{
-	25, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
-	10, // 1: milvuscdc.v1.Task.source:type_name -> milvuscdc.v1.Source
-	17, // 2: milvuscdc.v1.Task.sink:type_name -> milvuscdc.v1.Sink
-	18, // 3: milvuscdc.v1.Task.selection:type_name -> milvuscdc.v1.Selection
-	19, // 4: milvuscdc.v1.Task.start:type_name -> milvuscdc.v1.Start
+	27, // 0: milvuscdc.v1.Task.labels:type_name -> milvuscdc.v1.Task.LabelsEntry
+	11, // 1: milvuscdc.v1.Task.source:type_name -> milvuscdc.v1.Source
+	18, // 2: milvuscdc.v1.Task.sink:type_name -> milvuscdc.v1.Sink
+	19, // 3: milvuscdc.v1.Task.selection:type_name -> milvuscdc.v1.Selection
+	20, // 4: milvuscdc.v1.Task.start:type_name -> milvuscdc.v1.Start
 	5,  // 5: milvuscdc.v1.Task.rename:type_name -> milvuscdc.v1.NameRule
 	6,  // 6: milvuscdc.v1.Task.carry:type_name -> milvuscdc.v1.Carry
 	0,  // 7: milvuscdc.v1.Task.drift:type_name -> milvuscdc.v1.Drift
-	7,  // 8: milvuscdc.v1.Task.batching:type_name -> milvuscdc.v1.Batching
-	8,  // 9: milvuscdc.v1.Task.limits:type_name -> milvuscdc.v1.Limits
-	27, // 10: milvuscdc.v1.Task.dead_letters:type_name -> milvuscdc.v1.DeadLetters
-	26, // 11: milvuscdc.v1.Task.replicator_labels:type_name -> milvuscdc.v1.Task.ReplicatorLabelsEntry
+	8,  // 8: milvuscdc.v1.Task.batching:type_name -> milvuscdc.v1.Batching
+	9,  // 9: milvuscdc.v1.Task.limits:type_name -> milvuscdc.v1.Limits
+	29, // 10: milvuscdc.v1.Task.dead_letters:type_name -> milvuscdc.v1.DeadLetters
+	28, // 11: milvuscdc.v1.Task.replicator_labels:type_name -> milvuscdc.v1.Task.ReplicatorLabelsEntry
 	1,  // 12: milvuscdc.v1.Task.state:type_name -> milvuscdc.v1.TaskState
-	28, // 13: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
-	28, // 14: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
-	28, // 15: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
-	9,  // 16: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
-	23, // 17: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
-	29, // 18: milvuscdc.v1.Batching.linger:type_name -> google.protobuf.Duration
-	29, // 19: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
-	11, // 20: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
-	12, // 21: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
-	13, // 22: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
-	14, // 23: milvuscdc.v1.Source.pulsar:type_name -> milvuscdc.v1.PulsarQueue
-	16, // 24: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	30, // 25: milvuscdc.v1.EtcdMetadata.tls:type_name -> milvuscdc.v1.Tls
-	31, // 26: milvuscdc.v1.EtcdMetadata.password:type_name -> milvuscdc.v1.Secret
-	30, // 27: milvuscdc.v1.NatsQueue.tls:type_name -> milvuscdc.v1.Tls
-	31, // 28: milvuscdc.v1.NatsQueue.token:type_name -> milvuscdc.v1.Secret
-	31, // 29: milvuscdc.v1.NatsQueue.password:type_name -> milvuscdc.v1.Secret
-	31, // 30: milvuscdc.v1.NatsQueue.nkey_seed:type_name -> milvuscdc.v1.Secret
-	32, // 31: milvuscdc.v1.KafkaQueue.security:type_name -> milvuscdc.v1.KafkaSecurity
-	30, // 32: milvuscdc.v1.PulsarQueue.tls:type_name -> milvuscdc.v1.Tls
-	31, // 33: milvuscdc.v1.PulsarQueue.token:type_name -> milvuscdc.v1.Secret
-	2,  // 34: milvuscdc.v1.PulsarQueue.hold:type_name -> milvuscdc.v1.PulsarHold
-	15, // 35: milvuscdc.v1.PulsarQueue.oauth:type_name -> milvuscdc.v1.PulsarOauth
-	31, // 36: milvuscdc.v1.PulsarOauth.client_secret:type_name -> milvuscdc.v1.Secret
-	31, // 37: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
-	30, // 38: milvuscdc.v1.MilvusEndpoint.tls:type_name -> milvuscdc.v1.Tls
-	16, // 39: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
-	33, // 40: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
-	34, // 41: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
-	35, // 42: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
-	36, // 43: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
-	20, // 44: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
-	21, // 45: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
-	3,  // 46: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
-	28, // 47: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
-	28, // 48: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
-	29, // 49: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
-	24, // 50: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
-	23, // 51: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
-	29, // 52: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
-	53, // [53:53] is the sub-list for method output_type
-	53, // [53:53] is the sub-list for method input_type
-	53, // [53:53] is the sub-list for extension type_name
-	53, // [53:53] is the sub-list for extension extendee
-	0,  // [0:53] is the sub-list for field type_name
+	30, // 13: milvuscdc.v1.Task.state_time:type_name -> google.protobuf.Timestamp
+	30, // 14: milvuscdc.v1.Task.create_time:type_name -> google.protobuf.Timestamp
+	30, // 15: milvuscdc.v1.Task.update_time:type_name -> google.protobuf.Timestamp
+	10, // 16: milvuscdc.v1.Task.progress:type_name -> milvuscdc.v1.TaskProgress
+	24, // 17: milvuscdc.v1.Task.conditions:type_name -> milvuscdc.v1.Condition
+	7,  // 18: milvuscdc.v1.Task.split:type_name -> milvuscdc.v1.Split
+	31, // 19: milvuscdc.v1.Batching.linger:type_name -> google.protobuf.Duration
+	31, // 20: milvuscdc.v1.TaskProgress.lag:type_name -> google.protobuf.Duration
+	12, // 21: milvuscdc.v1.Source.etcd:type_name -> milvuscdc.v1.EtcdMetadata
+	13, // 22: milvuscdc.v1.Source.nats:type_name -> milvuscdc.v1.NatsQueue
+	14, // 23: milvuscdc.v1.Source.kafka:type_name -> milvuscdc.v1.KafkaQueue
+	15, // 24: milvuscdc.v1.Source.pulsar:type_name -> milvuscdc.v1.PulsarQueue
+	17, // 25: milvuscdc.v1.Source.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	32, // 26: milvuscdc.v1.EtcdMetadata.tls:type_name -> milvuscdc.v1.Tls
+	33, // 27: milvuscdc.v1.EtcdMetadata.password:type_name -> milvuscdc.v1.Secret
+	32, // 28: milvuscdc.v1.NatsQueue.tls:type_name -> milvuscdc.v1.Tls
+	33, // 29: milvuscdc.v1.NatsQueue.token:type_name -> milvuscdc.v1.Secret
+	33, // 30: milvuscdc.v1.NatsQueue.password:type_name -> milvuscdc.v1.Secret
+	33, // 31: milvuscdc.v1.NatsQueue.nkey_seed:type_name -> milvuscdc.v1.Secret
+	34, // 32: milvuscdc.v1.KafkaQueue.security:type_name -> milvuscdc.v1.KafkaSecurity
+	32, // 33: milvuscdc.v1.PulsarQueue.tls:type_name -> milvuscdc.v1.Tls
+	33, // 34: milvuscdc.v1.PulsarQueue.token:type_name -> milvuscdc.v1.Secret
+	2,  // 35: milvuscdc.v1.PulsarQueue.hold:type_name -> milvuscdc.v1.PulsarHold
+	16, // 36: milvuscdc.v1.PulsarQueue.oauth:type_name -> milvuscdc.v1.PulsarOauth
+	33, // 37: milvuscdc.v1.PulsarOauth.client_secret:type_name -> milvuscdc.v1.Secret
+	33, // 38: milvuscdc.v1.MilvusEndpoint.token:type_name -> milvuscdc.v1.Secret
+	32, // 39: milvuscdc.v1.MilvusEndpoint.tls:type_name -> milvuscdc.v1.Tls
+	17, // 40: milvuscdc.v1.Sink.milvus:type_name -> milvuscdc.v1.MilvusEndpoint
+	35, // 41: milvuscdc.v1.Sink.kafka:type_name -> milvuscdc.v1.KafkaSink
+	36, // 42: milvuscdc.v1.Sink.files:type_name -> milvuscdc.v1.FileSink
+	37, // 43: milvuscdc.v1.Sink.postgres:type_name -> milvuscdc.v1.PostgresSink
+	38, // 44: milvuscdc.v1.Sink.plugin:type_name -> milvuscdc.v1.Plugin
+	21, // 45: milvuscdc.v1.Start.earliest:type_name -> milvuscdc.v1.Earliest
+	22, // 46: milvuscdc.v1.Start.latest:type_name -> milvuscdc.v1.Latest
+	3,  // 47: milvuscdc.v1.TaskCollection.state:type_name -> milvuscdc.v1.CollectionState
+	30, // 48: milvuscdc.v1.TaskCollection.state_time:type_name -> google.protobuf.Timestamp
+	30, // 49: milvuscdc.v1.TaskCollection.checkpoint_time:type_name -> google.protobuf.Timestamp
+	31, // 50: milvuscdc.v1.TaskCollection.lag:type_name -> google.protobuf.Duration
+	25, // 51: milvuscdc.v1.TaskCollection.vchannels:type_name -> milvuscdc.v1.VchannelProgress
+	24, // 52: milvuscdc.v1.TaskCollection.conditions:type_name -> milvuscdc.v1.Condition
+	26, // 53: milvuscdc.v1.TaskCollection.parts:type_name -> milvuscdc.v1.CollectionPart
+	31, // 54: milvuscdc.v1.VchannelProgress.retention_left:type_name -> google.protobuf.Duration
+	55, // [55:55] is the sub-list for method output_type
+	55, // [55:55] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_milvuscdc_v1_task_proto_init() }
@@ -2635,19 +2788,19 @@ func file_milvuscdc_v1_task_proto_init() {
 	file_milvuscdc_v1_sink_postgres_proto_init()
 	file_milvuscdc_v1_tls_proto_init()
 	file_milvuscdc_v1_task_proto_msgTypes[2].OneofWrappers = []any{}
-	file_milvuscdc_v1_task_proto_msgTypes[6].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[7].OneofWrappers = []any{
 		(*Source_Nats)(nil),
 		(*Source_Kafka)(nil),
 		(*Source_Pulsar)(nil),
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[13].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[14].OneofWrappers = []any{
 		(*Sink_Milvus)(nil),
 		(*Sink_Kafka)(nil),
 		(*Sink_Files)(nil),
 		(*Sink_Postgres)(nil),
 		(*Sink_Plugin)(nil),
 	}
-	file_milvuscdc_v1_task_proto_msgTypes[15].OneofWrappers = []any{
+	file_milvuscdc_v1_task_proto_msgTypes[16].OneofWrappers = []any{
 		(*Start_Earliest)(nil),
 		(*Start_Latest)(nil),
 	}
@@ -2657,7 +2810,7 @@ func file_milvuscdc_v1_task_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milvuscdc_v1_task_proto_rawDesc), len(file_milvuscdc_v1_task_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   23,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
