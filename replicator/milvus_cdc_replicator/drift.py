@@ -229,7 +229,11 @@ class Reconciler:
             look = partial(
                 self._sink.diff, want, carry, sink_collection_id=assignment.sink_collection_id
             )
-            return await unless_halted(self._halt, look, seconds=LOOK_SECONDS)
+            found = await unless_halted(self._halt, look, seconds=LOOK_SECONDS)
+        if not assignment.part:
+            return found
+        # It may be of another part, which has heard of it first, with rows in it.
+        return tuple(d for d in found if (d.kind, d.action) != ("partition", Action.DROP))
 
     async def _effective(
         self, assignment: CollectionAssignment, want: Collection

@@ -227,6 +227,16 @@ async def test_a_surplus_partition_is_kept_when_the_source_makes_it_meanwhile() 
     assert "p2" in bench.sink.partitions("default", "c")
 
 
+async def test_a_part_drops_no_partition_that_another_part_may_just_have_made() -> None:
+    bench = Bench()
+    await bench.as_wanted()
+    bench.sink._at("default", "c").partitions["p2"] = []
+    await bench.run(part=True)
+    assert ("partition", "p2") not in bench.tried
+    await bench.run()
+    assert ("partition", "p2") in bench.tried
+
+
 async def test_a_partition_dropped_by_the_log_meanwhile_is_not_made_again() -> None:
     bench = Bench()
     await bench.as_wanted()
