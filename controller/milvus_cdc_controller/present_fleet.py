@@ -112,8 +112,8 @@ def listed_grants(world: World) -> Iterator[Grant]:
     which it is now.
     """
     for key, grant in world.grants.items():
-        record = world.record_of(key)
-        if record is not None and not grant.instance and world.parts.get(record.assignment_id):
+        record = None if grant.instance or not world.parts else world.record_of(key)
+        if record is not None and world.parts.get(record.assignment_id):
             if key not in shown_as(world, world.tasks[record.task_uid], record):
                 continue
         yield grant

@@ -25,7 +25,7 @@ from milvus_cdc_controller.core.grant import Grant
 from milvus_cdc_controller.core.liveness import Session
 from milvus_cdc_controller.core.moving import Cause, Move
 from milvus_cdc_controller.core.placement import place
-from milvus_cdc_controller.core.placing import held_by, labels_of, need_of
+from milvus_cdc_controller.core.placing import TAKES_PARTS, held_by, labels_of, need_of
 from milvus_cdc_controller.core.presence import end_drain, forget_drain, held_under, look
 from milvus_cdc_controller.core.replicator import (
     Drain,
@@ -254,6 +254,12 @@ def _check_target(world: World, key: str, session: Session) -> Refusal | None:
     if not session.takes_work(world.leases, world.now.mono_ms):
         return _no("REPLICATOR_FULL", f"{name} has just refused for want of room.", "replicator")
     missing = need_of(world, key).labels - labels_of(session)
+    if missing >= TAKES_PARTS:
+        return _no(
+            "TAKES_NO_PARTS",
+            f"{name} is of a version that takes no parts of collections; upgrade it first.",
+            "replicator",
+        )
     if missing:
         wanted = ", ".join(f"{label}={value}" for label, value in sorted(missing))
         return _no(

@@ -32,6 +32,8 @@ LOOKED_AT_ONCE = 500
 """So many are looked at; the others in their turn."""
 TRIED_AT_ONCE = 20
 """For so many of them replicators are looked for."""
+TRY_AGAIN_MS = 5_000
+"""After a look that found none for any of them: it goes over everything that is held."""
 
 
 def look(world: World) -> None:
@@ -43,7 +45,7 @@ def look(world: World) -> None:
     world.lacking = _lacking(world, tasks)
     held = [world.standing[task.uid].running for task in tasks if task.uid in world.standing]
     whole = [keys[0] for running in held for keys in running.values() if len(keys) == 1]
-    if whole:
+    if whole and world.now.mono_ms >= world.split_after_ms:
         _split_some(world, whole)
 
 
@@ -64,6 +66,9 @@ def _lacking(world: World, tasks: list[TaskRecord]) -> dict[str, int]:
 def _split_some(world: World, whole: list[str]) -> None:
     """Of collections that run in one piece, beginning where the last look has ended."""
     start = world.parts_turn % len(whole)
+    takers = world.takers()
+    if len(takers) < 2:
+        return
     free: list[Candidate] | None = None
     room, tries, seen = AT_ONCE, TRIED_AT_ONCE, 0
     for key in (whole[start:] + whole[:start])[:LOOKED_AT_ONCE]:
@@ -75,12 +80,14 @@ def _split_some(world: World, whole: list[str]) -> None:
             continue
         tries -= 1
         if free is None:
-            free = candidates(world, world.takers())
+            free = candidates(world, takers)
         if _has_owners(world, world.tasks[record.task_uid], record, free):
             room -= 1
             world.divided.add(key)
             world.touch_one(key)
     world.parts_turn = start + seen
+    if tries < TRIED_AT_ONCE and room == AT_ONCE:
+        world.split_after_ms = world.now.mono_ms + TRY_AGAIN_MS
 
 
 def _may_be_split(world: World, task: TaskRecord, record: CollectionRecord) -> bool:

@@ -165,6 +165,7 @@ class World:
     lacking: dict[str, int] = field(default_factory=dict)
     """Since when parts of a collection have no owner."""
     look_at_parts_ms: int = 0
+    split_after_ms: int = 0
     parts_turn: int = 0
     """How many that are in one piece the looks have come past."""
     jobs: dict[str, Job] = field(default_factory=dict)

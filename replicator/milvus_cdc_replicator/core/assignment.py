@@ -331,7 +331,7 @@ class AssignmentCore:
             if op.ts > lane.horizon_ts:
                 return []
             if not self._partition_key and op.partition_id != -1:
-                verdict = self._admit(op)
+                verdict = self._admit(lane, op)
                 if verdict is not None:
                     if verdict:
                         return verdict
@@ -379,7 +379,7 @@ class AssignmentCore:
         if (mark := lane.mark_after(op)) is not None:
             self.sequencer.mark(mark)
 
-    def _admit(self, op: LogOp) -> list[Effect] | None:
+    def _admit(self, lane: Lane, op: LogOp) -> list[Effect] | None:
         """None = write it; an empty list = wait or leave out; effects = do these first."""
         state = self._partitions
         partition_id = op.partition_id
@@ -397,7 +397,7 @@ class AssignmentCore:
         if holder is not None and self._is_dropped(holder):
             # The name was given anew before the old partition's drop message: make room first.
             if self.sequencer.idle and self.part:
-                self.stands_ts = max(self.stands_ts, op.ts)
+                self._stand(lane, op)
             elif self.sequencer.idle:
                 state.dropping = holder
                 return [DropPartition(holder, known.name, self._known[holder].drop_ts)]
@@ -434,11 +434,15 @@ class AssignmentCore:
                 self._reached(other, marker) for other in self.lanes.values()
             ):
                 if self.part:
-                    self.stands_ts = max(self.stands_ts, marker.ts)
+                    self._stand(lane, marker)
                     return []
                 self._partitions.dropping = marker.partition_id
                 return [DropPartition(marker.partition_id, marker.partition, marker.ts)]
         return []
+
+    def _stand(self, lane: Lane, op: LogOp) -> None:
+        # What came behind its tick is older than the checkpoint, and done when that goes on.
+        self.stands_ts = max(self.stands_ts, op.ts, lane.resolved_ts + 1)
 
     def _reached(self, lane: Lane, marker: LogOp) -> bool:
         if lane.ended and not lane.staged:

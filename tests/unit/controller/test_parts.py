@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from milvus_cdc.model import Vchannel, part_of_assignment, split_assignment_id
+from milvus_cdc.model import RateLimits, Vchannel, part_of_assignment, split_assignment_id
 from milvus_cdc_controller import wire
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core import events as ev
+from milvus_cdc_controller.core import splitting
 from milvus_cdc_controller.core.collection import CollectionState, Counters
-from milvus_cdc_controller.core.status import collection_status, collection_view
+from milvus_cdc_controller.core.grant import ReportedState
+from milvus_cdc_controller.core.status import collection_status, collection_view, task_totals
 from milvus_cdc_controller.store.records import decode, encode
 
 from tests.unit.controller.world import Script, collection, spec
@@ -22,12 +25,12 @@ HOT = replace(collection(11), vchannels=SHARDS)
 BOTH = (1, 2)
 
 
-def whole() -> Script:
+def whole(**task: Any) -> Script:
     """One of two replicators has it, with everything carried out at the sink."""
     script = Script()
     for stream, name in ((1, "a"), (2, "b")):
         script.hello(stream, name, takes_parts=True)
-    script.create(spec(max_parts=2, source=b"", sink=b""))
+    script.create(spec(max_parts=2, source=b"", sink=b"", **task))
     script.see(HOT)
     said(script, WHOLE, (50, 50), opened=ev.SinkOpened(99))
     version = script.core.world.collections["uid-copy"][11].version
@@ -63,8 +66,8 @@ def held(script: Script) -> set[str]:
     }
 
 
-def divided() -> Script:
-    script = whole()
+def divided(**task: Any) -> Script:
+    script = whole(**task)
     script.pass_time(4_000, beating=BOTH)
     let_go(script, WHOLE)
     assert held(script) == {ONE, TWO}
@@ -229,11 +232,117 @@ def test_a_part_without_an_owner_makes_it_whole_again() -> None:
         CollectionState.PENDING,
         "NO_CAPACITY",
     )
+    assert script.core.world.unplaced == {"uid-copy": {TWO}}
     script.pass_time(17_000, beating=BOTH)
     assert asked_back(script) == {ONE}
     script.ask(ev.UncordonReplicator, name="a" if gone == 2 else "b")
     let_go(script, ONE)
     assert held(script) == {WHOLE}
+    assert not script.core.world.unplaced
+
+
+def share_of(script: Script, key: str) -> int:
+    session = script.core.world.sessions[script.core.world.grants[key].instance]
+    return session.parts["uid-copy"].requests_in_flight
+
+
+def test_limits_are_divided_among_those_that_have_parts() -> None:
+    script = whole(limits=RateLimits(requests_in_flight=4))
+    assert share_of(script, WHOLE) == 4
+    script.pass_time(4_000, beating=BOTH)
+    let_go(script, WHOLE)
+    assert (held(script), share_of(script, ONE), share_of(script, TWO)) == ({ONE, TWO}, 2, 2)
+    said(script, ONE, (70,), whole_now=True)
+    let_go(script, ONE)
+    let_go(script, TWO)
+    assert (held(script), share_of(script, WHOLE)) == ({WHOLE}, 4)
+
+
+def test_what_may_be_with_one_replicator_is_not_split() -> None:
+    one = whole(limits=RateLimits(connections=1))
+    one.pass_time(10_000, beating=BOTH)
+    assert (held(one), asked_back(one)) == ({WHOLE}, set())
+    script = whole(limits=RateLimits(connections=2))
+    script.hello(3, "c", takes_parts=True)
+    script.pass_time(4_000, beating=(1, 2, 3))
+    let_go(script, WHOLE)
+    assert held(script) == {ONE, TWO}
+    assert len(script.core.world.holders("uid-copy")) == 2
+
+
+def test_parts_that_may_be_with_one_replicator_only_come_together() -> None:
+    script = divided(limits=RateLimits(connections=2))
+    said(script, ONE, (60,))
+    said(script, TWO, (60,))
+    script.ask(
+        ev.UpdateTask,
+        name="tasks/copy",
+        etag="",
+        labels=None,
+        selection=None,
+        limits=RateLimits(connections=1),
+    )
+    script.pass_time(2_000, beating=BOTH)
+    [moving] = asked_back(script)
+    let_go(script, moving)
+    assert held(script) == {ONE, TWO}
+    assert stream_of(script, ONE) == stream_of(script, TWO)
+
+
+def test_a_task_counts_a_collection_once_and_is_as_far_behind_as_the_last_part() -> None:
+    script = divided()
+    said(script, ONE, (60,), lag_ms=5)
+    assert task_totals(script.core.world, "uid-copy").running == 0
+    said(script, TWO, (60,), lag_ms=7)
+    totals = task_totals(script.core.world, "uid-copy")
+    assert (totals.collections, totals.running, totals.lag_ms) == (1, 1, 7)
+    said(script, TWO, (61,), lag_ms=3)
+    assert task_totals(script.core.world, "uid-copy").lag_ms == 5
+    said(script, TWO, (61,), state=ReportedState.RETRYING)
+    standing = script.core.world.standing["uid-copy"]
+    assert (set(standing.running), standing.retrying) == (set(), {11})
+
+
+def test_a_look_is_at_so_many_and_all_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+
+    def look(_world: Any, _task: Any, record: Any) -> bool:
+        looked_at.append(record.collection_id)
+        return False
+
+    monkeypatch.setattr(splitting, "LOOKED_AT_ONCE", 2)
+    monkeypatch.setattr(splitting, "_may_be_split", look)
+    script = Script()
+    script.hello(1, "a", takes_parts=True)
+    script.hello(2, "b", takes_parts=True)
+    script.create(spec(max_parts=2))
+    script.see(*(collection(number, f"c{number}") for number in (11, 12, 13)))
+    for number in (11, 12, 13):
+        key = f"uid-copy.{number}"
+        script.report(stream_of(script, key), key, 1, opened=ev.SinkOpened(99))
+    script.pass_time(3_000, beating=BOTH)
+    assert [looked_at.count(number) for number in (11, 12, 13)] == [2, 2, 2]
+
+
+def test_a_part_is_not_moved_to_an_older_replicator() -> None:
+    script = divided()
+    script.hello(3, "c")
+    reply = script.ask(ev.MoveAssignment, assignment_id=ONE, replicator="c")
+    assert reply.refusal is not None
+    assert reply.refusal.reason == "TAKES_NO_PARTS"
+
+
+def test_what_found_no_other_replicator_is_split_when_one_comes() -> None:
+    script = whole()
+    script.ask(ev.CordonReplicator, name="b" if stream_of(script, WHOLE) == 1 else "a")
+    script.pass_time(20_000, beating=BOTH)
+    assert asked_back(script) == set()
+    script.hello(3, "c")
+    script.pass_time(10_000, beating=(1, 2, 3))
+    assert asked_back(script) == set()
+    script.hello(4, "d", takes_parts=True)
+    script.pass_time(6_000, beating=(1, 2, 3, 4))
+    assert asked_back(script) == {WHOLE}
 
 
 def test_counters_of_parts_and_wholes_add_up() -> None:
@@ -246,7 +355,9 @@ def test_counters_of_parts_and_wholes_add_up() -> None:
     said(script, ONE, (70,), counters=Counters(3))
     progress = script.core.world.progress[WHOLE]
     assert (progress.totals.rows_inserted, progress.conditions) == (15, (("RATE_LIMITED", "slow"),))
+    assert task_totals(script.core.world, "uid-copy").counters == progress.totals
     assert decode("checkpoints/uid-copy/11", encode(progress)) == progress
+    assert b'"format_version":9' in encode(progress)
     said(script, ONE, (90,), stands_ts=100, counters=Counters(3))
     said(script, TWO, (90,), stands_ts=100, counters=Counters(2))
     let_go(script, ONE)

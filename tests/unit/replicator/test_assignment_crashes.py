@@ -373,6 +373,20 @@ def test_a_part_stands_before_a_partitions_drop_and_leaves_it_to_others() -> Non
     assert (first.resolved_ts, second.resolved_ts, len(first.staged)) == (0, 0, 2)
 
 
+def test_a_part_stands_before_a_drop_that_came_behind_its_tick_beyond_its_checkpoint() -> None:
+    core = _core((Partition(1, "_default", 0), Partition(2, "p", 0)), lanes=1)
+    core.part = True
+    [lane] = core.lanes.values()
+    lane.tick(20, position(1))
+    assert lane.resolved_ts == 20
+    for _ in range(2):  # what is behind a tick is read again
+        lane.add(_drop(10, 2, 2, "p"))
+        lane.tick(30, position(3))
+        lane.take_reread()
+    assert (core.step(), core.stands_ts) == ([], 21)
+    assert (lane.late, lane.resolved_ts, len(lane.staged)) == (1, 20, 1)
+
+
 def test_a_part_makes_no_room_for_a_name_that_was_given_anew() -> None:
     core = _core((Partition(1, "_default", 0), Partition(2, "p", 0)), lanes=1)
     core.part = True
