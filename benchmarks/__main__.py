@@ -40,7 +40,7 @@ from tests.servers import (
     pulsar_unavailable_reason,
 )
 
-PARTS = (
+OF_A_QUEUE = (
     "direct",
     "catchup",
     "discard",
@@ -51,6 +51,10 @@ PARTS = (
     "memory",
     "idle",
     "list",
+)
+"""Parts that are measured on the servers of a source, for each kind of queue."""
+PARTS = (
+    *OF_A_QUEUE,
     "metadata",
     "reconcile",
     "assignments",
@@ -61,18 +65,6 @@ PARTS = (
     "trust",
     "pulsar-read",
 )
-OF_NO_QUEUE = {
-    "metadata",
-    "reconcile",
-    "assignments",
-    "scaleout",
-    "kafka-sink",
-    "files",
-    "postgres",
-    "trust",
-    "pulsar-read",
-}
-"""Parts that need no source's servers, or their own."""
 LAG_ROWS_PER_SECOND = 1_000
 IDLE_COLLECTIONS = 64
 LISTED_TASKS = 1_000
@@ -133,7 +125,7 @@ def _measure_all(options: argparse.Namespace, results: Results) -> None:
         else:
             _say("a topic of a Pulsar, read by the source's reader and by a bare one")
             results.pulsar_read = pulsar_read.measure()
-    for queue in options.queues if set(options.only) - OF_NO_QUEUE else ():
+    for queue in options.queues if set(options.only).intersection(OF_A_QUEUE) else ():
         if queue == "kafka" and (reason := kafka_unavailable_reason()):
             _say(f"kafka left out: {reason}")
             continue
