@@ -4,7 +4,6 @@ wire, and what is written down about it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,6 @@ from tests.integration.trust_world import (
 from tests.servers.trust_authority import (
     Authority,
 )
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("trust"))
-
-
-@pytest.fixture(scope="module")
-async def address(world: World) -> AsyncIterator[str]:
-    async with world.serving() as address:
-        yield address
 
 
 @pytest.mark.parametrize("role", PEOPLE)

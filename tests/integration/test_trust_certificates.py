@@ -25,11 +25,6 @@ from tests.servers.trust_authority import (
 )
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("trust"))
-
-
 async def test_client_certificates(world: World, tmp_path: Path) -> None:
     authority = world.authority
     known = authority.issue("alice")

@@ -72,11 +72,6 @@ async def controller(world: World, path: Path) -> AsyncIterator[Place]:
         yield Place(world, address, stack)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("quotas"))
-
-
 @pytest.fixture
 async def place(world: World, tmp_path: Path) -> AsyncIterator[Place]:
     async with controller(world, tmp_path / "store.db") as place:

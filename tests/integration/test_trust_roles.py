@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,6 @@ from tests.integration.trust_world import (
 )
 
 SECURITY = Path(__file__).parents[2] / "docs" / "security.md"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("trust"))
-
-
-@pytest.fixture(scope="module")
-async def address(world: World) -> AsyncIterator[str]:
-    async with world.serving() as address:
-        yield address
 
 
 def _methods() -> dict[str, Any]:

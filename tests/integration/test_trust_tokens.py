@@ -8,7 +8,7 @@ import asyncio
 import json
 import ssl
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,6 @@ from tests.servers.trust_authority import (
     Authority,
     Issuer,
 )
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("trust"))
-
-
-@pytest.fixture(scope="module")
-async def address(world: World) -> AsyncIterator[str]:
-    async with world.serving() as address:
-        yield address
 
 
 async def test_web_tokens(world: World, address: str) -> None:
