@@ -18,8 +18,7 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
@@ -27,7 +26,8 @@ import yaml
 from pymilvus import DataType, MilvusClient
 
 from examples.hops import AS_IT_SHOULD_BE, HTTP, NATS, Hop, shown, table
-from tests.servers import Authority, Pair, ServerStartError
+from tests.servers import Authority, ManagedProcess, Pair, ServerStartError
+from tests.servers.ensemble import Ensemble
 from tests.servers.secured import SecuredStack
 from tests.servers.services import LEADER_LEASE_SECONDS, ControllerProcess, ReplicatorProcess
 
@@ -44,8 +44,8 @@ class Failed(Exception):
     """Something was not as it has to be."""
 
 
-class Secure:
-    """The services of one run, beside a stack that runs; `with` starts and stops them."""
+class Secure(Ensemble):
+    """The services of one run, beside a stack that runs."""
 
     def __init__(self, stack: SecuredStack, folder: Path) -> None:
         self.stack = stack
@@ -114,28 +114,9 @@ class Secure:
             ),
         ]
 
-    def __enter__(self) -> Self:
-        try:
-            for process in (*self.controllers, *self.replicators):
-                process.spawn()
-            for process in (*self.controllers, *self.replicators):
-                process.wait_ready()
-        except BaseException:
-            self._stop()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
-        for process in (*self.replicators, *self.controllers):
-            process.stop()
+    @property
+    def servers(self) -> tuple[ManagedProcess, ...]:
+        return (*self.controllers, *self.replicators)
 
     def write_task(self, include: str) -> Path:
         text = (FILES / "task.yaml").read_text().replace(PLACE, str(self.certificates))

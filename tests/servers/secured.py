@@ -5,12 +5,11 @@ which a side-car stands because Milvus' own NATS has no TLS.
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from pymilvus import MilvusClient
 
 from tests.servers.certificates import Authority, Pair
+from tests.servers.ensemble import Ensemble
 from tests.servers.etcd import EtcdServer
 from tests.servers.milvus import MilvusServer, Settings
 from tests.servers.process import ManagedProcess
@@ -30,7 +29,7 @@ def etcd_over_tls(authority: Authority, own: Pair) -> Settings:
     return {"etcd": {"ssl": ssl}}
 
 
-class SecuredStack:
+class SecuredStack(Ensemble):
     """Source, sink and their etcd; `queue_url` is the side-car's."""
 
     def __init__(self, folder: Path, authority: Authority) -> None:
@@ -58,7 +57,6 @@ class SecuredStack:
 
     @property
     def servers(self) -> tuple[ManagedProcess, ...]:
-        """In the order of starting."""
         return (self.etcd, self.queue, self.source, self.sink)
 
     def connect(self, server: MilvusServer, who: Pair, database: str = "default") -> MilvusClient:
@@ -71,26 +69,6 @@ class SecuredStack:
             client_pem_path=str(who.certificate),
             client_key_path=str(who.key),
         )
-
-    def __enter__(self) -> Self:
-        """Raises ServerStartError if a part does not come up, with nothing left."""
-        try:
-            for server in self.servers:
-                server.spawn()
-            for server in self.servers:
-                server.wait_ready()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
 
     def stop(self) -> None:
         """At once: with mutual TLS a Milvus needs a quarter of a minute to end by itself."""

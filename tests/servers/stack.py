@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self, TypedDict
+from typing import Literal, TypedDict
 
 from tests.servers.certificates import Authority
+from tests.servers.ensemble import Ensemble
 from tests.servers.etcd import EtcdServer
 from tests.servers.kafka import KafkaServer
 from tests.servers.milvus import MilvusServer
@@ -34,7 +34,7 @@ class Addresses(TypedDict):
     pids: dict[str, int]
 
 
-class Stack:
+class Stack(Ensemble):
     """A source Milvus writing to NATS, Kafka or Pulsar and a sink Milvus, sharing one etcd.
 
     Law: the queue outlives its Milvus and etcd outlives both: a Milvus that lost either ignores
@@ -92,32 +92,21 @@ class Stack:
 
     @property
     def servers(self) -> tuple[ManagedProcess, ...]:
-        """In the order of starting; stopping goes backwards."""
         queue = (self.queue,) if self.queue else ()
         return (self.etcd, *queue, self.source, *([self.sink] if self._own_sink else []))
 
-    def start(self) -> Self:
-        """Start everything; ServerStartError if a part does not come up, with nothing left."""
-        try:
-            self.etcd.spawn()
-            if self.queue:
-                self.queue.spawn()
-            self.etcd.wait_ready()
-            if self._own_sink:
-                self.sink.spawn()
-            if self.queue:
-                self.queue.wait_ready()
-            self.source.spawn()
-            self.source.wait_ready()
-            self.sink.wait_ready()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def stop(self) -> None:
-        for server in reversed(self.servers):
-            server.stop()
+    def bring_up(self) -> None:
+        self.etcd.spawn()
+        if self.queue:
+            self.queue.spawn()
+        self.etcd.wait_ready()
+        if self._own_sink:
+            self.sink.spawn()
+        if self.queue:
+            self.queue.wait_ready()
+        self.source.spawn()
+        self.source.wait_ready()
+        self.sink.wait_ready()
 
     def addresses(self) -> Addresses:
         return {
@@ -134,14 +123,3 @@ class Stack:
             "sink_cluster": self.sink.cluster,
             "pids": {server.name: server.pid for server in self.servers},
         }
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
