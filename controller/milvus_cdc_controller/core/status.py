@@ -26,8 +26,9 @@ from milvus_cdc_controller.core.parts import held_grants, shape
 from milvus_cdc_controller.core.placing import labels_of
 from milvus_cdc_controller.core.reconcile import name_fault
 from milvus_cdc_controller.core.standing import Standing, first
+from milvus_cdc_controller.core.store_keys import task_key
 from milvus_cdc_controller.core.task import TaskRecord, TaskState, move
-from milvus_cdc_controller.core.world import World, task_key
+from milvus_cdc_controller.core.world import World
 
 Status = tuple[CollectionState, str, str]
 
