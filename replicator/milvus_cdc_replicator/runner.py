@@ -13,40 +13,38 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import structlog
 from milvus_cdc.dead_letters import Place
 from milvus_cdc.errors import BugError, CdcError
-from milvus_cdc.model import ObjectState, split_assignment_id, tso_to_ms
+from milvus_cdc.model import ObjectState, split_assignment_id
 from milvus_cdc.order.lane import Lane
 from milvus_cdc.sink.writer_sink import Origin
 
-from milvus_cdc_replicator import metrics
+from milvus_cdc_replicator.alarms import Alarms
 from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.convert import Converter
 from milvus_cdc_replicator.core import assignment as core
 from milvus_cdc_replicator.core.budget import Budget
 from milvus_cdc_replicator.core.ops import Write
-from milvus_cdc_replicator.gate import WriteGate, boottime
+from milvus_cdc_replicator.gate import WriteGate
 from milvus_cdc_replicator.intake import Intake
 from milvus_cdc_replicator.pacing import Pacer
 from milvus_cdc_replicator.recount import Recounting
-from milvus_cdc_replicator.report import LaneReport, Report, lag_ms
+from milvus_cdc_replicator.report import Report
+from milvus_cdc_replicator.reporting import Reporting
 from milvus_cdc_replicator.schema import key_field
 from milvus_cdc_replicator.settings import Limits
 from milvus_cdc_replicator.sink_object import SinkObject
-from milvus_cdc_replicator.sink_work import Troubles, look_again
+from milvus_cdc_replicator.sink_work import Troubles
 from milvus_cdc_replicator.source_properties import SourceProperties
 from milvus_cdc_replicator.spec import CollectionAssignment
 
 log = structlog.get_logger()
 
 
-HOUSEKEEPING_SECONDS = 1.0
-REST_SECONDS = 0.1
 PARTITION_UNKNOWN_SECONDS = 30.0
 
 
@@ -95,9 +93,6 @@ class CollectionRunner:
         )
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
-        self._resting: asyncio.TimerHandle | None = None
-        self._linger: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._owner: asyncio.Task[None] | None = None
         self._stopping = False
@@ -106,7 +101,6 @@ class CollectionRunner:
         self._failure: CdcError | None = None
         self._asked_horizons: tuple[int, ...] = ()
         self._told_ts = 0
-        self._said: object = None
         self.resting_seconds = 0.0
         self._waiting_since: float | None = None
         self._log = log.bind(
@@ -122,7 +116,7 @@ class CollectionRunner:
             limit_bytes=limits.assignment_bytes,
             troubles=self._troubles,
             post=self._post,
-            tick_waits=self._tick_waits,
+            tick_waits=lambda: self._alarms.tick_waits(),
             fail=self._fail,
             on_room=on_room,
         )
@@ -158,6 +152,22 @@ class CollectionRunner:
             changed=lambda: notify(assignment.assignment_id),
             log=self._log,
         )
+        self._alarms = Alarms(
+            self._core,
+            intake=self._intake,
+            sink_object=self._object,
+            chores=self._chores,
+            housekeeping=self._housekeeping,
+            post=self._post,
+            wake=self._wake.set,
+        )
+        self._reporting = Reporting(
+            self._core,
+            intake=self._intake,
+            sink_object=self._object,
+            recounting=self._recounting,
+            connections=connections,
+        )
 
     # ---- from outside, all on the loop
 
@@ -168,9 +178,8 @@ class CollectionRunner:
 
     def update(self, assignment: CollectionAssignment) -> None:
         def apply() -> None:
-            if assignment.batching != self.assignment.batching and self._linger is not None:
-                self._linger.cancel()
-                self._linger = None
+            if assignment.batching != self.assignment.batching:
+                self._alarms.linger_anew()
             self.assignment = assignment
             self._object.update(assignment)
             self._core.update(assignment.want)
@@ -228,55 +237,11 @@ class CollectionRunner:
     @property
     def has_news(self) -> bool:
         """More has happened since the last report than that source time went on."""
-        return not self._core.resting or self._said != self._gist()
-
-    def _gist(self) -> object:
-        lanes = self._core.lanes.values()
-        return self._core.resting, replace(self._core.counters), [lane.closed for lane in lanes]
+        return self._reporting.has_news
 
     def report(self) -> Report:
         self._intake.take_ticks()
-        self._said = self._gist()
-        state, reason, message = self._state()
-        lanes = tuple(
-            LaneReport(
-                lane.vchannel,
-                lane.read_from,
-                lane.resolved_ts,
-                lane.closed,
-                0 if self.failed else self._core.wanted_horizon(lane),
-                self._intake.incarnation(lane.vchannel),
-                lane.stored_ts,
-            )
-            for lane in self._core.lanes.values()
-        )
-        labels = (self.assignment.task, self._object.placed.full_name)
-        resolved = min((lane.resolved_ts for lane in lanes if not lane.closed), default=0)
-        clock = self._connections.clock(self.assignment.source)
-        lag = lag_ms(self._core.lanes.values(), clock.now_ms(boottime()))
-        if lag >= 0:
-            metrics.LAG_SECONDS.labels(*labels).set(lag / 1000)
-        if resolved:
-            metrics.CHECKPOINT_AGE.labels(*labels).set(tso_to_ms(resolved) / 1000)
-        return Report(
-            assignment_id=self.assignment.assignment_id,
-            epoch=self.assignment.epoch,
-            state=state,
-            reason=reason,
-            message=message,
-            lanes=lanes,
-            counters=replace(self._core.counters),
-            lag_ms=lag,
-            conditions=tuple(sorted(self._object.remarks.items())),
-            opened=self._object.opened,
-            dropped=self._object.dropped,
-            renamed_to=self._object.renamed_to,
-            flushed_ts=self._object.flushed_ts,
-            applied_version=self._object.applied_version,
-            recounted=self._recounting.ended,
-            stands_ts=self._core.stands_ts,
-            whole_now=self._object.needs_whole,
-        )
+        return self._reporting.report(self.assignment, self._state(), failed=self.failed)
 
     def _state(self) -> tuple[str, str, str]:
         if self._failure is not None:
@@ -311,7 +276,7 @@ class CollectionRunner:
             if not self._stopping and self._failure is None:
                 self._act()
                 await self._intake.open()
-            self._tick_over()
+            self._alarms.tick_over()
             while not self._stopping and self._failure is None:
                 await self._wake.wait()
                 self._wake.clear()
@@ -326,12 +291,7 @@ class CollectionRunner:
             self._fail(BugError("REPLICATOR_BUG", f"{type(error).__name__}: {error}"))
         finally:
             self._intake.close()
-            if self._timer is not None:
-                self._timer.cancel()
-            if self._resting is not None:
-                self._resting.cancel()
-            if self._linger is not None:
-                self._linger.cancel()
+            self._alarms.close()
             while self._tasks:
                 await asyncio.wait(self._tasks)
             self._drain()  # what became durable meanwhile is part of the last word
@@ -345,17 +305,6 @@ class CollectionRunner:
 
     def _post(self, event: Callable[[], None]) -> None:
         self._inbox.append(event)
-        self._wake.set()
-
-    def _tick_waits(self) -> None:
-        """It is taken with the next report or row, or soon where something else waits for its
-        time: many quiet collections otherwise wake for every tick.
-        """
-        if self._resting is None and self._object.waits:
-            self._resting = asyncio.get_running_loop().call_later(REST_SECONDS, self._rested)
-
-    def _rested(self) -> None:
-        self._resting = None
         self._wake.set()
 
     def _drain(self) -> None:
@@ -379,7 +328,7 @@ class CollectionRunner:
                     )
         if not self._core.waiting_partitions:
             self._waiting_since = None
-        self._mind_lingering()
+        self._alarms.mind_lingering()
         self._intake.relieve()
         self._intake.account()
         self._object.act()
@@ -393,22 +342,6 @@ class CollectionRunner:
             if wanted != self._asked_horizons:
                 self._asked_horizons = wanted
                 self._notify(self.assignment.assignment_id)
-
-    def _mind_lingering(self) -> None:
-        """An unfinished request goes out when its time has come, or its memory is needed."""
-        sequencer = self._core.sequencer
-        if not sequencer.lingering:
-            return
-        if not self._intake.has_memory or self._object.waits:
-            sequencer.hurry()
-            self._post(look_again)
-        elif self._linger is None:
-            loop = asyncio.get_running_loop()
-            self._linger = loop.call_later(self._object.arrangement.linger_seconds, self._lingered)
-
-    def _lingered(self) -> None:
-        self._linger = None
-        self._post(self._core.sequencer.hurry)
 
     def _origin(self) -> Origin:
         assignment = self.assignment
@@ -428,13 +361,6 @@ class CollectionRunner:
             if all(lane.closed or lane.resolved_ts >= awaited_ts for lane in lanes):
                 self._told_ts = awaited_ts
                 self._notify(self.assignment.assignment_id)
-
-    def _tick_over(self) -> None:
-        """A timer of its own: a timeout around every wait costs more than what is waited for."""
-        if self._timer is not None:
-            if self._chores() or self._object.waits or not self._core.resting:
-                self._post(self._housekeeping)
-        self._timer = asyncio.get_running_loop().call_later(HOUSEKEEPING_SECONDS, self._tick_over)
 
     def _chores(self) -> bool:
         want = self.assignment.want
