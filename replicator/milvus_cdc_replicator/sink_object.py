@@ -11,16 +11,14 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import structlog
 from milvus_cdc.dead_letters import Place
-from milvus_cdc.errors import UserError
 from milvus_cdc.model import Collection, Drift, ObjectState, ms_to_tso, split_assignment_id
 from milvus_cdc.rows import Table, table_of
-from milvus_cdc.sink import Opened, Sink
+from milvus_cdc.sink import Sink
 
 from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.arrangement import Arrangement
@@ -28,8 +26,11 @@ from milvus_cdc_replicator.convert import Converter
 from milvus_cdc_replicator.core.assignment import AssignmentCore
 from milvus_cdc_replicator.core.ops import Write
 from milvus_cdc_replicator.drift import Reconciler, note_emptied, without_dropped
+from milvus_cdc_replicator.flushing import Flushing
 from milvus_cdc_replicator.gate import WriteGate
+from milvus_cdc_replicator.opening import name_of, named, open_collection
 from milvus_cdc_replicator.pacing import Pacer
+from milvus_cdc_replicator.renaming import Renaming
 from milvus_cdc_replicator.sink_work import SinkWork, Troubles, look_again
 from milvus_cdc_replicator.source_properties import SourceProperties
 from milvus_cdc_replicator.spec import CollectionAssignment
@@ -38,25 +39,11 @@ log = structlog.get_logger()
 
 ADOPTION_MARGIN_MS = 60_000
 """Rows of an adopted collection are no newer than now by the source's clock, which may be ahead."""
-RENAME_AGAIN_SECONDS = 2.0
 AFTER_BREAK_SECONDS = 5.0
-FLUSH_AGAIN_SECONDS = 10.0
-"""Milvus takes one flush of a collection in ten seconds."""
 ROWS_LEFT_OUT = (
     "rows of the source were read and not written, because the task does not carry `rows`; with it "
     "on again, `milvus-cdc task resync` brings them"
 )
-_NOT_THERE = frozenset(
-    {"SINK_COLLECTION_MISSING", "SINK_COLLECTION_REPLACED", "SINK_NAME_IS_ALIAS"}
-)
-
-
-def _name(want: Collection) -> tuple[str, str]:
-    return want.database, want.name
-
-
-def _named(want: Collection, name: tuple[str, str]) -> Collection:
-    return want if _name(want) == name else replace(want, database=name[0], name=name[1])
 
 
 class SinkObject:
@@ -109,18 +96,14 @@ class SinkObject:
         self.needs_whole = False
         """Of a part: what it needs to go on is for who has all vchannels to do."""
         self.dropped = False
-        self.flushed_ts = 0
-        """Of the newest flush carried out."""
-        self._flushing = False
-        self._flush_after = 0.0
         self._sink: Sink | None = None
         self._work: SinkWork | None = None
-        self._renaming = False
-        self._rename_after = 0.0
         self._properties = properties
         self._reconcile_seconds = reconcile_seconds
         self._reconciler: Reconciler | None = None
         self._reconciling = False
+        self._renaming: Renaming | None = None
+        self._flushing: Flushing | None = None
         self._partitions = asyncio.Lock()
         """Held by whoever makes or drops one at the sink."""
         self._dropping = False
@@ -130,7 +113,7 @@ class SinkObject:
 
     def update(self, assignment: CollectionAssignment) -> None:
         self._assignment = assignment
-        self.placed = _named(assignment.want, _name(self.placed))
+        self.placed = named(assignment.want, name_of(self.placed))
         self.arrangement.update(assignment.batching)
 
     @property
@@ -146,6 +129,11 @@ class SinkObject:
     def applied_version(self) -> int:
         return self._reconciler.applied_version if self._reconciler is not None else 0
 
+    @property
+    def flushed_ts(self) -> int:
+        """Of the newest flush carried out."""
+        return self._flushing.flushed_ts if self._flushing is not None else 0
+
     def compare_soon(self, seconds: float) -> None:
         """The sink is looked at again at the latest in so many seconds."""
         if self._reconciler is not None:
@@ -159,7 +147,7 @@ class SinkObject:
         return (
             assignment.drop_granted
             or assignment.flush_ts > self.flushed_ts
-            or _name(assignment.want) != _name(self.placed)
+            or name_of(assignment.want) != name_of(self.placed)
             or (reconciler is not None and reconciler.due(assignment.version))
         )
 
@@ -169,11 +157,12 @@ class SinkObject:
         if self._core.left_out:
             self.conditions["ROWS_LEFT_OUT"] = ROWS_LEFT_OUT
         whole = not self._assignment.part
-        if whole:
-            self._maybe_rename()
+        if whole and self._renaming is not None:
+            self._renaming.act(busy=self._reconciling)
         self._maybe_reconcile()
         if whole:
-            self._maybe_flush()
+            if self._flushing is not None and not self._dropping:
+                self._flushing.act(self._assignment.flush_ts)
             self._maybe_drop()
 
     async def write(self, write: Write) -> bool:
@@ -214,48 +203,39 @@ class SinkObject:
             every_seconds=self._reconcile_seconds,
             log=self._log,
         )
+        self._renaming = Renaming(
+            self._core,
+            sink,
+            self._work,
+            assignment=lambda: self._assignment,
+            placed=lambda: self.placed,
+            halt=self._halt,
+            post=self._post,
+            spawn=self._spawn,
+            renamed=self._renamed,
+        )
+        self._flushing = Flushing(
+            self._core,
+            sink,
+            self._work,
+            placed=lambda: self.placed,
+            halt=self._halt,
+            conditions=self.conditions,
+            post=self._post,
+            spawn=self._spawn,
+            changed=self._changed,
+            log=self._log,
+        )
         if self._assignment.drop_granted or self._core.closed:
             # Only the drop is left; the collection may be gone from the sink already.
             self._core.mark_opened(0)
             return
-        renamed_from = self._assignment.renamed_from
-        places = [want]
-        if renamed_from is not None and not self._assignment.recreate:
-            # An owner before may have renamed it without living to say so.
-            places.append(_named(want, renamed_from))
-        answers: list[Opened] = []
-
-        async def open_collection() -> None:
-            if self._assignment.recreate:
-                await self._check_log()
-                if renamed_from is not None:
-                    old = _named(want, renamed_from)
-                    await sink.drop_collection(old, sink_collection_id=0)
-            if self._assignment.carry.schema:
-                await sink.ensure_database(want.database)
-            for place in places:
-                try:
-                    opened = await self._open_at(sink, place)
-                except UserError as error:
-                    if error.reason not in _NOT_THERE or place is places[-1]:
-                        raise
-                else:
-                    self.placed = place
-                    answers.append(opened)
-                    return
-
-        if not await self._work.open(open_collection):
+        found = await open_collection(sink, self._work, self._assignment, self._check_log)
+        if found is None:
             return
-        opened = answers[-1]
-        if self._assignment.part and opened.writes_in_flight:
-            raise UserError(
-                "SINK_TAKES_NO_PARTS",
-                f"the sink of {want.full_name} takes one write at a time; set split.max_parts of "
-                "the task to 0, then `milvus-cdc task retry`",
-                field="split.max_parts",
-            )
-        if renamed_from is not None and self.placed is want:
-            self.renamed_to = _name(want)
+        self.placed, opened = found
+        if self._assignment.renamed_from is not None and self.placed is want:
+            self.renamed_to = name_of(want)
         self._work.retarget(sink.target(self.placed))
         self._bind()
         existing_until = 0
@@ -284,21 +264,6 @@ class SinkObject:
         if self._sink and self._work and self._core.opened:
             await self._sink.release(self._work.target)
 
-    async def _open_at(self, sink: Sink, place: Collection) -> Opened:
-        applied = self._assignment.applied
-        if applied is not None and self._assignment.drift is Drift.REPORT:
-            # What was there and is missing now is drift: told, not mended.
-            kept = (p for p in place.partitions if p.partition_id not in applied.partition_ids)
-            place = replace(place, partitions=tuple(kept))
-        return await sink.open_collection(
-            place,
-            opened=self._assignment.opened,
-            adopt=self._assignment.adopt_existing,
-            recreate=self._assignment.recreate,
-            sink_collection_id=self._assignment.sink_collection_id,
-            create=self._assignment.carry.schema,
-        )
-
     def _note_refused(self, rows: int) -> None:
         """Told before a checkpoint passes them, as far as it can be."""
         self._core.refused(rows)
@@ -321,6 +286,8 @@ class SinkObject:
         self._troubles.bind(self._log)
         if self._reconciler is not None:
             self._reconciler.log = self._log
+        if self._flushing is not None:
+            self._flushing.log = self._log
 
     async def create_partition(self, partition_id: int, name: str, ts: int) -> None:
         assert self._sink is not None
@@ -394,91 +361,13 @@ class SinkObject:
         resolved = min((lane.resolved_ts for lane in self._core.lanes.values()), default=0)
         return without_dropped(self.placed, resolved, self._core.dropped_partitions)
 
-    def _maybe_flush(self) -> None:
-        """What a user flushed at the source, once every row before that is in the sink."""
-        flush_ts = self._assignment.flush_ts
-        if flush_ts <= self.flushed_ts or self._flushing or self._halt.is_set():
-            return
-        if not self._core.opened or self._core.held_back or self._dropping:
-            return
-        lanes = self._core.lanes.values()
-        if any(not lane.closed and lane.resolved_ts < flush_ts for lane in lanes):
-            return
-        if time.monotonic() >= self._flush_after:
-            self._flushing = True
-            self._spawn(self._flush(flush_ts))
-
-    async def _flush(self, flush_ts: int) -> None:
-        assert self._sink is not None
-        assert self._work is not None
-        done = False
-        try:
-            done = await self._work.attempt("flush", partial(self._sink.flush, self.placed))
-        except UserError as error:
-            # It asks for files, not for rows: refused, it must not stop them.
-            self.conditions["FLUSH_REFUSED"] = error.message
-            self._log.warning("flush refused", reason=error.reason, error=error.message)
-            done = True
-        finally:
-            self._post(partial(self._flush_tried, flush_ts, done))
-
-    def _flush_tried(self, flush_ts: int, done: bool) -> None:
-        self._flushing = False
-        if not done:
-            self._flush_after = time.monotonic() + FLUSH_AGAIN_SECONDS
-            return
-        self.flushed_ts = flush_ts
-        self._changed()
-
-    def _maybe_rename(self) -> None:
-        """Once everything older than the rename is in the sink, and nothing is under way there."""
-        want = self._assignment.want
-        if _name(want) == _name(self.placed) or self._renaming or self._halt.is_set():
-            return
-        over = self._core.closed or want.state is ObjectState.DROPPED
-        if not self._core.opened or over or not self._assignment.carry.schema:
-            self._core.held_back = False
-            return
-        lanes = self._core.lanes.values()
-        late = any(
-            not lane.closed and lane.resolved_ts < self._assignment.rename_ts for lane in lanes
-        )
-        if late or self._reconciling or time.monotonic() < self._rename_after:
-            return
-        self._core.held_back = True
-        if self._core.at_rest:
-            self._renaming = True
-            self._spawn(self._rename(want))
-
-    async def _rename(self, want: Collection) -> None:
-        assert self._sink is not None
-        assert self._work is not None
-        done = False
-        try:
-            done = await self._work.attempt("rename", partial(self._rename_at, self._sink, want))
-        finally:
-            self._post(partial(self._rename_tried, want, done))
-
-    async def _rename_at(self, sink: Sink, want: Collection) -> None:
-        await sink.ensure_database(want.database)
-        await sink.rename_collection(
-            want,
-            renamed_from=_name(self.placed),
-            sink_collection_id=self._assignment.sink_collection_id,
-            ts=self._assignment.rename_ts,
-        )
-
-    def _rename_tried(self, want: Collection, done: bool) -> None:
-        """Rows go on, under whichever name it has now."""
-        self._renaming = self._core.held_back = False
-        if not done:
-            self._rename_after = time.monotonic() + RENAME_AGAIN_SECONDS
-            return
+    def _renamed(self, name: tuple[str, str]) -> None:
+        """Rows go on, under the name that it has now."""
         assert self._sink is not None
         assert self._work is not None
         before = self.placed.full_name
-        self.placed = _named(self._assignment.want, _name(want))
-        self.renamed_to = _name(want)
+        self.placed = named(self._assignment.want, name)
+        self.renamed_to = name
         self._work.retarget(self._sink.target(self.placed))
         metrics.forget(self._assignment.task, before)
         self._bind()
@@ -489,7 +378,7 @@ class SinkObject:
     def _maybe_drop(self) -> None:
         if (
             self._dropping
-            or self._renaming
+            or (self._renaming is not None and self._renaming.under_way)
             or self._reconciling
             or self._halt.is_set()
             or not self._assignment.drop_granted
@@ -503,14 +392,14 @@ class SinkObject:
         assert self._sink is not None
         assert self._work is not None
         assignment = self._assignment
-        names = {_name(self.placed), _name(assignment.want), assignment.renamed_from}
+        names = {name_of(self.placed), name_of(assignment.want), assignment.renamed_from}
         dropped_ts = max((lane.dropped_ts for lane in self._core.lanes.values()), default=0)
         if not assignment.carry.schema:
             names.clear()  # it stays, and nobody's
         for name in sorted(filter(None, names)):
             drop = partial(
                 self._sink.drop_collection,
-                _named(assignment.want, name),
+                named(assignment.want, name),
                 sink_collection_id=assignment.sink_collection_id,
                 ts=dropped_ts,
             )
