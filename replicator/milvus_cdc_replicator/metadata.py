@@ -19,7 +19,7 @@ from milvus_cdc.sink.differences import ObjectDifference
 from milvus_cdc.sink.metadata import MetadataDiff, Repair, Trouble, wish_items
 
 from milvus_cdc_replicator.connections import Connections
-from milvus_cdc_replicator.core.assignment import Counters
+from milvus_cdc_replicator.core.counters import Counters
 from milvus_cdc_replicator.gate import WriteGate
 from milvus_cdc_replicator.halting import Halted
 from milvus_cdc_replicator.operations import OperationsReader

@@ -12,7 +12,7 @@ from milvus_cdc.order.lane import Lane
 from milvuscdc.v1 import replication_service_pb2 as pb
 from milvuscdc.v1 import task_pb2
 
-from milvus_cdc_replicator.core.assignment import Counters
+from milvus_cdc_replicator.core.counters import Counters
 
 
 class Recounted(StrEnum):

@@ -26,8 +26,14 @@ from milvus_cdc.sink.writer_sink import Origin
 from milvus_cdc_replicator.alarms import Alarms
 from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.convert import Converter
-from milvus_cdc_replicator.core import assignment as core
+from milvus_cdc_replicator.core.assignment import AssignmentCore
 from milvus_cdc_replicator.core.budget import Budget
+from milvus_cdc_replicator.core.effects import (
+    CreatePartition,
+    DropPartition,
+    QueryPartition,
+    StartWrite,
+)
 from milvus_cdc_replicator.core.ops import Write
 from milvus_cdc_replicator.gate import WriteGate
 from milvus_cdc_replicator.intake import Intake
@@ -74,7 +80,7 @@ class CollectionRunner:
         want = assignment.want
         key = key_field(want.schema)
         self._converter = Converter(key.field_id)
-        self._core = core.AssignmentCore(
+        self._core = AssignmentCore(
             want,
             [
                 Lane(
@@ -203,12 +209,12 @@ class CollectionRunner:
 
     def outlast(self, silence_ms: int) -> None:
         """Horizons are to reach so far that rows go on while no controller leads."""
-        self._post(lambda: setattr(self._core, "silence_ms", silence_ms))
+        self._post(lambda: setattr(self._core.horizons, "silence_ms", silence_ms))
 
     def rest(self, seconds: float) -> None:
         """How often it is reported while nothing happens; horizons are to reach so far."""
         self.resting_seconds = seconds
-        self._post(lambda: setattr(self._core, "rest_ms", int(seconds * 1000)))
+        self._post(lambda: setattr(self._core.horizons, "rest_ms", int(seconds * 1000)))
 
     def grant(self, horizons: list[tuple[str, int]]) -> None:
         def apply() -> None:
@@ -315,13 +321,13 @@ class CollectionRunner:
     def _act(self) -> None:
         for effect in self._core.step():
             match effect:
-                case core.StartWrite(write):
+                case StartWrite(write):
                     self._spawn(self._write(write))
-                case core.CreatePartition(partition_id, name, ts):
+                case CreatePartition(partition_id, name, ts):
                     self._spawn(self._object.create_partition(partition_id, name, ts))
-                case core.DropPartition(partition_id, name, ts):
+                case DropPartition(partition_id, name, ts):
                     self._spawn(self._object.drop_partition(partition_id, name, ts))
-                case core.QueryPartition(partition_id):
+                case QueryPartition(partition_id):
                     self._waiting_since = self._waiting_since or time.monotonic()
                     self._query_partition(
                         self.assignment.assignment_id, self.assignment.epoch, partition_id

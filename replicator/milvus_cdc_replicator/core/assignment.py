@@ -12,64 +12,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from milvus_cdc.model import Collection, ObjectState, Partition, ms_to_tso
+from milvus_cdc.model import Collection, ObjectState, Partition
 from milvus_cdc.order.lane import Lane
 from milvus_cdc.order.ops import LogOp, Rank
 
+from milvus_cdc_replicator.core.counters import Counters
+from milvus_cdc_replicator.core.effects import (
+    CreatePartition,
+    DropPartition,
+    Effect,
+    QueryPartition,
+    StartWrite,
+)
+from milvus_cdc_replicator.core.horizons import Horizons
 from milvus_cdc_replicator.core.ops import Write, WriteKind
 from milvus_cdc_replicator.core.sequencer import Sequencer, WriteLimits
 from milvus_cdc_replicator.core.tally import Tally
-
-HORIZON_STEP_MIN_MS = 2_000
-"""Source time granted ahead at least: a quiet collection asks about once a second."""
-HORIZON_STEP_MAX_MS = 30_000
-HORIZON_REST_SLACK_MS = 1_000
-"""Where nothing happens, twice as long is granted ahead as such a one says nothing and this: so
-its next row finds a grant.
-"""
-HORIZON_REPORTS_MS = 3_000
-"""At most this much source time passes between two reports."""
-
-
-@dataclass(frozen=True, slots=True)
-class StartWrite:
-    write: Write
-
-
-@dataclass(frozen=True, slots=True)
-class CreatePartition:
-    partition_id: int
-    partition: str
-    ts: int = 0
-    """TSO at the source; 0 where it is not known."""
-
-
-@dataclass(frozen=True, slots=True)
-class DropPartition:
-    partition_id: int
-    partition: str
-    ts: int = 0
-    """TSO at the source; 0 where it is not known."""
-
-
-@dataclass(frozen=True, slots=True)
-class QueryPartition:
-    """A row names a partition that the metadata does not list: ask the controller."""
-
-    partition_id: int
-
-
-Effect = StartWrite | CreatePartition | DropPartition | QueryPartition
-
-
-@dataclass(slots=True)
-class Counters:
-    rows_inserted: int = 0
-    rows_upserted: int = 0
-    rows_deleted: int = 0
-    rows_skipped: int = 0
-    rows_refused: int = 0
-    bytes_written: int = 0
 
 
 @dataclass(slots=True)
@@ -94,6 +52,7 @@ class AssignmentCore:
         self.want = want
         self.lanes = {lane.vchannel: lane for lane in lanes}
         self.counters = Counters()
+        self.horizons = Horizons()
         self.opened = False
         self.carries_rows = True
         """Without: rows are read and counted as done, drops stay exact."""
@@ -107,10 +66,6 @@ class AssignmentCore:
         """
         self.stands_ts = 0
         """Of a part: the newest TSO that it has stood before; all before that is durable."""
-        self.silence_ms = 0
-        """So long nobody may be there to grant a horizon, and rows are to go on."""
-        self.rest_ms = 3_000
-        """So much time passes between two reports while nothing happens."""
         self.still = False
         """Nothing more is taken: what was goes out and comes to its end."""
         self.tally: Tally | None = None
@@ -123,8 +78,6 @@ class AssignmentCore:
         self._known = {p.partition_id: p for p in want.partitions}
         self._lane_of: dict[int, Lane] = {}
         self._backlog_max = limits.in_flight
-        self._asked: dict[str, tuple[int, int]] = {}
-        """Per vchannel: where it stood at the last grant, and how far that reached ahead."""
 
     # ---- events
 
@@ -153,10 +106,8 @@ class AssignmentCore:
 
     def grant(self, vchannel: str, horizon_ts: int) -> None:
         lane = self.lanes.get(vchannel)
-        if lane is not None and horizon_ts > lane.horizon_ts:
-            front = lane.staged[0].ts if lane.staged else lane.released_ts
-            self._asked[vchannel] = (front, max(0, horizon_ts - front))
-            lane.horizon_ts = horizon_ts
+        if lane is not None:
+            self.horizons.grant(lane, horizon_ts)
 
     def write_done(self, write_id: int) -> Write:
         write = self.sequencer.done(write_id)
@@ -165,37 +116,12 @@ class AssignmentCore:
         for mark in write.marks.values():
             lane = self.lanes[mark.vchannel]
             lane.stored_ts = max(lane.stored_ts, mark.resolved_ts)
-        if write.kind is WriteKind.CHANGES:
-            self._count(write)
-        elif write.kind is WriteKind.INSERT:
-            self.counters.rows_inserted += write.rows
-        elif write.kind is WriteKind.UPSERT:
-            self.counters.rows_upserted += write.rows
-        else:
-            self.counters.rows_deleted += write.rows
-        self._count_refused(write)
-        self.counters.bytes_written += write.size
+        self.counters.add(write)
         return write
 
     def refused(self, rows: int) -> None:
         """So many are dead letters now; the write that they were taken out of may go on."""
         self.counters.rows_refused += rows
-
-    def _count_refused(self, write: Write) -> None:
-        for op in write.refused:
-            if write.kind is WriteKind.UPSERT or (write.kind is WriteKind.CHANGES and op.replaces):
-                self.counters.rows_upserted -= op.rows
-            else:
-                self.counters.rows_inserted -= op.rows
-
-    def _count(self, write: Write) -> None:
-        for op in write.ops:
-            if op.rank is Rank.DELETE:
-                self.counters.rows_deleted += op.rows
-            elif op.replaces:
-                self.counters.rows_upserted += op.rows
-            else:
-                self.counters.rows_inserted += op.rows
 
     def partition_created(self, partition_id: int) -> None:
         self._partitions.creating.discard(partition_id)
@@ -274,27 +200,8 @@ class AssignmentCore:
         return frozenset(self._partitions.queried)
 
     def wanted_horizon(self, lane: Lane) -> int:
-        """A TSO to ask for, or 0. The step follows the pace at which source time passes here, so
-        that a catch-up does not ask all the time, and a crash costs upserts for one step only.
-        """
-        if (lane.ended and not lane.staged) or not self.opened:
-            return 0
-        front = lane.staged[0].ts if lane.staged else lane.released_ts
-        if front == 0:
-            return 0
-        asked_at, step = self._asked.get(lane.vchannel, (front, 0))
-        if front > lane.horizon_ts and step:
-            step = 2 * step  # it had to wait: ask further ahead
-        else:
-            step = front - asked_at
-        least = HORIZON_STEP_MIN_MS
-        if self.resting:
-            least = 2 * (self.rest_ms + HORIZON_REST_SLACK_MS)
-        if self.silence_ms:
-            # Asked for anew when half of it is left, at the next report.
-            least = max(least, 2 * (self.silence_ms + HORIZON_REPORTS_MS))
-        step = max(ms_to_tso(least), min(step, ms_to_tso(HORIZON_STEP_MAX_MS)))
-        return front + step if front + step // 2 > lane.horizon_ts else 0
+        """A TSO to ask for, or 0."""
+        return self.horizons.wanted(lane, resting=self.resting) if self.opened else 0
 
     def horizon_blocks(self) -> bool:
         """Some lane cannot go on without a grant."""

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from milvus_cdc.model import Collection, ObjectState, Partition, ms_to_tso
 from milvus_cdc.order.lane import Lane
 from milvus_cdc.order.ops import LogOp, Rank
-from milvus_cdc_replicator.core.assignment import (
-    AssignmentCore,
+from milvus_cdc_replicator.core.assignment import AssignmentCore
+from milvus_cdc_replicator.core.effects import (
     CreatePartition,
     DropPartition,
     QueryPartition,

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from milvus_cdc.model import Collection, Partition
 from milvus_cdc.order.lane import Lane
 from milvus_cdc.order.ops import LogOp, Mark, Rank
-from milvus_cdc_replicator.core.assignment import AssignmentCore, StartWrite
+from milvus_cdc_replicator.core.assignment import AssignmentCore
+from milvus_cdc_replicator.core.effects import StartWrite
 from milvus_cdc_replicator.core.ops import Write, WriteKind
 from milvus_cdc_replicator.core.sequencer import Sequencer, WriteLimits
 
