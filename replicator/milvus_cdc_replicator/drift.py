@@ -23,6 +23,7 @@ from milvus_cdc.sink import Sink
 from milvus_cdc.sink.differences import DESCRIPTION, Action, ObjectDifference, is_missing
 
 from milvus_cdc_replicator.cause import Place, by_source
+from milvus_cdc_replicator.core.assignment import DROP_MARGIN_MS
 from milvus_cdc_replicator.gate import WriteGate
 from milvus_cdc_replicator.halting import Halted, pause, unless_halted
 from milvus_cdc_replicator.mending import Mender, trouble_place
@@ -36,8 +37,6 @@ ROUND_SECONDS = (0.5, 2.0)
 AGAIN_SECONDS = (2.0, 5.0, 15.0, 60.0)
 CONFIRM_SECONDS = 3.0
 JITTER = 0.2
-DROP_MARGIN_MS = 60_000
-"""The log's message of a partition's drop is a little later than the drop in the metadata."""
 SHOWN = 3
 COMPARE = "compare with the sink"
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from milvus_cdc.model import Collection, ObjectState, Partition
+from milvus_cdc.model import Collection, ObjectState, Partition, ms_to_tso
 from milvus_cdc.order.lane import Lane
 from milvus_cdc.order.ops import LogOp, Rank
 
@@ -28,6 +28,11 @@ from milvus_cdc_replicator.core.horizons import Horizons
 from milvus_cdc_replicator.core.ops import Write, WriteKind
 from milvus_cdc_replicator.core.sequencer import Sequencer, WriteLimits
 from milvus_cdc_replicator.core.tally import Tally
+
+DROP_MARGIN_MS = 60_000
+"""The log's message of a partition's drop is a little later than the drop in the metadata: Milvus
+stamps it when it sends it.
+"""
 
 
 @dataclass(slots=True)
@@ -91,8 +96,7 @@ class AssignmentCore:
             if partition.state is ObjectState.CREATED:
                 self._partitions.holders[partition.name] = partition.partition_id
         # Whose drop is still to come has its name at the sink, and its rows; the oldest is first.
-        ahead = filter(self._drop_is_ahead, self.want.partitions)
-        for partition in sorted(ahead, key=lambda p: p.drop_ts, reverse=True):
+        for partition in self._drops_ahead(self.want.partitions):
             self._partitions.holders[partition.name] = partition.partition_id
         for lane in self.lanes.values():
             lane.upsert_until_ts = max(lane.upsert_until_ts, existing_rows_until_ts)
@@ -100,6 +104,11 @@ class AssignmentCore:
     def update(self, want: Collection) -> None:
         """The metadata changed. Partitions once known stay known."""
         self.want = want
+        news = [p for p in want.partitions if p.partition_id not in self._known]
+        if self.part and self.opened:
+            # Another part may have heard of it in time, and made it; the oldest is first.
+            for partition in reversed(self._drops_ahead(news)):
+                self._partitions.holders.setdefault(partition.name, partition.partition_id)
         for partition in want.partitions:
             self._known[partition.partition_id] = partition
             self._partitions.queried.discard(partition.partition_id)
@@ -218,9 +227,10 @@ class AssignmentCore:
                 if op.drops_collection:
                     self._leave_out(lane)
                     continue
-                making = self.part and op.partition_id in self._partitions.creating
-                if self._partitions.holders.get(op.partition) != op.partition_id and not making:
-                    # Never at the sink, or dropped already to make room for its successor.
+                holder = self._partitions.holders.get(op.partition)
+                if holder != op.partition_id and not self.part:
+                    # Never at the sink, or dropped already to make room for its successor. A part
+                    # cannot know: another may have made it.
                     self._partitions.dropped.add(op.partition_id)
                     self._leave_out(lane)
                     continue
@@ -361,15 +371,37 @@ class AssignmentCore:
             )
         return lane.released_ts >= marker.ts
 
-    def _drop_is_ahead(self, partition: Partition) -> bool:
-        """No checkpoint has passed its drop. An owner before may have carried it out all the same:
-        then everything written since is replayed.
+    def _drops_ahead(self, partitions: Iterable[Partition]) -> list[Partition]:
+        """Those of them whose drop no checkpoint has passed, the newest first; as far as that can
+        be told: one between what the metadata says and the message has not. An owner before may
+        have carried it out all the same: then everything written since is replayed, so rows of the
+        next partition of that name must not be below a checkpoint.
         """
-        return partition.state is ObjectState.DROPPED and all(
-            # What is read for its keys alone was passed by an owner before, drops included.
-            0 < max(lane.resolved_ts, self.written_until.get(lane.vchannel, 0)) < partition.drop_ts
-            for lane in self.lanes.values()
-        )
+        # What is read for its keys alone was passed by an owner before, drops included.
+        read = self.written_until
+        passed = [max(x.resolved_ts, read.get(x.vchannel, 0)) for x in self.lanes.values()]
+        if min(passed, default=0) == 0:
+            return []
+        named: dict[str, list[Partition]] = {}
+        for each in self.want.partitions:
+            named.setdefault(each.name, []).append(each)
+
+        def is_ahead(partition: Partition) -> bool:
+            if partition.state is not ObjectState.DROPPED or not partition.name:
+                return False
+            # Without one it was gone when the metadata was read.
+            latest = partition.drop_ts and partition.drop_ts + ms_to_tso(DROP_MARGIN_MS)
+            if 0 < latest <= max(passed):
+                return False
+            until = [
+                other.create_ts
+                for other in named.get(partition.name, ())
+                if other.partition_id != partition.partition_id
+                if other.state is ObjectState.CREATED or other.create_ts > partition.create_ts
+            ]
+            return not until or max(passed) < max(partition.drop_ts, min(until))
+
+        return sorted(filter(is_ahead, partitions), key=lambda p: p.create_ts, reverse=True)
 
     def _is_dropped(self, partition_id: int) -> bool:
         known = self._known.get(partition_id)

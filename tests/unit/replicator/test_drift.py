@@ -15,8 +15,9 @@ from milvus_cdc.sink import reconcile
 from milvus_cdc.sink.differences import ObjectDifference
 from milvus_cdc.sink.memory import MemorySink
 from milvus_cdc_replicator import drift
+from milvus_cdc_replicator.core.assignment import DROP_MARGIN_MS
 from milvus_cdc_replicator.core.lease import Lease
-from milvus_cdc_replicator.drift import DROP_MARGIN_MS, Reconciler, without_dropped
+from milvus_cdc_replicator.drift import Reconciler, without_dropped
 from milvus_cdc_replicator.gate import WriteGate, boottime
 from milvus_cdc_replicator.sink_work import Troubles
 from milvus_cdc_replicator.spec import Applied, CollectionAssignment
