@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.contract.pulsar_queue import SMALL_LEDGERS
 from tests.e2e.carries import Carries
@@ -27,6 +28,12 @@ from tests.servers import (
 )
 
 PASSWORD = "correct horse"
+
+# A property holds however busy the machine is.
+settings.register_profile(
+    "untimed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("untimed")
 
 collect_ignore = ["plugin_package"]
 """A package of its own, whose tests run where it is installed (tests/contract)."""
