@@ -53,12 +53,12 @@ class Flushing:
         self.log = log
         self.flushed_ts = 0
         """Of the newest flush carried out."""
-        self._flushing = False
+        self.under_way = False
         self._flush_after = 0.0
 
     def act(self, flush_ts: int) -> None:
         """Begins it when it is due."""
-        if flush_ts <= self.flushed_ts or self._flushing or self._halt.is_set():
+        if flush_ts <= self.flushed_ts or self.under_way or self._halt.is_set():
             return
         if not self._core.opened or self._core.held_back:
             return
@@ -66,7 +66,7 @@ class Flushing:
         if any(not lane.closed and lane.resolved_ts < flush_ts for lane in lanes):
             return
         if time.monotonic() >= self._flush_after:
-            self._flushing = True
+            self.under_way = True
             self._spawn(self._flush(flush_ts))
 
     async def _flush(self, flush_ts: int) -> None:
@@ -82,7 +82,7 @@ class Flushing:
             self._post(partial(self._flush_tried, flush_ts, done))
 
     def _flush_tried(self, flush_ts: int, done: bool) -> None:
-        self._flushing = False
+        self.under_way = False
         if not done:
             self._flush_after = time.monotonic() + FLUSH_AGAIN_SECONDS
             return

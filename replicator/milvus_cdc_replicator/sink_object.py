@@ -158,7 +158,8 @@ class SinkObject:
             self.conditions["ROWS_LEFT_OUT"] = ROWS_LEFT_OUT
         whole = not self._assignment.part
         if whole and self._renaming is not None:
-            self._renaming.act(busy=self._reconciling)
+            flushing = self._flushing is not None and self._flushing.under_way
+            self._renaming.act(busy=self._reconciling or flushing)
         self._maybe_reconcile()
         if whole:
             if self._flushing is not None and not self._dropping:

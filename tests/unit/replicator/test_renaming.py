@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from milvus_cdc.model import ObjectState
+from milvus_cdc.model import Collection, ObjectState
 from milvus_cdc.sink import CollectionTarget, DeleteBatch, RowBatch
 from milvus_cdc_replicator import metrics
 
@@ -63,6 +63,33 @@ async def test_rows_before_the_rename_come_first_and_those_in_flight_end_before_
         assert (report.renamed_to, report.state) == (("default", "d"), "RUNNING")
         await until(lambda: ("tasks/t", "default.d") in metrics.CHECKPOINT_AGE._metrics)
         assert ("tasks/t", "default.c") not in metrics.CHECKPOINT_AGE._metrics
+
+
+async def test_a_flush_that_is_under_way_ends_before_the_rename(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running() as bench:
+        entered, leave = asyncio.Event(), asyncio.Event()
+        at_once = bench.sink.flush
+
+        async def slow(want: Collection) -> None:
+            entered.set()
+            await leave.wait()
+            await at_once(want)
+
+        monkeypatch.setattr(bench.sink, "flush", slow)
+        assignment = bench.runner.assignment
+        bench.runner.update(replace(assignment, version=2, flush_ts=START + 1))
+        bench.append(insert(START + 1, [1]), tick(START + 5))
+        await entered.wait()
+        renamed(bench, "d", START + 5)
+        await asyncio.sleep(0.1)
+        assert bench.sink.collections("default") == ["c"]
+        leave.set()
+        await until(lambda: bench.runner.report().renamed_to == ("default", "d"))
+        assert bench.sink.flushes == ["default.c"]
+        assert bench.runner.report().flushed_ts == START + 1
+        assert "FLUSH_REFUSED" not in dict(bench.runner.report().conditions)
 
 
 async def test_into_another_database_that_is_not_there_yet() -> None:
