@@ -245,7 +245,8 @@ class Lane:
         self.released_ts = ts
         self._released_from = position if oldest is None else oldest.position
         self._history.add(ts, self._released_from)
-        batch = TickBatch(ts, self._released_from, 0, whole=correction is not None)
+        corrects_ts = None if correction is None else correction.frontier_ts
+        batch = TickBatch(ts, self._released_from, 0, corrects_ts)
         due.sort(key=_apply_order)
         ops = _pair_upserts(due)
         if correction is not None:
@@ -291,7 +292,7 @@ class Lane:
         following = self.staged[0] if self.staged else None
         if following is None or following.batch is not batch:
             return Mark(self.vchannel, batch.read_from, batch.ts)
-        if batch.whole:
+        if batch.corrects_ts is not None:
             return None
         if following.ts > op.ts:
             return Mark(self.vchannel, self.taken_from, op.ts)

@@ -8,7 +8,8 @@ order does.
 
 Law: of the keys of late messages the state at the newest tick that was released before is released
 anew: one row that replaces, or one deletion, for each. So no value ever goes back to an older one,
-not even until the next message, and an owner may end anywhere.
+not even until the next message, and an owner may end anywhere. A late deletion that reaches other
+partitions than what is newer is released before it: nobody else would remove the row there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from milvus_cdc.order.ops import Key, LogOp, Rank
 STEP = 1_000 << 18
 """TSO of one second."""
 PLACES = 120
+EVERYWHERE = -1
+"""For a partition: all of them."""
 
 
 class History:
@@ -78,12 +81,14 @@ class Correction:
         they are the last for a key; markers and everything beyond it as they are.
         """
         kept: list[LogOp] = []
-        seen: set[Key] = set()
+        said: dict[Key, set[int]] = {}
+        """By what is newer: of which partitions."""
         for op in reversed(ops):
             last: LogOp | None = op
             if op.ts <= self.frontier_ts and op.rank is not Rank.MARKER:
-                keys = op.keys() - seen
-                seen |= keys
+                keys = frozenset(k for k in op.keys() if self._counts(op, said.get(k)))
+                for key in keys:
+                    said.setdefault(key, set()).add(op.partition_id)
                 if len(keys) < len(op.keys()):
                     assert op.restrict is not None
                     last = op.restrict(keys) if keys else None
@@ -93,3 +98,9 @@ class Correction:
                 kept.append(last)
         kept.reverse()
         return kept
+
+    def _counts(self, op: LogOp, newer: set[int] | None) -> bool:
+        if newer is None:
+            return True
+        late_delete = op.rank is Rank.DELETE and op.order in self.orders
+        return late_delete and newer.isdisjoint((op.partition_id, EVERYWHERE))

@@ -67,8 +67,10 @@ class TickBatch:
     ts: int
     read_from: bytes
     outstanding: int
-    whole: bool = False
-    """No place inside of it may be a checkpoint: it goes back behind ones before."""
+    corrects_ts: int | None = None
+    """It says anew what is done up to this tick, because messages came behind it: no place inside
+    may be a checkpoint, for it goes back behind ones before.
+    """
 
 
 @dataclass(frozen=True, slots=True)

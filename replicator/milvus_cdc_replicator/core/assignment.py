@@ -239,8 +239,7 @@ class AssignmentCore:
                 self._leave_out(lane)
                 self.left_out = True
                 continue
-            corrects = op.batch is not None and op.batch.whole
-            if op.ts <= self.written_until.get(lane.vchannel, 0) and not corrects:
+            if self._is_written(lane, op):
                 if self.tally is not None and self._is_there(op):
                     self._remember(lane, op, self._partition_name(op))
                 self._leave_out(lane)
@@ -267,6 +266,15 @@ class AssignmentCore:
             self.sequencer.add(self._kind(lane, op), op.partition, op, lane.vchannel)
             self._mark(lane, op)
         return []
+
+    def _is_written(self, lane: Lane, op: LogOp) -> bool:
+        """An owner before has said so with its checkpoint. What came behind a tick is covered by
+        the next one, so by checkpoints beyond the one that it came behind.
+        """
+        assert op.batch is not None
+        behind_ts = op.batch.corrects_ts
+        until_ts = self.written_until.get(lane.vchannel, 0)
+        return op.ts <= until_ts and (behind_ts is None or behind_ts < until_ts)
 
     def _remember(self, lane: Lane, op: LogOp, partition: str) -> None:
         assert self.tally is not None

@@ -6,13 +6,16 @@ import random
 from dataclasses import dataclass, replace
 from functools import partial
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from milvus_cdc.model import Partition
 from milvus_cdc.order.lane import Lane
 from milvus_cdc.order.late import STEP, History
 from milvus_cdc.order.ops import Key, LogOp, Rank
+from milvus_cdc_replicator.core.assignment import StartWrite
 
-from tests.unit.replicator.test_assignment_crashes import position
+from tests.unit.replicator.test_assignment_crashes import _core, position
 
 TICK_EVERY = 30
 FAR = 2**62
@@ -27,6 +30,7 @@ class Said:
     keys: tuple[int, ...] = ()
     number: int = 0
     """Of the request, and the value that it writes."""
+    partition_id: int = -1
 
 
 def op_of(said: Said, at: int) -> LogOp:
@@ -40,6 +44,7 @@ def op_of(said: Said, at: int) -> LogOp:
         size=10,
         rows=len(said.keys),
         load_keys=partial(frozenset, said.keys),
+        partition_id=said.partition_id,
         msg_id=said.number,
     )
 
@@ -51,23 +56,34 @@ def op_of(said: Said, at: int) -> LogOp:
 
 
 def make_log(rng: random.Random, requests: int, *, in_order: bool) -> list[Said]:
-    """Upserts write their insert first, then their delete, as Milvus does. `in_order`: what is said
-    of a key stands in the order of time, as with any client that waits for its answers.
+    """Upserts write their insert first, then their delete, as Milvus does; a key that was deleted,
+    from wherever it was, may come back in another partition. `in_order`: what is said of a key
+    stands in the order of time, as with any client that waits for its answers.
     """
     said: list[tuple[float, Said]] = []
-    alive: list[int] = []
+    alive: dict[int, int] = {}
+    dead: list[int] = []
     last: dict[int, float] = {}
     new = 0
     for number in range(1, requests + 1):
         ts = number * 10
-        kind = rng.choice(("insert", "upsert", "upsert", "delete")) if alive else "insert"
-        if kind == "insert":
-            keys = tuple(range(new, new := new + rng.randint(1, 3)))
-            alive.extend(keys)
+        partition_id = rng.choice((1, 2))
+        here = [key for key, there in alive.items() if there == partition_id]
+        kind = rng.choice(("insert", "return", "upsert", "upsert", "delete"))
+        if kind == "delete" and alive:
+            partition_id = -1
+            keys = tuple(rng.sample(sorted(alive), min(len(alive), rng.randint(1, 4))))
+            dead += keys
+            alive = {key: there for key, there in alive.items() if key not in keys}
+        elif kind == "upsert" and here:
+            keys = tuple(rng.sample(here, min(len(here), rng.randint(1, 4))))
         else:
-            keys = tuple(rng.sample(alive, min(len(alive), rng.randint(1, 4))))
-        if kind == "delete":
-            alive = [key for key in alive if key not in keys]
+            if kind == "return" and dead:
+                keys = (dead.pop(rng.randrange(len(dead))),)
+            else:
+                keys = tuple(range(new, new := new + rng.randint(1, 3)))
+            kind = "insert"
+            alive.update(dict.fromkeys(keys, partition_id))
         ranks = {"insert": [Rank.INSERT], "upsert": [Rank.INSERT, Rank.DELETE]}
         place = float(ts)
         for rank in ranks.get(kind, [Rank.DELETE]):
@@ -77,7 +93,7 @@ def make_log(rng: random.Random, requests: int, *, in_order: bool) -> list[Said]
                 place = max([place, *(last.get(key, 0) for key in keys)])
             place += 0.001
             last.update(dict.fromkeys(keys, place))
-            said.append((place, Said(ts, rank, keys, number)))
+            said.append((place, Said(ts, rank, keys, number, partition_id)))
     end = int(max(place for place, _ in said)) + 2 * TICK_EVERY
     said += [(t + 0.5, Said(t)) for t in range(TICK_EVERY, end, TICK_EVERY)]
     return [each for _, each in sorted(said, key=lambda pair: pair[0])]
@@ -88,26 +104,37 @@ def truth(log: list[Said]) -> dict[int, list[int]]:
     rows: dict[int, list[int]] = {}
     for said in log:
         for key in said.keys if said.rank is Rank.INSERT else ():
-            gone = (d.ts for d in log if d.rank is Rank.DELETE and key in d.keys)
-            if not any(ts > said.ts for ts in gone):
+            gone = (d for d in log if d.rank is Rank.DELETE and key in d.keys)
+            if not any(d.ts > said.ts and _reaches(d, said.partition_id) for d in gone):
                 rows.setdefault(key, []).append(said.number)
     return rows
 
 
+def _reaches(delete: Said, partition_id: int) -> bool:
+    return delete.partition_id in (-1, partition_id)
+
+
 class Sink:
-    """Does one after the other, and stores a key twice where it is inserted twice."""
+    """Does one after the other, and stores a key twice where it is inserted twice, or upserted into
+    another partition.
+    """
 
     def __init__(self) -> None:
-        self.rows: dict[int, list[int]] = {}
+        self.copies: dict[int, list[Said]] = {}
+
+    @property
+    def rows(self) -> dict[int, list[int]]:
+        return {key: [said.number for said in copies] for key, copies in self.copies.items()}
 
     def take(self, op: LogOp, upsert_until_ts: int) -> None:
         for key in op.payload.keys:
-            if op.rank is Rank.DELETE:
-                self.rows.pop(key, None)
-            elif op.replaces or op.ts <= upsert_until_ts:
-                self.rows[key] = [op.payload.number]
-            else:
-                self.rows.setdefault(key, []).append(op.payload.number)
+            copies = self.copies.pop(key, [])
+            if op.rank is Rank.DELETE or op.replaces or op.ts <= upsert_until_ts:
+                copies = [row for row in copies if not _reaches(op.payload, row.partition_id)]
+            if op.rank is Rank.INSERT:
+                copies.append(op.payload)
+            if copies:
+                self.copies[key] = copies
 
 
 class Owner:
@@ -164,11 +191,11 @@ def test_the_sink_ends_as_the_source(
     sink, owner = Sink(), Owner(position(0), 0, 0)
     while owner.at < len(log):
         owner.step(log, sink, rng, forget=forget)
-    want = truth(log)
+    rows, want = sink.rows, truth(log)
     if not in_order:  # a source may double a key then, which a sink that replaces does not
-        sink.rows = {key: [max(values)] for key, values in sink.rows.items()}
+        rows = {key: [max(values)] for key, values in rows.items()}
         want = {key: [max(values)] for key, values in want.items()}
-    assert sink.rows == want
+    assert rows == want
 
 
 @settings(max_examples=400, deadline=None)
@@ -185,6 +212,49 @@ def test_whoever_takes_over(seed: int, requests: int, forget: bool) -> None:
         if rng.random() < 0.05 and not halves_apart(log, resolved_ts, owner.at):
             owner = Owner(owner.lane.read_from, resolved_ts, written_ts)
     assert sink.rows == truth(log)
+
+
+@pytest.mark.parametrize(("checkpoint", "written"), [(20, [1, 2]), (21, [2]), (30, [])])
+def test_what_an_owner_before_took_is_read_for_its_keys_and_not_written(
+    checkpoint: int, written: list[int]
+) -> None:
+    """For a recount the log is read from farther back; the sink is at the checkpoint."""
+    log = [
+        Said(20),
+        Said(15, Rank.INSERT, (1,), 1),
+        Said(25, Rank.INSERT, (2,), 2),
+        Said(30),
+    ]
+    core = _core((Partition(1, "_default", 0),), lanes=1)
+    core.written_until = {"v0": checkpoint}
+    [lane] = core.lanes.values()
+    at, taken = 0, []
+    while at < len(log):
+        if log[at].rank is None:
+            lane.tick(log[at].ts, position(at))
+        else:
+            lane.add(op_of(log[at], at))
+        again = lane.take_reread()
+        at = at + 1 if again is None else int.from_bytes(again, "little")
+        for effect in core.step():
+            assert isinstance(effect, StartWrite)
+            taken += [op.payload.number for op in effect.write.ops]
+            core.write_done(effect.write.write_id)
+    assert (taken, lane.resolved_ts) == (written, 30)
+
+
+def test_a_late_deletion_reaches_partitions_that_what_is_newer_does_not() -> None:
+    log = [
+        Said(5, Rank.INSERT, (1, 2), 1, 1),
+        Said(20),
+        Said(10, Rank.DELETE, (1, 2), 2),
+        Said(15, Rank.INSERT, (1,), 3, 2),
+        Said(30),
+    ]
+    sink, owner = Sink(), Owner(position(0), 0, 0)
+    while owner.at < len(log):
+        owner.step(log, sink, random.Random(1), forget=False)
+    assert sink.rows == {1: [3]}
 
 
 def test_no_late_message_is_counted_where_ticks_keep_their_word() -> None:
