@@ -36,7 +36,7 @@ def whole_of(assignment_id: str) -> str:
 
 def parts_of(task: TaskRecord, progress: CollectionProgress) -> tuple[str, ...]:
     """The assignments that it is split into, if it is; none where it cannot be."""
-    count = min(task.spec.max_parts, len(progress.checkpoints))
+    count = min(task.spec.max_parts, len(_topics(progress)))
     if count < 2:
         return ()
     whole = collection_assignment_id(progress.task_uid, progress.collection_id)
@@ -49,7 +49,15 @@ def points_of(assignment_id: str, progress: CollectionProgress) -> tuple[Checkpo
     if part is None:
         return progress.checkpoints
     number, count = part
-    return progress.checkpoints[number - 1 :: count]
+    own = _topics(progress)[number - 1 :: count]
+    return tuple(point for point in progress.checkpoints if point.pchannel in own)
+
+
+def _topics(progress: CollectionProgress) -> tuple[str, ...]:
+    """What a part has whole: a delete of Milvus 2.2 names no shard, and is understood only by who
+    has all of its collection's on the topic.
+    """
+    return tuple(dict.fromkeys(point.pchannel for point in progress.checkpoints))
 
 
 def compares(assignment_id: str, record: CollectionRecord) -> bool:
@@ -113,8 +121,9 @@ def is_for_one(
         return True
     if 0 < record.flush_ts <= progress.resolved_ts:
         return True
-    points = progress.checkpoints
-    if any(point.closed or point.resolved_ts < progress.whole_until_ts for point in points):
+    # Before the first checkpoint it cannot be told which drops are still ahead.
+    first = max(1, progress.whole_until_ts)
+    if any(point.closed or point.resolved_ts < first for point in progress.checkpoints):
         return True
     return not _settled(record) and progress.resolved_ts >= _due_ts(record)
 
@@ -161,8 +170,8 @@ def _waits_before(world: World, key: str, progress: CollectionProgress, ts: int)
 
 
 def whole_past_horizons(progress: CollectionProgress) -> CollectionProgress:
-    """What any part may have begun is behind it then."""
-    newest = max(point.horizon_ts for point in progress.checkpoints)
+    """What any part may have begun is behind it then; never where all stand already."""
+    newest = max(max(point.horizon_ts, point.resolved_ts + 1) for point in progress.checkpoints)
     return replace(progress, whole_until_ts=max(newest, progress.whole_until_ts))
 
 

@@ -6,13 +6,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from milvus_cdc.model import RateLimits, Vchannel, part_of_assignment, split_assignment_id
+from milvus_cdc.model import (
+    Index,
+    RateLimits,
+    Vchannel,
+    part_of_assignment,
+    split_assignment_id,
+)
 from milvus_cdc_controller import wire
 from milvus_cdc_controller.core import effects as fx
 from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core import splitting
 from milvus_cdc_controller.core.collection import CollectionState, Counters
 from milvus_cdc_controller.core.grant import ReportedState
+from milvus_cdc_controller.core.parts import parts_of, points_of
 from milvus_cdc_controller.core.status import collection_status, collection_view, task_totals
 from milvus_cdc_controller.store.records import decode, encode
 
@@ -117,6 +124,49 @@ def test_it_stays_whole_where_it_cannot_be_split(how: str) -> None:
     script.report(stream, WHOLE, 1, applied_version=version, vchannels=points)
     script.pass_time(10_000, beating=(1, 2) if how != "one replicator" else (1,))
     assert (held(script), asked_back(script)) == ({WHOLE}, set())
+
+
+def test_shards_that_share_a_topic_stay_together() -> None:
+    """A delete of Milvus 2.2 names no shard: a part that has one of two could take that of the
+    other for its own.
+    """
+    script = divided()
+    progress = script.core.world.progress[WHOLE]
+    task = script.core.world.tasks["uid-copy"]
+    one, two = progress.checkpoints
+    third = replace(one, vchannel="dml_0_11v2")
+    more = replace(progress, checkpoints=(one, two, third))
+    assert parts_of(task, more) == (ONE, TWO)
+    assert [points_of(key, more) for key in (ONE, TWO)] == [(one, third), (two,)]
+    assert parts_of(task, replace(progress, checkpoints=(one, third))) == ()
+
+
+def test_it_stays_whole_until_each_shard_has_a_checkpoint() -> None:
+    """Before the first one the next owner cannot tell which drops of partitions are ahead."""
+    script = Script()
+    for stream, name in ((1, "a"), (2, "b")):
+        script.hello(stream, name, takes_parts=True)
+    script.create(spec(max_parts=2, source=b"", sink=b""))
+    index = Index(5, "v", 101, "v", (), create_ts=100)
+    script.see(replace(HOT, indexes=(index,)))
+    said(script, WHOLE, (50, 0), opened=ev.SinkOpened(99))
+    said(script, WHOLE, (60, 0))
+    script.pass_time(10_000, beating=BOTH)
+    assert (held(script), asked_back(script)) == ({WHOLE}, set())
+    said(script, WHOLE, (60, 10))
+    script.pass_time(2_000, beating=BOTH)
+    assert asked_back(script) == {WHOLE}
+
+
+def test_one_that_cannot_go_on_beyond_its_horizon_is_made_whole_all_the_same() -> None:
+    """Ticks pass a horizon, and what comes behind them is older."""
+    script = divided()
+    for key, shard in ((ONE, SHARDS[0]), (TWO, SHARDS[1])):
+        epoch = script.core.world.grants[key].epoch
+        point = ev.VchannelReport(shard.vchannel, b"p", 2000)
+        now = key == TWO
+        script.report(stream_of(script, key), key, epoch, vchannels=(point,), whole_now=now)
+    assert asked_back(script) == {ONE, TWO}
 
 
 def test_parts_are_taken_back_when_all_stand_and_split_again_behind_it() -> None:
