@@ -24,6 +24,7 @@ from tests.sim.queue import Queue, Topic
 
 META = "by-dev/meta/"
 KEYS_PER_SHARD = 12
+LATE_DROP_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,8 @@ class Milvus:
         self.etcd = etcd
         self.queue = queue
         self.tables: list[Table] = []
+        self.late_drops = False
+        """The message of a partition's drop is stamped when it is sent, after the metadata."""
         self._rng = rng
         self._count = 0
         self._ids = 100
@@ -161,6 +164,21 @@ class Milvus:
     def drop_partition(self, table: Table, partition: Partition) -> None:
         partition.dropped = True
         ts = self.ts()
+        if self.late_drops:
+            late = self.clockwork.now + LATE_DROP_SECONDS
+            self.clockwork.at(late, lambda: self._tell_drop(table, partition, self.ts()))
+        else:
+            self._tell_drop(table, partition, ts)
+        snapshot = f"{META}snapshots/root-coord/partitions/{table.collection_id}"
+        self.etcd.txn(
+            (),
+            [
+                self._partition(table, partition, 2),
+                PutOp(f"{snapshot}/{partition.partition_id}_ts{ts}", b"x"),
+            ],
+        )
+
+    def _tell_drop(self, table: Table, partition: Partition, ts: int) -> None:
         for key, op in list(table.live.items()):
             if op.partition is partition:
                 table.note(Op(ts, key, None, partition))
@@ -172,14 +190,6 @@ class Milvus:
         ).SerializeToString()
         for _, pchannel in table.shards:
             self.queue.topics[pchannel].pending.append((ts, [("", message)]))
-        snapshot = f"{META}snapshots/root-coord/partitions/{table.collection_id}"
-        self.etcd.txn(
-            (),
-            [
-                self._partition(table, partition, 2),
-                PutOp(f"{snapshot}/{partition.partition_id}_ts{ts}", b"x"),
-            ],
-        )
 
     def drop(self, table: Table) -> None:
         ts = table.dropped_ts = self.ts()

@@ -81,6 +81,7 @@ class World:
         self.milvus = Milvus(
             self.clockwork, self.source_etcd, self.queue, random.Random(f"milvus {seed}")
         )
+        self.milvus.late_drops = bool(parts)  # where it matters most: parts stand just there
         self.referee = Referee(self.milvus, self.sink, self.say)
         self.own_etcd.on_commit = self.referee.committed
         self.sink.before = self.referee.before_write

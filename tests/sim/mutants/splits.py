@@ -8,6 +8,7 @@ from typing import Any
 from milvus_cdc_controller import wire
 from milvus_cdc_controller.core import parts, placing
 from milvus_cdc_controller.core.granting import is_held
+from milvus_cdc_replicator.core import assignment
 
 from tests.sim.mutants import mutant, put
 
@@ -35,3 +36,14 @@ def barrier_forgotten(stack: ExitStack) -> None:
         )
 
     put(stack, parts, "is_for_one", by_now)
+
+
+@mutant("a drop counts as done between the metadata's time of it and its message", parts=2)
+def drop_taken_for_done(stack: ExitStack) -> None:
+    ahead = assignment.AssignmentCore._drops_ahead
+
+    def strictly(core: assignment.AssignmentCore, partitions: Any) -> list[Any]:
+        passed = max(lane.resolved_ts for lane in core.lanes.values())
+        return [p for p in ahead(core, partitions) if passed < p.drop_ts]
+
+    put(stack, assignment.AssignmentCore, "_drops_ahead", strictly)
