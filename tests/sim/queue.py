@@ -9,13 +9,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from milvus_cdc.errors import LogResetError, LogTruncatedError, RetryableError
+from milvus_cdc.model import ms_to_tso
 from milvus_cdc.source import LogEntry, LogLimits, LogRange, check_incarnation
 from milvus_cdc.source.positions import Numbered, decode, encode
 
 from tests.sim.clockwork import Clockwork, Loop
 from tests.sim.network import Network, Server, remote
+
+if TYPE_CHECKING:
+    from tests.sim.source import Message
 
 CALL_SECONDS = 10.0
 
@@ -26,8 +31,10 @@ class Topic:
     first: int = 0
     entries: list[LogEntry] = field(default_factory=list)
     stamps: list[tuple[str, int]] = field(default_factory=list)
-    """Of each entry: vchannel ("" for ticks and drops) and timestamp."""
-    pending: list[tuple[int, list[tuple[str, bytes]]]] = field(default_factory=list)
+    """Of each entry: vchannel ("" for ticks and drops) and timestamp; of one behind a tick that
+    covers it, what comes next after that tick.
+    """
+    pending: list[tuple[int, list[Message]]] = field(default_factory=list)
     """Written by a user, on their way into the queue; what belongs together stays together."""
     readers: list[Reader] = field(default_factory=list)
 
@@ -59,6 +66,17 @@ class Queue(Server):
         """Its process is no more."""
         for topic in self.topics.values():
             topic.readers = [reader for reader in topic.readers if reader.host != host]
+
+    def before(self, pchannel: str, place: int, seconds: float) -> int:
+        """The place so many seconds of the log earlier."""
+        topic = self.topics[pchannel]
+        at = min(place, topic.end - 1)
+        if at < topic.first:
+            return place
+        since = topic.stamps[at - topic.first][1] - ms_to_tso(int(seconds * 1000))
+        while at > topic.first and topic.stamps[at - topic.first][1] > since:
+            at -= 1
+        return min(at, place)
 
     def truncate(self, pchannel: str, first: int) -> None:
         topic = self.topics[pchannel]

@@ -1,14 +1,15 @@
 """A source Milvus: its metadata in an etcd, its log in a queue, and what its users do.
 
 Laws, Milvus': a log is sorted only between ticks, a tick comes when everything at or below it is
-there, and a message newer than a tick may lie before it; an upsert is an insert and a delete of one
-timestamp; metadata and log come by different roads.
+there (but see `latecomers`), and a message newer than a tick may lie before it; an upsert is an
+insert and a delete of one timestamp; metadata and log come by different roads.
 """
 
 from __future__ import annotations
 
 import random
-from bisect import bisect_right
+from bisect import bisect_right, insort
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from milvus_cdc.etcd import PutOp
@@ -20,6 +21,7 @@ from milvuscdc.internal import milvus_meta_pb2 as meta_pb
 
 from tests.sim.clockwork import START_UNIX, Clockwork
 from tests.sim.etcd import Etcd
+from tests.sim.latecomers import Latecomers
 from tests.sim.queue import Queue, Topic
 
 META = "by-dev/meta/"
@@ -29,12 +31,33 @@ LATE_DROP_SECONDS = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """What a user did to one key; `text` is None where it was deleted."""
+    """What a user did to one key; `text` is None where it was deleted. An upsert is one, unless its
+    halves came into the log apart.
+    """
 
     ts: int
     key: int
     text: str | None
     partition: Partition | None = None
+    behind_ts: int = 0
+    """The tick that it stands behind, where that did not wait for it."""
+
+    @property
+    def due(self) -> int:
+        """A checkpoint from there on says that it is done: at or beyond its time, and its first
+        tick stands behind it.
+        """
+        return max(self.ts, self.behind_ts + 1) if self.behind_ts else self.ts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Message:
+    """One entry of a log, and what it does where it stands alone."""
+
+    vchannel: str
+    payload: bytes
+    table: Table | None = None
+    ops: Sequence[Op] = ()
 
 
 @dataclass(slots=True)
@@ -65,32 +88,52 @@ class Table:
         return self.shards[key % len(self.shards)]
 
     def note(self, op: Op) -> None:
-        self.by_key.setdefault(op.key, []).append(op)
-        self.by_shard.setdefault(self.shard_of(op.key)[0], []).append(op)
+        self.log(op)
         if op.text is None:
             self.live.pop(op.key, None)
         else:
             self.live[op.key] = op
 
+    def log(self, op: Op) -> None:
+        """It is in the log, or will be before any tick that covers it."""
+        insort(self.by_key.setdefault(op.key, []), op, key=_effect)
+        insort(self.by_shard.setdefault(self.shard_of(op.key)[0], []), op, key=_due)
+
+    def unlog(self, op: Op) -> None:
+        """It will not, if it was to."""
+        for ops in (self.by_key.get(op.key, []), self.by_shard[self.shard_of(op.key)[0]]):
+            if op in ops:
+                ops.remove(op)
+
     def last_at(self, key: int, ts: int) -> Op | None:
-        """The newest thing done to the key at or before then."""
-        ops = self.by_key.get(key, [])
-        index = bisect_right(ops, ts, key=_ts)
-        return ops[index - 1] if index else None
+        """The newest thing done to the key that a checkpoint says is done."""
+        return next((op for op in reversed(self.by_key.get(key, [])) if op.due <= ts), None)
 
     def between(self, vchannel: str, after: int, until: int) -> list[Op]:
+        """What a checkpoint says is done that the one before did not."""
         ops = self.by_shard.get(vchannel, [])
-        return ops[bisect_right(ops, after, key=_ts) : bisect_right(ops, until, key=_ts)]
+        return ops[bisect_right(ops, after, key=_due) : bisect_right(ops, until, key=_due)]
 
 
-def _ts(op: Op) -> int:
-    return op.ts
+def _effect(op: Op) -> tuple[int, bool]:
+    return op.ts, op.text is not None
+
+
+def _due(op: Op) -> int:
+    return op.due
 
 
 class Milvus:
     """The source cluster: what users do to it goes to the log and to the metadata."""
 
-    def __init__(self, clockwork: Clockwork, etcd: Etcd, queue: Queue, rng: random.Random) -> None:
+    def __init__(
+        self,
+        clockwork: Clockwork,
+        etcd: Etcd,
+        queue: Queue,
+        rng: random.Random,
+        late_rng: random.Random,
+    ) -> None:
         self.clockwork = clockwork
         self.etcd = etcd
         self.queue = queue
@@ -101,6 +144,7 @@ class Milvus:
         self._count = 0
         self._ids = 100
         self.last_tick: dict[str, int] = {}
+        self.latecomers = Latecomers(clockwork, queue, self.last_tick, late_rng)
         etcd.txn(
             (),
             [
@@ -189,7 +233,7 @@ class Milvus:
             partition_name=partition.name,
         ).SerializeToString()
         for _, pchannel in table.shards:
-            self.queue.topics[pchannel].pending.append((ts, [("", message)]))
+            self.queue.topics[pchannel].pending.append((ts, [Message("", message)]))
 
     def drop(self, table: Table) -> None:
         ts = table.dropped_ts = self.ts()
@@ -198,7 +242,7 @@ class Milvus:
             collectionID=table.collection_id,
         ).SerializeToString()
         for _, pchannel in table.shards:
-            self.queue.topics[pchannel].pending.append((ts, [("", message)]))
+            self.queue.topics[pchannel].pending.append((ts, [Message("", message)]))
         snapshot = f"{META}snapshots/root-coord/database/collection-info/1/{table.collection_id}"
         self.etcd.txn((), [self._info(table, 2), PutOp(f"{snapshot}_ts{ts}", b"x")])
 
@@ -242,12 +286,13 @@ class Milvus:
         partition = rng.choice([p for p in table.partitions if not p.dropped])
         ts = self.ts()
         choice = rng.random()
-        group: list[tuple[str, bytes]] = []
+        group: list[Message] = []
         if choice < 0.25:
             # Of one partition or of all; a key that is not there is asked for as well.
-            for key in keys:
-                table.note(Op(ts, key, None))
-            group.append((vchannel, _delete(table, vchannel, ts, keys)))
+            ops = [Op(ts, key, None) for key in keys]
+            for op in ops:
+                table.note(op)
+            group.append(Message(vchannel, _delete(table, vchannel, ts, keys), table, ops))
         else:
             fresh = [k for k in keys if k not in table.live]
             old = [k for k in keys if k in table.live]
@@ -259,11 +304,15 @@ class Milvus:
                 rows, replaced = [*fresh, *old], [*fresh, *old]
             if not rows:
                 return
-            for key in rows:
-                table.note(Op(ts, key, str(ts), partition))
-            group.append((vchannel, _insert(table, vchannel, ts, rows, partition)))
+            ops = [Op(ts, key, str(ts), partition) for key in rows]
+            for op in ops:
+                table.note(op)
+            insert = _insert(table, vchannel, ts, rows, partition)
+            group.append(Message(vchannel, insert, table, ops))
             if replaced:
-                group.append((vchannel, _delete(table, vchannel, ts, replaced, partition)))
+                delete = _delete(table, vchannel, ts, replaced, partition)
+                gone = [Op(ts, key, None, partition) for key in replaced]
+                group.append(Message(vchannel, delete, table, gone))
         self.queue.topics[pchannel].pending.append((ts, group))
 
     def tick(self, pchannel: str) -> None:
@@ -281,8 +330,10 @@ class Milvus:
         arriving = due + early
         rng.shuffle(arriving)
         for stamp, messages in arriving:
-            for vchannel, payload in messages:
-                self.queue.append(pchannel, payload, vchannel, stamp)
+            now = self.latecomers.sift(pchannel, stamp, messages)
+            for message in messages:
+                if message in now:
+                    self.queue.append(pchannel, message.payload, message.vchannel, stamp)
                 if rng.random() < 0.15:
                     self.queue.tell(pchannel)  # readers may stop anywhere
         header = log_pb2.LogHeader(base=log_pb2.LogBase(msg_type=common_pb2.TimeTick, timestamp=ts))

@@ -24,7 +24,7 @@ from milvus_cdc_controller.store import election
 from milvus_cdc_controller.store import etcd as etcd_store
 from milvus_cdc_replicator import reader, session
 
-from tests.sim import faults
+from tests.sim import faults, latecomers
 from tests.sim.clockwork import Clockwork, Loop, virtual
 from tests.sim.etcd import Client, Etcd
 from tests.sim.network import Network, Server
@@ -57,6 +57,10 @@ class Result:
     parts: int = 0
     splits: int = 0
     """New owners of parts."""
+    late: int = 0
+    """Messages behind a tick that covers them."""
+    excused: int = 0
+    """Looks at keys of which no owner could know (ARCHITECTURE.md, "Late messages")."""
     story: list[str] = field(default_factory=list)
 
 
@@ -79,7 +83,11 @@ class World:
         self.sink = SinkServer()
         self.servers: list[Server] = [self.own_etcd, self.source_etcd, self.queue, self.sink]
         self.milvus = Milvus(
-            self.clockwork, self.source_etcd, self.queue, random.Random(f"milvus {seed}")
+            self.clockwork,
+            self.source_etcd,
+            self.queue,
+            random.Random(f"milvus {seed}"),
+            random.Random(f"latecomers {seed}"),
         )
         self.milvus.late_drops = bool(parts)  # where it matters most: parts stand just there
         self.referee = Referee(self.milvus, self.sink, self.say)
@@ -92,6 +100,8 @@ class World:
         self.orphans: list[tuple[str, InFlight]] = []
         self._graves: list[Loop] = []
         self.peace = False
+        self.keeps_reach = False
+        """The queue keeps what late messages may belong before."""
         rng = self.rng
         self.controllers = [
             ControllerHost(self, f"c{n}", self._pace()) for n in (1, 2)[: rng.choice((1, 2))]
@@ -144,6 +154,7 @@ class World:
         chaos = random.Random(f"faults {self.seed}")
         count = chaos.randint(2, max(3, round(minutes * 3)))
         faults.plan(self, chaos, 15.0, end, count)
+        latecomers.plan(self, random.Random(f"restarts {self.seed}"), 15.0, end)
         # Where collections are split every change takes the parts back.
         changes = rng.randint(3, 10) if self.parts else rng.randint(0, 3)
         for at in (rng.uniform(20, end) for _ in range(changes)):
@@ -264,6 +275,8 @@ class World:
                     pchannel, place = pchannels[vchannel], decode_position(start)
                     needed[pchannel] = min(place, needed.get(pchannel, place))
         for pchannel, first in needed.items():
+            if self.keeps_reach:
+                first = self.queue.before(pchannel, first, latecomers.REACH_SECONDS)
             self.queue.truncate(pchannel, first)
 
     def pause(self) -> None:
@@ -392,5 +405,7 @@ def run(
         world.referee.takeovers,
         parts,
         world.referee.splits,
+        world.milvus.latecomers.count,
+        world.referee.excused,
         world.story,
     )
