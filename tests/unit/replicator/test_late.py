@@ -13,7 +13,7 @@ from milvus_cdc.model import Partition
 from milvus_cdc.order.lane import Lane
 from milvus_cdc.order.late import STEP, History
 from milvus_cdc.order.ops import Key, LogOp, Rank
-from milvus_cdc_replicator.core.assignment import StartWrite
+from milvus_cdc_replicator.core.effects import StartWrite
 
 from tests.unit.replicator.test_assignment_crashes import _core, position
 
