@@ -26,7 +26,10 @@ def stale(table: Table, key: int, values: list[tuple[str, str]], until: int) -> 
     op = table.last_at(key, until)
     if op is None or (op.partition is not None and op.partition.dropped):
         return ""
-    if values:
+    if op.text is None and op.partition is not None:
+        # An upsert's, alone: rows of other partitions are for a deletion that is still to come.
+        stamps = sorted(int(text) for name, text in values if name == op.partition.name)
+    if stamps:
         version = stamps[-1]
         # The insert of an upsert that is in halves is newer than its delete.
         half = any(other.ts == op.ts and other.text is not None for other in table.by_key[key])
