@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import structlog
 from google.protobuf import duration_pb2
@@ -104,7 +104,7 @@ class RetentionWatch:
         topic = self._topics.setdefault(key, _Topic(now - REFRESH_SECONDS))
         if now - topic.asked >= REFRESH_SECONDS:
             topic.asked = now
-            self._spawn(self._ask(topic, assignment, pchannel))
+            self._spawn(partial(self._ask, topic, assignment, pchannel))
         if topic.source is None or topic.limits is None:
             return
         ts = report.resolved_ts
@@ -112,17 +112,19 @@ class RetentionWatch:
             place = self._places.get(shard)
             if place is None or place[0] != report.read_from:
                 self._places[shard] = (report.read_from, 0)
-                self._spawn(self._ask_time(topic.source, pchannel, shard, report.read_from))
+                self._spawn(
+                    partial(self._ask_time, topic.source, pchannel, shard, report.read_from)
+                )
                 return
             ts = place[1]
         self._told[shard] = now
         report.retention.CopyFrom(retention(topic.source, topic.limits, report.read_from, ts))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Callable[[], Awaitable[None]]) -> None:
         async def quietly() -> None:
             try:
                 async with asyncio.timeout(ASK_SECONDS):
-                    await work
+                    await work()
             except (CdcError, TimeoutError) as error:
                 log.debug("retention is not known", error=repr(error))
 
