@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from collections import deque
 from collections.abc import Iterator
 
 import pytest
@@ -26,6 +28,8 @@ from tests.servers import KafkaServer, Quorum
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
 
 KEYS = 20
+STUCK_SECONDS = 240
+"""After so long the test ends with what was said last, not by its timeout without a word."""
 Cluster = dict[int, KafkaServer]
 
 
@@ -65,20 +69,25 @@ async def test_leaders_that_die(cluster: Cluster) -> None:
     creation = sink_kafka_pb2.KafkaTopicCreation(partitions=1)
     tables = {exactly_once: some_table() for exactly_once in (False, True)}
     written = dict.fromkeys(tables, 0)
+    refused: dict[bool, deque[str]] = {each: deque(maxlen=5) for each in tables}
     stop = asyncio.Event()
 
     async def write_on(exactly_once: bool, sink: KafkaWriter) -> None:
         while not stop.is_set():
             step = written[exactly_once] + 1
             rows = upserts(step, *[(key, step) for key in range(KEYS)])
-            with contextlib.suppress(RetryableError):
+            try:
                 await sink.write(tables[exactly_once], batch(rows, upto=step), 5.0)
                 written[exactly_once] = step
+            except RetryableError as error:
+                refused[exactly_once].append(f"step {step}: {error}")
 
     async def goes_on() -> None:
         before = dict(written)
+        end = time.monotonic() + STUCK_SECONDS
         while any(written[each] < before[each] + 20 for each in written):
             assert not any(task.done() for task in writing)
+            assert time.monotonic() < end, (before, written, refused)
             await asyncio.sleep(0.05)
 
     sinks = {
