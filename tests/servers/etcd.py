@@ -8,11 +8,12 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from tests.servers.certificates import Authority
+from tests.servers.ensemble import Ensemble
 from tests.servers.ports import free_port
 from tests.servers.process import ManagedProcess
 
@@ -144,12 +145,16 @@ class EtcdServer(ManagedProcess):
         return bool(status.get("leader")) and status["leader"] == status["header"]["member_id"]
 
 
-class EtcdCluster:
+class EtcdCluster(Ensemble):
     """Three members; each is a process of its own."""
 
     def __init__(self, folder: Path) -> None:
         peers = {f"etcd-{n}": free_port() for n in range(3)}
         self.members = [EtcdServer(folder / name, name=name, peers=peers) for name in peers]
+
+    @property
+    def servers(self) -> Sequence[EtcdServer]:
+        return self.members
 
     @property
     def endpoints(self) -> list[str]:
@@ -163,17 +168,6 @@ class EtcdCluster:
                     return member
             time.sleep(0.1)
         raise AssertionError("no member of etcd leads")
-
-    def __enter__(self) -> Self:
-        for member in self.members:
-            member.spawn()
-        for member in self.members:
-            member.wait_ready()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for member in self.members:
-            member.stop()
 
 
 def _binary() -> Path:

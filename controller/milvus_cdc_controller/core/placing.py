@@ -131,12 +131,12 @@ def need_of(world: World, assignment_id: str) -> Need:
     labels = frozenset(task.spec.replicator_labels)
     if record is None:
         return Need(assignment_id, weight=0.0, labels=labels)
-    weight = world.rates.get(assignment_id, IDLE).weight
+    weight = weight_of(world, assignment_id)
     if part_of_assignment(assignment_id) is None:
         return Need(assignment_id, _logs(task, record), weight, labels)
     points = points_of(assignment_id, world.progress[record.assignment_id])
     logs = frozenset((task.spec.source_id, point.pchannel) for point in points)
-    return Need(assignment_id, logs, max(weight, PART_WEIGHT), labels | TAKES_PARTS)
+    return Need(assignment_id, logs, weight, labels | TAKES_PARTS)
 
 
 def _logs(task: TaskRecord, record: CollectionRecord) -> frozenset[Log]:
