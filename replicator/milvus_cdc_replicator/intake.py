@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import structlog
 from milvus_cdc.codec.messages import Delete, Message, Tick
@@ -20,7 +21,6 @@ from milvus_cdc.order.lane import Lane
 
 from milvus_cdc_replicator.connections import Connections
 from milvus_cdc_replicator.convert import Converter
-from milvus_cdc_replicator.core.assignment import AssignmentCore
 from milvus_cdc_replicator.core.budget import Budget, Share
 from milvus_cdc_replicator.reader import Item, PchannelHub, Subscription
 from milvus_cdc_replicator.sink_work import Troubles
@@ -35,6 +35,24 @@ CROWDED_SHARE = 16
 """Where many together fill the memory, who holds less than this part of it keeps it."""
 
 
+class Reading(Protocol):
+    """What is fed: the core of an assignment, or what is read beside it."""
+
+    lanes: dict[str, Lane]
+
+    @property
+    def resting(self) -> bool:
+        """Source time alone goes on, and may be told later."""
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Of rows that wait for their tick."""
+
+    @property
+    def writable_bytes(self) -> int:
+        """Of rows whose tick has come."""
+
+
 class Intake:
     """`post` hands an event to the owner of the core, `tick_waits` says that one may call
     `take_ticks`; everything else runs where it is called.
@@ -43,8 +61,9 @@ class Intake:
     def __init__(
         self,
         assignment: CollectionAssignment,
-        core: AssignmentCore,
+        core: Reading,
         *,
+        purpose: str = "read",
         connections: Connections,
         converter: Converter,
         budget: Budget,
@@ -55,6 +74,8 @@ class Intake:
         fail: Callable[[CdcError], None],
         on_room: Callable[[], None],
     ) -> None:
+        """`purpose`: what is being tried where it does not succeed."""
+        self._purpose = purpose
         self._assignment = assignment
         self._core = core
         self._connections = connections
@@ -121,6 +142,13 @@ class Intake:
         for hub, subscription in list(self._subscriptions):
             self._unsubscribe(hub, subscription)
 
+    def leave(self) -> None:
+        """It is not wanted any more, while the rest of the assignment goes on."""
+        for _, subscription in self._subscriptions:
+            self._troubles.clear(f"{self._purpose} {subscription.vchannel}")
+        self.close()
+        self.account(final=True)
+
     def _unsubscribe(self, hub: PchannelHub, subscription: Subscription) -> None:
         hub.unsubscribe(subscription)
         self._incarnations[subscription.vchannel] = subscription.incarnation
@@ -180,7 +208,7 @@ class Intake:
 
     def _held(self) -> tuple[int, int]:
         """Bytes of everything not durable, and of the part that writing makes room for."""
-        writable = self._core.staged_bytes + self._core.sequencer.held_bytes
+        writable = self._core.writable_bytes
         return writable + self._core.buffered_bytes + self._delivered_bytes, writable
 
     async def look_for_log_ends(self) -> None:
@@ -287,9 +315,9 @@ class Intake:
 
     def _on_error(self, vchannel: str, error: CdcError | None) -> None:
         if error is None:
-            self._troubles.clear(f"read {vchannel}")
+            self._troubles.clear(f"{self._purpose} {vchannel}")
         elif isinstance(error, RetryableError):
-            self._troubles.add(f"read {vchannel}", error)
+            self._troubles.add(f"{self._purpose} {vchannel}", error)
         else:
             self._fail(error)
 

@@ -2,8 +2,9 @@
 and says if they are as they should be.
 
 Laws: counted is when such a request can no longer take effect, and everything that it can have
-held is written anew. What differs while rows go on is looked at again with none under way. What
-cannot be counted is written once more; nothing waits for ever.
+held is written anew. What owners in between have written is read again beside the rows, which wait
+for none of it. What differs while rows go on is looked at again with none under way. What cannot be
+counted is written once more; nothing waits for ever.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from milvus_cdc.errors import CdcError, RetryableError, UserError
 from milvus_cdc.model import ObjectState
+from milvus_cdc.order.lane import Lane
 from milvus_cdc.order.ops import Key
 from milvus_cdc.sink import Copies, Sink
 
@@ -24,9 +26,11 @@ from milvus_cdc_replicator import metrics
 from milvus_cdc_replicator.core.assignment import AssignmentCore
 from milvus_cdc_replicator.core.budget import Budget
 from milvus_cdc_replicator.core.ops import Write
+from milvus_cdc_replicator.core.past import Past
 from milvus_cdc_replicator.core.tally import Tally
 from milvus_cdc_replicator.gate import WriteGate
 from milvus_cdc_replicator.halting import Halted, pause, unless_halted
+from milvus_cdc_replicator.intake import Intake
 from milvus_cdc_replicator.report import Recounted
 from milvus_cdc_replicator.sink_object import SinkObject
 from milvus_cdc_replicator.sink_work import look_again
@@ -84,6 +88,7 @@ class Recounting:
         *,
         budget: Budget,
         gate: WriteGate,
+        read: Callable[[Past], Intake],
         halt: asyncio.Event,
         named: bool,
         post: Callable[[Callable[[], None]], None],
@@ -91,13 +96,15 @@ class Recounting:
         changed: Callable[[], None],
         log: Any,
     ) -> None:
-        """`named`: rows name a partition. `post` hands an event to the owner of the core, `spawn`
-        runs work beside it, `changed` makes the assignment report.
+        """`read` feeds what is read beside the core. `named`: rows name a partition. `post` hands
+        an event to the owner of the core, `spawn` runs work beside it, `changed` makes the
+        assignment report.
         """
         self._assignment = assignment
         self._core = core
         self._object = placed
         self._gate = gate
+        self._read = read
         self._halt = halt
         self._post = post
         self._spawn = spawn
@@ -109,14 +116,35 @@ class Recounting:
         self.ended = Recounted.NOT_YET
         self._again = assignment.recount is Recount.WRITE_AGAIN
         self._wanted = assignment.recount is not Recount.NONE
+        self._past = self._past_of(assignment)
+        self._past_intake: Intake | None = None
+        self._past_opened = False
         if not self._wanted:
             return
         core.tally = Tally(budget.set_aside, named=named)
-        if not self._again:
-            core.written_until = {lane.vchannel: lane.resolved_ts for lane in assignment.lanes}
+        if self._past is not None:
+            core.tally.await_past()
         self._until = {
             lane.vchannel: max(lane.horizon_ts, lane.resolved_ts) for lane in assignment.lanes
         }
+
+    def _past_of(self, assignment: CollectionAssignment) -> Past | None:
+        lanes = [
+            Lane(
+                lane.vchannel,
+                lane.pchannel,
+                read_from=lane.recount_from,
+                resolved_ts=lane.recount_ts,
+                horizon_ts=lane.horizon_ts,
+                closed=False,
+            )
+            for lane in assignment.lanes
+            if lane.recount_from and not lane.closed and lane.recount_ts < lane.resolved_ts
+        ]
+        if not lanes:
+            return None
+        until_ts = {lane.vchannel: lane.resolved_ts for lane in assignment.lanes}
+        return Past(lanes, until_ts, self._core.took_before)
 
     def begin(self, sink: Sink) -> None:
         """The sink's collection is opened."""
@@ -138,6 +166,7 @@ class Recounting:
 
     def close(self) -> None:
         """Nothing is counted any more."""
+        self._leave_past()
         if self._core.tally is not None:
             self._core.tally.clear()
             self._core.tally = None
@@ -151,6 +180,9 @@ class Recounting:
         """Begins when it is due."""
         if not self.waits or self._counting or self._halt.is_set():
             return
+        self._read_past()
+        if self._past is not None:
+            return
         if time.monotonic() < self._settled_at or not self._window_closed():
             return
         if self._object.placed.state is ObjectState.DROPPED:
@@ -163,6 +195,34 @@ class Recounting:
             lane.closed or lane.resolved_ts >= self._until[lane.vchannel]
             for lane in self._core.lanes.values()
         )
+
+    def _read_past(self) -> None:
+        """Rows first: it begins when everything that may be there already is written anew."""
+        past, tally = self._past, self._core.tally
+        assert tally is not None
+        if past is None:
+            return
+        if self._past_intake is None:
+            if self._window_closed():
+                self._past_intake = self._read(past)
+                self._spawn(self._open_past(self._past_intake))
+            return
+        past.step()
+        if self._past_opened and (past.over or tally.full):
+            self._leave_past()
+            tally.past_read()
+        else:
+            self._past_intake.relieve()
+            self._past_intake.account()
+
+    async def _open_past(self, intake: Intake) -> None:
+        await intake.open()
+        self._past_opened = True
+
+    def _leave_past(self) -> None:
+        if self._past_intake is not None:
+            self._past_intake.leave()
+        self._past = self._past_intake = None
 
     async def _count(self) -> None:
         assert self._core.tally is not None

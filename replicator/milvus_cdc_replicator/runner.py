@@ -86,8 +86,8 @@ class CollectionRunner:
                 Lane(
                     lane.vchannel,
                     lane.pchannel,
-                    read_from=lane.recount_from or lane.read_from,
-                    resolved_ts=lane.recount_ts if lane.recount_from else lane.resolved_ts,
+                    read_from=lane.read_from,
+                    resolved_ts=lane.resolved_ts,
                     horizon_ts=lane.horizon_ts,
                     closed=lane.closed,
                     stored_ts=lane.stored_ts,
@@ -113,19 +113,20 @@ class CollectionRunner:
             task=assignment.task, collection=want.full_name, epoch=assignment.epoch
         )
         self._troubles = Troubles(self._log, lambda: notify(assignment.assignment_id))
-        self._intake = Intake(
+        intake = partial(
+            Intake,
             assignment,
-            self._core,
             connections=connections,
             converter=self._converter,
             budget=budget,
             limit_bytes=limits.assignment_bytes,
             troubles=self._troubles,
             post=self._post,
-            tick_waits=lambda: self._alarms.tick_waits(),
+            tick_waits=self._tick_waits,
             fail=self._fail,
             on_room=on_room,
         )
+        self._intake = intake(self._core)
         self._object = SinkObject(
             assignment,
             self._core,
@@ -151,6 +152,7 @@ class CollectionRunner:
             self._object,
             budget=budget,
             gate=gate,
+            read=partial(intake, purpose="read for a recount"),
             halt=self._halt,
             named=not key.partition_key,
             post=self._post,
@@ -196,6 +198,9 @@ class CollectionRunner:
     def compare_soon(self, seconds: float) -> None:
         """The sink is compared again, rows aside, at the latest in so many seconds."""
         self._object.compare_soon(seconds)
+
+    def _tick_waits(self) -> None:
+        self._alarms.tick_waits()
 
     def _letters(self) -> Place | None:
         wanted = self.assignment.dead_letters

@@ -63,6 +63,11 @@ class Lane:
         self.duplicates = 0
         self.late = 0
         """Messages that came behind a tick that covers them."""
+        self._began_ts = resolved_ts
+        self._passed_order = -1
+        """What stands up to there and is no newer than the checkpoint of the beginning was left
+        out.
+        """
         self._start_ts = resolved_ts
         self._started = False
         """The tick of the start was passed: what comes now was not seen before."""
@@ -94,6 +99,8 @@ class Lane:
         if self._portions:
             return self._add_again(op)
         if not self._started and op.ts <= self._start_ts:
+            if self.released_ts == self._began_ts:
+                self._passed_order = op.order
             return False
         late = self._started and op.ts <= self.released_ts
         if self._survey is not None:
@@ -112,12 +119,19 @@ class Lane:
     def _add_again(self, op: LogOp) -> bool:
         portion = self._portions[0]
         kept = False
-        if self._start_ts < op.ts <= portion.until_ts:
+        if self._start_ts < op.ts <= portion.until_ts and not self._was_left_out(op):
             wanted = op if self._correction is None else self._correction.part_of(op)
             kept = wanted is not None and self._keep(wanted)
         if op.order >= portion.last_order:
             self._release_portion()
         return kept
+
+    def _was_left_out(self, op: LogOp) -> bool:
+        """When this owner began, and is again. Where everything is said anew that may be the half
+        of an upsert whose other half lies before; of single keys nothing like it is asked.
+        """
+        anew = self._correction is not None and self._correction.keys is None
+        return anew and op.order <= self._passed_order and op.ts <= self._began_ts
 
     def _keep(self, op: LogOp) -> bool:
         if op.msg_id:
@@ -271,7 +285,8 @@ class Lane:
         assert not self._buffer
         if resolved_ts > self.resolved_ts:
             self.read_from = self.taken_from = read_from
-            self.resolved_ts = self.released_ts = self._start_ts = resolved_ts
+            self.resolved_ts = self.released_ts = resolved_ts
+            self._start_ts = self._began_ts = resolved_ts
             self._released_from = read_from
             self._history = History(resolved_ts, read_from)
 

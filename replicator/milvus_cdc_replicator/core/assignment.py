@@ -75,8 +75,6 @@ class AssignmentCore:
         """Nothing more is taken: what was goes out and comes to its end."""
         self.tally: Tally | None = None
         """Hears what is taken, while keys are to be recounted."""
-        self.written_until: dict[str, int] = {}
-        """Per vchannel: rows at or below it are in the sink, and read for the tally alone."""
         self.sequencer = Sequencer(limits)
         self._partition_key = partition_key
         self._partitions = _Partitions()
@@ -117,6 +115,18 @@ class AssignmentCore:
         lane = self.lanes.get(vchannel)
         if lane is not None:
             self.horizons.grant(lane, horizon_ts)
+
+    def took_before(self, op: LogOp) -> None:
+        """An owner before has written `op`, at or below the checkpoint with which this one began,
+        and beyond the start of a recount.
+        """
+        if self.tally is None or not self.carries_rows or not self._is_there(op):
+            return
+        if op.rank is Rank.MARKER:
+            self.tally.dropped_before(op.partition)
+        else:
+            kind = WriteKind.DELETE if op.rank is Rank.DELETE else WriteKind.UPSERT
+            self.tally.took_before(kind, self._partition_name(op), op)
 
     def write_done(self, write_id: int) -> Write:
         write = self.sequencer.done(write_id)
@@ -183,7 +193,7 @@ class AssignmentCore:
     @property
     def held_bytes(self) -> int:
         """Memory held for this assignment."""
-        return self.buffered_bytes + self.staged_bytes + self.sequencer.held_bytes
+        return self.buffered_bytes + self.writable_bytes
 
     @property
     def buffered_bytes(self) -> int:
@@ -191,8 +201,10 @@ class AssignmentCore:
         return sum([lane.buffered_bytes for lane in self.lanes.values()])
 
     @property
-    def staged_bytes(self) -> int:
-        return sum([lane.staged_bytes for lane in self.lanes.values()])
+    def writable_bytes(self) -> int:
+        """Of rows whose tick has come: writing makes room for them."""
+        staged = sum([lane.staged_bytes for lane in self.lanes.values()])
+        return staged + self.sequencer.held_bytes
 
     @property
     def closed(self) -> bool:
@@ -239,11 +251,6 @@ class AssignmentCore:
                 self._leave_out(lane)
                 self.left_out = True
                 continue
-            if self._is_written(lane, op):
-                if self.tally is not None and self._is_there(op):
-                    self._remember(lane, op, self._partition_name(op))
-                self._leave_out(lane)
-                continue
             if op.ts > lane.horizon_ts:
                 return []
             if not self._partition_key and op.partition_id != -1:
@@ -262,24 +269,15 @@ class AssignmentCore:
             self._lane_of[id(op)] = lane
             op.partition = self._partition_name(op)
             if self.tally is not None:
-                self._remember(lane, op, op.partition)
+                self._remember(lane, op)
             self.sequencer.add(self._kind(lane, op), op.partition, op, lane.vchannel)
             self._mark(lane, op)
         return []
 
-    def _is_written(self, lane: Lane, op: LogOp) -> bool:
-        """An owner before has said so with its checkpoint. What came behind a tick is covered by
-        the next one, so by checkpoints beyond the one that it came behind.
-        """
-        assert op.batch is not None
-        behind_ts = op.batch.corrects_ts
-        until_ts = self.written_until.get(lane.vchannel, 0)
-        return op.ts <= until_ts and (behind_ts is None or behind_ts < until_ts)
-
-    def _remember(self, lane: Lane, op: LogOp, partition: str) -> None:
+    def _remember(self, lane: Lane, op: LogOp) -> None:
         assert self.tally is not None
         window = op.ts <= lane.upsert_until_ts
-        self.tally.took(self._kind(lane, op), partition, op, window=window)
+        self.tally.took(self._kind(lane, op), op.partition, op, window=window)
 
     def _is_there(self, op: LogOp) -> bool:
         """The sink has its partition."""
@@ -385,9 +383,7 @@ class AssignmentCore:
         have carried it out all the same: then everything written since is replayed, so rows of the
         next partition of that name must not be below a checkpoint.
         """
-        # What is read for its keys alone was passed by an owner before, drops included.
-        read = self.written_until
-        passed = [max(x.resolved_ts, read.get(x.vchannel, 0)) for x in self.lanes.values()]
+        passed = [lane.resolved_ts for lane in self.lanes.values()]
         if min(passed, default=0) == 0:
             return []
         named: dict[str, list[Partition]] = {}

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from typing import Any
 
 from milvus_cdc.order import lane as lanes
-from milvus_cdc_replicator.core import assignment
 
 from tests.sim.mutants import mutant, put
 
@@ -47,12 +46,3 @@ def checkpoint_taken_by_time(stack: ExitStack) -> None:
 
     put(stack, lanes.Lane, "__init__", noting)
     put(stack, lanes.Lane, "add", newer)
-
-
-@mutant("what came late before the checkpoint is written again when keys are recounted")
-def late_written_again(stack: ExitStack) -> None:
-    def written(self: Any, lane: Any, op: Any) -> bool:
-        until_ts: int = self.written_until.get(lane.vchannel, 0)
-        return op.ts <= until_ts and op.batch.corrects_ts is None
-
-    put(stack, assignment.AssignmentCore, "_is_written", written)

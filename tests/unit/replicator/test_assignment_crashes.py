@@ -294,11 +294,10 @@ def test_a_partition_drop_waits_for_every_lane_and_every_row_before_it() -> None
 def _drop_ahead(
     resolved_ts: tuple[int, int],
     drop_ts: int,
-    written: tuple[int, ...] = (),
     again_ts: int = 0,
 ) -> AssignmentCore:
     """Of an owner that begins when the metadata shows a drop that the log has yet to bring; its
-    name was given anew. `written`: what is read up to there is read for a recount alone.
+    name was given anew.
     """
     partitions = (
         Partition(1, "_default", 0),
@@ -322,7 +321,6 @@ def _drop_ahead(
         WriteLimits(),
         partition_key=False,
     )
-    core.written_until = {f"v{i}": ts for i, ts in enumerate(written)}
     core.mark_opened(0)
     return core
 
@@ -453,15 +451,6 @@ def test_a_part_makes_no_room_for_a_name_that_was_given_anew() -> None:
     lane.tick(13, position(1))
     assert (core.step(), core.stands_ts) == ([], 12)
     assert len(lane.staged) == 1
-
-
-def test_a_drop_that_is_only_read_again_to_recount_keys_is_behind() -> None:
-    core = _drop_ahead((5, 6), drop_ts=10, written=(20, 20))
-    for order, lane in enumerate(core.lanes.values()):
-        lane.add(_insert(21, order, 3, key=order))
-        lane.tick(22, position(order + 1))
-    effects = core.step()
-    assert [type(effect) for effect in effects] == [StartWrite]
 
 
 def test_rows_before_a_collections_drop_get_their_horizon() -> None:

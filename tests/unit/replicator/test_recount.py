@@ -15,7 +15,7 @@ from milvus_cdc.errors import RetryableError
 from milvus_cdc.milvus_protos import common_pb2
 from milvus_cdc.model import Load, LoadKind
 from milvus_cdc.sink import DeleteBatch, Op, RowBatch, RowChunk
-from milvus_cdc.source import LogEntry
+from milvus_cdc.source import LogEntry, LogReader
 from milvus_cdc_replicator import recount
 from milvus_cdc_replicator.report import Recounted, to_progress
 from milvus_cdc_replicator.runner import CollectionRunner
@@ -24,6 +24,7 @@ from milvuscdc.internal import milvus_log_pb2 as log_pb2
 from milvuscdc.v1 import replication_service_pb2 as pb
 
 from tests.unit.replicator.test_runner import (
+    PCHANNEL,
     START,
     VCHANNEL,
     Bench,
@@ -278,12 +279,59 @@ async def test_a_second_loss_in_the_window_loses_no_key() -> None:
         fleet.begun = begun
         writes = len(fleet.sink.writes)
         fleet.take_over()
-        await fleet.through(START + 45)
+        fleet.append(tick(START + 55))
+        await fleet.through(START + 55)
         assert len(fleet.sink.writes) == writes, "read again for the keys alone"
-        assert fleet.checkpoint.resolved_ts == START + 45
         await fleet.late(ROWS)
         fleet.append(tick(START + 60))
         await mended(fleet, {1: ["old"], 2: ["old"], 3: ["old"], 9: ["new"]})
+
+
+async def test_rows_do_not_wait_for_what_is_read_again_to_recount_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with taken_over(ROWS) as fleet:
+        fleet.append(insert(START + 30, [9], "new"), tick(START + 45))
+        await fleet.through(START + 45)
+        fleet.stored()
+        begun = fleet.begun
+        await fleet.lose_owner()
+        fleet.begun = begun
+        opened, asked, may_read = fleet.source.open, asyncio.Event(), asyncio.Event()
+
+        async def slowly(pchannel: str, position: bytes, incarnation: bytes = b"") -> LogReader:
+            if position == begun.read_from:
+                asked.set()
+                await may_read.wait()
+            return await opened(pchannel, position, incarnation)
+
+        monkeypatch.setattr(fleet.source, "open", slowly)
+        fleet.take_over()
+        fleet.grant(START + 999)
+        fleet.append(delete(START + 48, [1]), tick(START + 60))
+        await asked.wait()
+        fleet.append(delete(START + 70, [9]), insert(START + 71, [2, 4], "again"), tick(START + 80))
+        await fleet.through(START + 80)
+        assert fleet.texts() == {2: ["old", "again"], 3: ["old"], 4: ["again"]}
+        await asyncio.sleep(0.5)
+        assert fleet.runner.report().recounted is Recounted.NOT_YET
+        may_read.set()
+        assert await fleet.ended() is Recounted.DONE
+        assert fleet.runner.report().lanes[0].resolved_ts == START + 80
+
+
+async def test_a_log_that_no_longer_reaches_back_to_a_recount_is_said() -> None:
+    async with taken_over(ROWS) as fleet:
+        fleet.append(insert(START + 30, [9], "new"), tick(START + 45))
+        await fleet.through(START + 45)
+        fleet.stored()
+        begun = fleet.begun
+        await fleet.lose_owner()
+        fleet.begun = begun
+        fleet.source.truncate(PCHANNEL, fleet.checkpoint.read_from)
+        fleet.take_over()
+        fleet.append(tick(START + 60))
+        assert (await failure(fleet)).reason == "LOG_TRUNCATED"
 
 
 async def test_what_is_not_loaded_is_written_once_more_instead() -> None:

@@ -62,6 +62,67 @@ def test_it_knows_what_a_sink_holds(
             assert keys <= set(known), "nothing that a lost owner may write is forgotten"
 
 
+@settings(deadline=None)
+@given(
+    st.lists(OPS, max_size=12),
+    st.lists(OPS, max_size=12),
+    st.lists(st.booleans(), max_size=40),
+)
+def test_what_is_read_beside_what_goes_on_comes_before_it(
+    before: list[tuple[WriteKind, str, frozenset[int], bool]],
+    now: list[tuple[WriteKind, str, frozenset[int], bool]],
+    turns: list[bool],
+) -> None:
+    def take(tally: Tally, at: int) -> None:
+        kind, partition, keys, window = now[at]
+        if kind is WriteKind.CHANGES:
+            tally.forget(list(keys)[:1])
+        elif keys == frozenset({0}):
+            tally.forget_partition(partition)
+        else:
+            tally.took(kind, partition, _op(keys), window=window)
+
+    def recall(tally: Tally, at: int) -> None:
+        kind, partition, keys, _ = before[at]
+        if kind is not WriteKind.CHANGES:
+            tally.took_before(kind, partition, _op(keys))
+
+    ordered, budget = _tally(), Budget(1 << 20)
+    for at in range(len(before)):
+        recall(ordered, at)
+    for at in range(len(now)):
+        take(ordered, at)
+    beside = Tally(budget.set_aside, named=True)
+    beside.await_past()
+    left_before, left_now = list(range(len(before))), list(range(len(now)))
+    for past in turns:
+        if past and left_before:
+            recall(beside, left_before.pop(0))
+        elif left_now:
+            take(beside, left_now.pop(0))
+    for at in left_before:
+        recall(beside, at)
+    beside.past_read()
+    for at in left_now:
+        take(beside, at)
+    assert _all(beside) == _all(ordered)
+    beside.clear()
+    assert budget.held == 0
+
+
+def test_what_waits_for_the_past_has_its_bounds_too() -> None:
+    budget = Budget(4 * KEY_BYTES * 3)
+    tally = Tally(budget.set_aside, named=True)
+    tally.await_past()
+    tally.took(WriteKind.INSERT, "p", _op(frozenset({1, 2, 3})), window=False)
+    assert budget.held == 3 * KEY_BYTES
+    tally.took(WriteKind.INSERT, "p", _op(frozenset({4})), window=False)
+    assert tally.full
+    assert budget.held == 0
+    tally.past_read()
+    assert not _all(tally)
+
+
 def test_what_the_source_doubles_and_the_sink_refuses_is_left_out() -> None:
     tally = _tally()
     tally.took(WriteKind.UPSERT, "p", _op(frozenset({1, 2, 3, 4})), window=True)
