@@ -79,11 +79,12 @@ def one(seed: int, minutes: float, mutant: Mutant | None, parts: int, *, telling
 
 def many(first: int, count: int, minutes: float, mutant: Mutant | None, parts: int) -> int:
     started = time.process_time()
-    simulated, rows, takeovers, failed, splits, late, excused = 0.0, 0, 0, 0, 0, 0, 0
+    simulated, rows, takeovers, failed, splits, late, strays, excused = 0.0, 0, 0, 0, 0, 0, 0, 0
     for seed in range(first, first + count):
         result = play(seed, minutes, mutant, parts)
         splits += result.splits
         late += result.late
+        strays += result.strays
         excused += result.excused
         simulated += result.simulated
         rows += result.rows
@@ -96,7 +97,8 @@ def many(first: int, count: int, minutes: float, mutant: Mutant | None, parts: i
         f"{count} seeds in {spent:.0f} s of CPU ({count / spent:.1f} a second), "
         f"{simulated / 3600:.1f} simulated hours ({simulated / spent:.0f} for one), "
         f"{takeovers} new owners, {splits} of parts, {rows} rows written, "
-        f"{late} messages late, {excused} looks excused, {failed} failed"
+        f"{late} messages late, {strays} requests after their time, "
+        f"{excused} looks excused, {failed} failed"
     )
     return 1 if failed else 0
 

@@ -56,11 +56,17 @@ class Referee:
         self.starts: dict[str, set[int]] = {}
         """Per vchannel: checkpoints with which an owner began."""
         self.excused = 0
+        self._strayed: dict[int, set[int]] = {}
+        """By collection: keys of requests that took effect after their time, until a recount."""
 
     def fail(self, what: str) -> None:
         if self.violation is None:
             self.violation = Violation(what)
             self._say("REFEREE", f"VIOLATION: {what}")
+
+    def strayed(self, table: Table, keys: Sequence[int]) -> None:
+        """What the sink holds of these keys counts again when a recount has ended."""
+        self._strayed.setdefault(table.collection_id, set()).update(keys)
 
     # ---- the store
 
@@ -137,6 +143,8 @@ class Referee:
 
     def _wrong(self, table: Table, key: int, values: list[tuple[str, str]], until: int) -> str:
         """As `stale` says, but for what no owner could know."""
+        if key in self._strayed.get(table.collection_id, ()):
+            return ""
         wrong = stale(table, key, values, until)
         if wrong and len(values) < 2 and self._nobody_knows(table, key, until):
             self.excused += 1
@@ -175,6 +183,8 @@ class Referee:
         table = self.table(assignment_id)
         if table is None:
             return
+        if before and before.recount and not progress.recount:
+            self._recounted(table, progress)
         old = {point.vchannel: point for point in before.checkpoints} if before else {}
         for point in progress.checkpoints:
             was = old.get(point.vchannel)
@@ -195,6 +205,14 @@ class Referee:
                 if point.resolved_ts > after:
                     self._checkpoint_is_true(table, point.vchannel, after, point.resolved_ts)
             self._nothing_left_behind(table, point.vchannel, point.pchannel, point)
+
+    def _recounted(self, table: Table, progress: CollectionProgress) -> None:
+        resolved = {point.vchannel: point.resolved_ts for point in progress.checkpoints}
+        values = self._sink.values(table.name)
+        for key in sorted(self._strayed.pop(table.collection_id, ())):
+            until = resolved[table.shard_of(key)[0]]
+            if wrong := self._wrong(table, key, values.get(key, []), until):
+                self.fail(f"the keys of {table.name} count as right: {wrong}")
 
     def _checkpoint_is_true(self, table: Table, vchannel: str, after: int, until: int) -> None:
         if table.dropped_ts:

@@ -1,7 +1,7 @@
 """A Milvus as the sink: a memory one behind a network that loses answers.
 
-Laws: a request takes effect when it arrives, which is never after its deadline; whether it has, its
-sender may never learn.
+Laws: a request takes effect when it arrives, which is never after its deadline (but for `strays`);
+whether it has, its sender may never learn.
 """
 
 from __future__ import annotations
@@ -68,12 +68,18 @@ class SinkServer(Server):
         self.memory = MemorySink()
         self.before: Callable[[Writer, Rows], None] = lambda writer, rows: None
         self.after: Callable[[Writer, Rows], None] = lambda writer, rows: None
+        self.holds: Callable[[Writer, CollectionTarget, RowBatch | DeleteBatch], bool] = (
+            lambda writer, target, batch: False
+        )
+        """Asked when a request arrives; True: it does not take effect now."""
         self.on_drop: Callable[[int], None] = lambda collection_id: None
         """Hears of every request to drop a collection, by its id at the source."""
 
     def write(
         self, writer: Writer, target: CollectionTarget, batch: RowBatch | DeleteBatch
     ) -> None:
+        if self.holds(writer, target, batch):
+            raise ConnectionResetError(self.name)
         rows = Rows(target, batch)
         self.before(writer, rows)
         at_once(self.memory.write(target, batch, 1.0))

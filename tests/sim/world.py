@@ -33,6 +33,7 @@ from tests.sim.queue import Queue
 from tests.sim.referee import Referee
 from tests.sim.sink import InFlight, SinkServer
 from tests.sim.source import Milvus, Table
+from tests.sim.strays import Strays
 from tests.sim.streams import Front
 
 DRIFT = 0.04
@@ -59,6 +60,8 @@ class Result:
     """New owners of parts."""
     late: int = 0
     """Messages behind a tick that covers them."""
+    strays: int = 0
+    """Requests of lost owners that took effect when there was another."""
     excused: int = 0
     """Looks at keys of which no owner could know (ARCHITECTURE.md, "Late messages")."""
     story: list[str] = field(default_factory=list)
@@ -95,6 +98,8 @@ class World:
         self.sink.before = self.referee.before_write
         self.sink.after = self.referee.after_write
         self.sink.on_drop = self.referee.dropping
+        self.strays = Strays(self, random.Random(f"strays {seed}"))
+        self.sink.holds = self.strays.catches
         self.front = Front(self.network)
         self.front.on_response = self.referee.told
         self.orphans: list[tuple[str, InFlight]] = []
@@ -155,6 +160,7 @@ class World:
         count = chaos.randint(2, max(3, round(minutes * 3)))
         faults.plan(self, chaos, 15.0, end, count)
         latecomers.plan(self, random.Random(f"restarts {self.seed}"), 15.0, end)
+        self.strays.plan(15.0, end)
         # Where collections are split every change takes the parts back.
         changes = rng.randint(3, 10) if self.parts else rng.randint(0, 3)
         for at in (rng.uniform(20, end) for _ in range(changes)):
@@ -406,6 +412,7 @@ def run(
         parts,
         world.referee.splits,
         world.milvus.latecomers.count,
+        world.strays.count,
         world.referee.excused,
         world.story,
     )

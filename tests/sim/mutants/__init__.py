@@ -54,4 +54,4 @@ def handle(stack: ExitStack, event: type[events.Event], handler: Any) -> None:
     stack.enter_context(mock.patch.dict(controller._HANDLERS, {event: handler}))
 
 
-from tests.sim.mutants import checkpoints, handover, late, leases, splits  # noqa: E402, F401
+from tests.sim.mutants import checkpoints, handover, late, leases, recounts, splits  # noqa: E402, F401
