@@ -83,8 +83,10 @@ class Facts:
     rows: Rows = field(default_factory=Rows)
     unstarted: dict[str, dict[int, None]] = field(default_factory=dict)
     """By task uid: collections whose start is not known."""
-    unplaced: dict[str, set[str]] = field(default_factory=dict)
-    """By task uid: assignments that wait for a replicator with room."""
+    unplaced: dict[str, dict[int | None, list[str]]] = field(default_factory=dict)
+    """By task uid and collection (None: the task's metadata): assignments that wait for a
+    replicator with room.
+    """
     room: bool = False
     """There may be room for them since they were last looked at."""
     more: bool = False

@@ -68,12 +68,12 @@ def _waiting(world: World, task: TaskRecord, looked_at: Touched, stale: set[str]
     """What of a task wants an owner now, of all that is to be considered; noted as unplaced until
     it is looked at again.
     """
-    unplaced = world.unplaced.pop(task.uid, set())
+    unplaced = world.unplaced.pop(task.uid, {})
     if not task.active:
         return []
     numbers = looked_at.of(task.uid) if task.uid in looked_at else set()
     if numbers is not None and world.room:
-        numbers = numbers.union(n for _, n in map(split_assignment_id, unplaced) if n is not None)
+        numbers = numbers.union(n for n in unplaced if n is not None)
     found = []
     key = metadata_assignment_id(task.uid)
     if key not in stale and not is_held(world, key) and not metadata_wanted(world, task):
@@ -89,9 +89,10 @@ def _waiting(world: World, task: TaskRecord, looked_at: Touched, stale: set[str]
     if numbers is None:
         unplaced.clear()
     else:
-        looked_at_too = {*numbers, None}
-        unplaced = {k for k in unplaced if split_assignment_id(k)[1] not in looked_at_too}
-    unplaced.update(found)
+        for number in (*numbers, None):
+            unplaced.pop(number, None)
+    for key in found:
+        unplaced.setdefault(split_assignment_id(key)[1], []).append(key)
     if unplaced:
         world.unplaced[task.uid] = unplaced
     return found

@@ -53,8 +53,8 @@ def _lacking(world: World, tasks: list[TaskRecord]) -> dict[str, int]:
     """Since when parts of collections wait for an owner; after a while they are made whole."""
     lacking: dict[str, int] = {}
     for task in tasks:
-        unplaced = world.unplaced.get(task.uid, ())
-        parts = {whole_of(key) for key in unplaced if part_of_assignment(key) is not None}
+        unplaced = world.unplaced.get(task.uid, {}).values()
+        parts = {whole_of(key) for keys in unplaced for key in keys if part_of_assignment(key)}
         for whole in sorted(parts):
             lacking[whole] = world.lacking.get(whole, world.now.mono_ms)
             if world.now.mono_ms - lacking[whole] >= LACKING_MS:

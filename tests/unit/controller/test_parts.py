@@ -282,7 +282,7 @@ def test_a_part_without_an_owner_makes_it_whole_again() -> None:
         CollectionState.PENDING,
         "NO_CAPACITY",
     )
-    assert script.core.world.unplaced == {"uid-copy": {TWO}}
+    assert script.core.world.unplaced == {"uid-copy": {11: [TWO]}}
     script.pass_time(17_000, beating=BOTH)
     assert asked_back(script) == {ONE}
     script.ask(ev.UncordonReplicator, name="a" if gone == 2 else "b")

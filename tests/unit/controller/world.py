@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from typing import Any, TypeVar
 
 from milvus_cdc.model import (
@@ -103,7 +104,7 @@ def agree(world: World, uid: str) -> None:
     }
     mine = {g.instance for g in held if split_assignment_id(g.assignment_id)[0] == uid}
     assert world.holders(uid) == mine
-    for key in world.unplaced.get(uid, ()):
+    for key in chain(*world.unplaced.get(uid, {}).values()):
         assert not is_held(world, key), "what has an owner waits for one"
 
 
