@@ -25,6 +25,7 @@ from milvus_cdc_controller.core.holding import trouble
 from milvus_cdc_controller.core.mapping import NameRule, split
 from milvus_cdc_controller.core.parts import points_of
 from milvus_cdc_controller.core.positions import retention_of
+from milvus_cdc_controller.core.recount import WRITING_AGAIN
 from milvus_cdc_controller.core.status import (
     beyond_limits,
     collection_view,
@@ -308,6 +309,9 @@ def collection_message(world: World, record: CollectionRecord) -> task_pb2.TaskC
     totals = view.progress.totals
     resolved_ts = view.progress.resolved_ts
     conditions = list(view.progress.conditions)
+    recount = view.progress.recount
+    if recount is not None and recount.again and WRITING_AGAIN[0] not in dict(conditions):
+        conditions.append(WRITING_AGAIN)  # replicators said it themselves once
     left = retention_of(world, view.progress, record.assignment_id)
     if left.low(world.warn_fraction):
         conditions.append((RETENTION_LOW, retention_text(left)))

@@ -31,11 +31,6 @@ _LOADS = {
     LoadKind.PARTITIONS: pb.LoadSpec.KIND_PARTITIONS,
 }
 DRIFTS = {Drift.REPAIR: task_pb2.DRIFT_REPAIR, Drift.REPORT: task_pb2.DRIFT_REPORT}
-_RECOUNTS = {
-    None: pb.RECOUNT_UNSPECIFIED,
-    False: pb.RECOUNT_WANTED,
-    True: pb.RECOUNT_WRITE_AGAIN,
-}
 _PARTITIONS = {
     ObjectState.CREATED: pb.PartitionSpec.STATE_CREATED,
     ObjectState.DROPPED: pb.PartitionSpec.STATE_DROPPED,
@@ -85,7 +80,7 @@ def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> p
         indexes=map(_index_spec, want.indexes),
         load=_load_spec(want.load),
         vchannels=_vchannel_specs(progress, recount),
-        recount=_RECOUNTS[None if recount is None else recount.again],
+        recount=_wanted(recount),
         opened=record.opened,
         sink_collection_id=record.sink_collection_id,
         recreate=record.recreate,
@@ -99,6 +94,14 @@ def collection_spec(record: CollectionRecord, progress: CollectionProgress) -> p
         alter_ts=want.alter_ts,
         applied=applied,
     )
+
+
+def _wanted(recount: Recount | None) -> pb.Recount.ValueType:
+    if recount is None:
+        return pb.RECOUNT_UNSPECIFIED
+    if recount.again and not recount.lost_again:
+        return pb.RECOUNT_WRITE_AGAIN
+    return pb.RECOUNT_WANTED
 
 
 def _vchannel_specs(progress: CollectionProgress, recount: Recount | None) -> list[pb.VchannelSpec]:

@@ -47,10 +47,6 @@ TRIES = 8
 TRY_AGAIN_SECONDS = 3.0
 NAMED_KEYS = 5
 NO_ROOM = "there are more of them than memory for it"
-WRITING_AGAIN = (
-    "after a replicator was lost, keys at the sink could not be proved right; the rows since are "
-    "being written once more, meanwhile older values may be seen"
-)
 
 
 class _CannotTell(Exception):
@@ -155,8 +151,6 @@ class Recounting:
             return
         self._sink = sink
         self._settled_at = time.monotonic() + (0.0 if self._again else SETTLE_SECONDS)
-        if self._again:
-            self._object.conditions["WRITING_AGAIN"] = WRITING_AGAIN
 
     def refused(self, write: Write) -> None:
         """Rows of it are dead letters, not at the sink."""
@@ -166,7 +160,7 @@ class Recounting:
 
     def close(self) -> None:
         """Nothing is counted any more."""
-        self._leave_past()
+        self.leave_past()
         if self._core.tally is not None:
             self._core.tally.clear()
             self._core.tally = None
@@ -209,7 +203,7 @@ class Recounting:
             return
         past.step()
         if self._past_opened and (past.over or tally.full):
-            self._leave_past()
+            self.leave_past()
             tally.past_read()
         else:
             self._past_intake.relieve()
@@ -217,9 +211,13 @@ class Recounting:
 
     async def _open_past(self, intake: Intake) -> None:
         await intake.open()
-        self._past_opened = True
+        if self._past_intake is intake:
+            self._past_opened = True
+        else:
+            intake.leave()
 
-    def _leave_past(self) -> None:
+    def leave_past(self) -> None:
+        """Nothing of it is read any more."""
         if self._past_intake is not None:
             self._past_intake.leave()
         self._past = self._past_intake = None
@@ -274,7 +272,6 @@ class Recounting:
     def _end(self, verdict: Recounted) -> None:
         self.ended = verdict
         self.close()
-        self._object.conditions.pop("WRITING_AGAIN", None)
         self._changed()
 
     # ---- looking

@@ -235,6 +235,7 @@ class CollectionRunner:
         self._stopping = True
         self._halt.set()
         self._intake.close()
+        self._recounting.leave_past()
         self._wake.set()
         if self._owner is not None:
             with contextlib.suppress(asyncio.CancelledError):
@@ -302,6 +303,7 @@ class CollectionRunner:
             self._fail(BugError("REPLICATOR_BUG", f"{type(error).__name__}: {error}"))
         finally:
             self._intake.close()
+            self._recounting.leave_past()
             self._alarms.close()
             while self._tasks:
                 await asyncio.wait(self._tasks)

@@ -198,20 +198,22 @@ class Pair:
 
     def prove_after_crash_of_milvus(self) -> int:
         """As `prove`. A Milvus 2.3.5 that is loaded within seconds of its crash now and then serves
-        rows that it has already replaced, beside the new ones (about one time in fifteen): what it
-        stored is right, which a release and load shows. That and nothing else is looked at again.
+        rows that it has already replaced or deleted, beside the right ones (about one time in
+        fifteen): what it stored is right, which a release and load shows. Where a query meets such
+        a row, arrays of others come with the wrong rows, too (it leaves the row out, but not its
+        arrays). That and nothing else is looked at again.
         """
         for result in self.verify():
-            if not result.different or (result.missing, result.extra) != (0, 0):
+            if result.missing:
                 continue
-            for server, twice in (
+            for server, stale in (
                 (self.stack.source, result.source_doubled),
-                (self.stack.sink, result.doubled),
+                (self.stack.sink, result.doubled + result.extra),
             ):
-                if twice != result.different:
+                if not stale:
                     continue
                 database, _, name = result.collection.partition(".")
-                print(f"{result.collection}: loaded anew, {twice} keys were served twice")
+                print(f"{result.collection}: loaded anew, {stale} old rows were served")
                 client = MilvusClient(uri=server.uri, db_name=database)
                 client.release_collection(name)
                 client.load_collection(name)

@@ -88,6 +88,8 @@ class SinkServer(Server):
     def copies(self, target: CollectionTarget, partition: str, keys: Sequence[Key]) -> Copies:
         """Of everything: all is loaded."""
         name = target.collection
+        if name not in self.memory.collections("default"):
+            raise UserError("SINK_COLLECTION_MISSING", f"there is no collection {name}")
         there = self.memory.partitions("default", name)
         if partition and partition not in there:
             raise UserError("SINK_PARTITION_MISSING", f"{name} has no partition {partition}")

@@ -119,19 +119,12 @@ class Lane:
     def _add_again(self, op: LogOp) -> bool:
         portion = self._portions[0]
         kept = False
-        if self._start_ts < op.ts <= portion.until_ts and not self._was_left_out(op):
+        if self._start_ts < op.ts <= portion.until_ts:
             wanted = op if self._correction is None else self._correction.part_of(op)
             kept = wanted is not None and self._keep(wanted)
         if op.order >= portion.last_order:
             self._release_portion()
         return kept
-
-    def _was_left_out(self, op: LogOp) -> bool:
-        """When this owner began, and is again. Where everything is said anew that may be the half
-        of an upsert whose other half lies before; of single keys nothing like it is asked.
-        """
-        anew = self._correction is not None and self._correction.keys is None
-        return anew and op.order <= self._passed_order and op.ts <= self._began_ts
 
     def _keep(self, op: LogOp) -> bool:
         if op.msg_id:
@@ -265,6 +258,8 @@ class Lane:
         ops = _pair_upserts(due)
         if correction is not None:
             ops = correction.states(ops)
+            if correction.keys is None:
+                ops = [op for op in ops if not self._was_passed(op)]
         for op in ops:
             op.batch = batch
             batch.outstanding += 1
@@ -278,6 +273,13 @@ class Lane:
             self._buffer = []
         self.buffered_bytes = sum(op.size for op in self._buffer)
         self._push(batch)
+
+    def _was_passed(self, op: LogOp) -> bool:
+        """A deletion that was left out when this owner began. Where everything is said anew it may
+        be the half of an upsert whose other half lies before; else it is done.
+        """
+        passed = op.order <= self._passed_order and op.ts <= self._began_ts
+        return passed and op.rank is Rank.DELETE
 
     def resume(self, read_from: bytes, resolved_ts: int) -> None:
         """Before anything is read: the sink itself says that it is further than was known here."""

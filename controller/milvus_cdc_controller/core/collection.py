@@ -99,6 +99,10 @@ class Recount:
     """(vchannel, `read_from`, `resolved_ts`) of each open shard when its lease ended."""
     again: bool = False
     """They were found wrong: everything since is written once more."""
+    lost_again: bool = False
+    """An owner that did so was lost as well: what it may have sent is waited for, and what is wrong
+    then is written once more, as after any loss.
+    """
 
 
 @dataclass(frozen=True, slots=True)

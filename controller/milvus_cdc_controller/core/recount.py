@@ -30,6 +30,11 @@ NOT_RECOUNTED = (
     "far back, to see if the first had left keys doubled; `milvus-cdc verify` tells, "
     "`milvus-cdc task resync` mends it",
 )
+WRITING_AGAIN = (
+    "WRITING_AGAIN",
+    "after a replicator was lost, keys at the sink could not be proved right; the rows since are "
+    "being written once more, meanwhile older values may be seen",
+)
 
 
 def owner_lost(world: World, assignment_id: str) -> None:
@@ -43,6 +48,8 @@ def owner_lost(world: World, assignment_id: str) -> None:
     if progress.recount is None and any(p.horizon_ts > p.resolved_ts for p in still_open):
         starts = tuple((p.vchannel, p.read_from, p.resolved_ts) for p in still_open)
         progress = replace(progress, recount=Recount(starts))
+    elif progress.recount is not None and progress.recount.again:
+        progress = replace(progress, recount=replace(progress.recount, lost_again=True))
     if progress is not before:
         world.put_progress(progress)
 
@@ -99,4 +106,4 @@ def recounted(progress: CollectionProgress, verdict: Recounted) -> CollectionPro
         return progress
     if verdict is Recounted.DONE:
         return replace(progress, recount=None)
-    return replace(progress, recount=replace(progress.recount, again=True))
+    return replace(progress, recount=replace(progress.recount, again=True, lost_again=False))

@@ -25,15 +25,17 @@ from milvus_cdc_controller.core.hold import HoldRecord
 from milvus_cdc_controller.core.replicator import ReplicatorRecord
 from milvus_cdc_controller.core.task import MetadataRecord, SourceRecord, TaskRecord
 
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 """2: the incarnation of a checkpoint's topic. 3: names at the sink, and what is carried there.
 4: what sinks are known to hold. 5: marks on replicators, and which of them a task asks for.
 6: what is to be recounted there. 7: holds, secrets that are encrypted. 8: limits of requests and
-connections, who made a task. 9: collections that are given out in parts.
+connections, who made a task. 9: collections that are given out in parts. 10: owners
+that are lost while they write again.
 """
 _BEFORE_PARTS = 8
-_OF_PARTS = frozenset({"max_parts", "parts", "whole_until_ts"})
-"""Left out where they say nothing: then the version before can read the record, too."""
+_OF_PARTS = 9
+_LEFT_OUT = frozenset({"max_parts", "parts", "whole_until_ts", "lost_again"})
+"""Where they say nothing: then versions before can read the record, too."""
 
 _KINDS: dict[str, type[Any]] = {
     "tasks": TaskRecord,
@@ -49,8 +51,7 @@ _KINDS: dict[str, type[Any]] = {
 
 def encode(record: Record) -> bytes:
     body = _plain(record)
-    with_parts = _has_parts(record)
-    body["format_version"] = FORMAT_VERSION if with_parts else _BEFORE_PARTS
+    body["format_version"] = _format(record)
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -77,6 +78,13 @@ def decode(key: str, value: bytes) -> Record:
     return record
 
 
+def _format(record: Record) -> int:
+    """The oldest that can say it."""
+    if isinstance(record, CollectionProgress) and record.recount and record.recount.lost_again:
+        return FORMAT_VERSION
+    return _OF_PARTS if _has_parts(record) else _BEFORE_PARTS
+
+
 def _has_parts(record: Record) -> bool:
     match record:
         case TaskRecord():
@@ -99,7 +107,7 @@ def _plain(value: Any) -> Any:
         return {
             name: _plain(told)
             for name in _hints(value.__class__)
-            if (told := getattr(value, name)) or name not in _OF_PARTS
+            if (told := getattr(value, name)) or name not in _LEFT_OUT
         }
     return value
 

@@ -19,6 +19,8 @@ from milvus_cdc_replicator.core.ops import WriteKind
 
 KEY_BYTES = 90
 """Of an entry and its integer; of a text beside its characters."""
+WAITING_BYTES = 600
+"""Of an operation that waits, beside its keys."""
 ANYWHERE = ""
 SEVERAL = -1
 
@@ -58,11 +60,17 @@ class Tally:
         single = len(keys) == op.rows
         if self._waiting is None:
             self._take(kind, partition, keys, window=window, single=single)
-        elif self._room_for(size := len(keys) * KEY_BYTES + _text_bytes(keys)):
-            self._waiting_bytes += size
-            self._waiting.append(
-                partial(self._take, kind, partition, keys, window=window, single=single)
+        else:
+            self._wait(
+                partial(self._take, kind, partition, keys, window=window, single=single),
+                len(keys) * KEY_BYTES + _text_bytes(keys),
             )
+
+    def _wait(self, take: Callable[[], None], size: int = 0) -> None:
+        assert self._waiting is not None
+        if self._room_for(WAITING_BYTES + size):
+            self._waiting_bytes += WAITING_BYTES + size
+            self._waiting.append(take)
 
     def took_before(self, kind: WriteKind, partition: str, op: LogOp) -> None:
         """`op` was written before everything that `took` names of its keys, by an owner before."""
@@ -127,7 +135,7 @@ class Tally:
     def forget(self, keys: Iterable[Key]) -> None:
         """What is at the sink of these is not known."""
         if self._waiting is not None:
-            self._waiting.append(partial(self._forget, keys))
+            self._wait(partial(self._forget, keys))
         else:
             self._forget(keys)
 
@@ -140,7 +148,7 @@ class Tally:
     def forget_partition(self, partition: str) -> None:
         """It is dropped, with all that may come too late for it."""
         if self._waiting is not None:
-            self._waiting.append(partial(self._forget_partition, partition))
+            self._wait(partial(self._forget_partition, partition))
         else:
             self._forget_partition(partition)
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from milvus_cdc_controller import specs
 from milvus_cdc_controller.core import sessions
 from milvus_cdc_controller.core.collection import Recounted as Verdict
 from milvus_cdc_replicator import recount
@@ -36,6 +37,16 @@ def not_written_again(stack: ExitStack) -> None:
         return progress if verdict is Verdict.NOT_YET else replace(progress, recount=None)
 
     put(stack, sessions, "recounted", over)
+
+
+@mutant("who is lost while writing again leaves nothing to wait for")
+def lost_while_writing_again(stack: ExitStack) -> None:
+    wanted = specs._wanted
+
+    def as_first(left: Any) -> Any:
+        return wanted(left and replace(left, lost_again=False))
+
+    put(stack, specs, "_wanted", as_first)
 
 
 @mutant("what owners in between took is not read again to recount keys")

@@ -9,6 +9,7 @@ from milvus_cdc_controller.core import events as ev
 from milvus_cdc_controller.core.collection import Recount, Recounted
 from milvus_cdc_controller.core.grant import ReportedState
 from milvus_cdc_controller.core.recount import KEPT_MS, NOT_RECOUNTED
+from milvus_cdc_controller.present import collection_message
 from milvus_cdc_controller.specs import collection_spec
 from milvus_cdc_controller.store.records import decode, encode
 from milvuscdc.v1 import replication_service_pb2 as pb
@@ -151,7 +152,19 @@ def test_whoever_is_lost_while_writing_again_another_one_begins_there_however_fa
     script.pass_time(17_000)
     script.hello(3, "c")
     spec = told(script, 3)
-    assert spec.recount == pb.RECOUNT_WRITE_AGAIN
+    assert spec.recount == pb.RECOUNT_WANTED, "what that one sent is waited for, too"
+    (shard,) = spec.vchannels
+    assert (shard.read_from, shard.recount_from) == (b"p100", b"")
+    record = script.core.world.collections["uid-copy"][11]
+    shown = collection_message(script.core.world, record).conditions
+    assert [each.type for each in shown] == ["WRITING_AGAIN"]
+    progress = script.core.world.progress[BOOKS]
+    assert decode("checkpoints/uid-copy/11", encode(progress)) == progress
+    assert b'"format_version":10' in encode(progress), "no older controller takes it for less"
+    wrote(script, 3, 4, 330 + FAR, recounted=Recounted.WRITE_AGAIN)
+    script.take(ev.Released(script.now, 3, BOOKS, 4))
+    spec = told(script, 3)
+    assert spec.recount == pb.RECOUNT_WRITE_AGAIN, "as after any loss"
     assert spec.vchannels[0].read_from == b"p100"
 
 

@@ -266,6 +266,28 @@ def test_past_and_present_are_the_whole(seed: int, requests: int, forget: bool) 
     assert sink.rows == truth(log)
 
 
+def test_halves_of_an_upsert_that_a_checkpoint_divides_are_one_where_all_is_said_anew() -> None:
+    """Its insert was left out as done; the delete comes late, and by then nobody remembers of which
+    keys late messages were.
+    """
+    log = [
+        Said(25, Rank.INSERT, (9,), 1, 1),
+        Said(18, Rank.INSERT, (7,), 2, 1),
+        Said(20),
+        Said(18, Rank.DELETE, (7,), 2, 1),
+        Said(30),
+    ]
+    sink, owner = Sink(), Owner(position(0), 20, 20)
+    sink.copies[7] = [log[1]]
+    while owner.at < len(log):
+        owner.read(log, random.Random(1), forget=False)
+        if owner.at == 4 and owner.lane.may_forget and not owner.lane.forgetful:
+            owner.lane.forget(1_000)
+        while owner.lane.staged:
+            sink.take(owner.lane.take(), owner.lane.upsert_until_ts)
+    assert sink.rows == {7: [2], 9: [1]}
+
+
 def test_a_late_deletion_reaches_partitions_that_what_is_newer_does_not() -> None:
     log = [
         Said(5, Rank.INSERT, (1, 2), 1, 1),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from milvus_cdc.order.ops import LogOp, Rank
 from milvus_cdc_replicator.core.budget import Budget
 from milvus_cdc_replicator.core.ops import WriteKind
-from milvus_cdc_replicator.core.tally import KEY_BYTES, Tally
+from milvus_cdc_replicator.core.tally import KEY_BYTES, WAITING_BYTES, Tally
 
 KEYS = st.frozensets(st.integers(0, 5), min_size=1, max_size=3)
 OPS = st.tuples(st.sampled_from(WriteKind), st.sampled_from("pq"), KEYS, st.booleans())
@@ -111,11 +111,12 @@ def test_what_is_read_beside_what_goes_on_comes_before_it(
 
 
 def test_what_waits_for_the_past_has_its_bounds_too() -> None:
-    budget = Budget(4 * KEY_BYTES * 3)
+    budget = Budget(4 * (KEY_BYTES * 3 + 2 * WAITING_BYTES))
     tally = Tally(budget.set_aside, named=True)
     tally.await_past()
     tally.took(WriteKind.INSERT, "p", _op(frozenset({1, 2, 3})), window=False)
-    assert budget.held == 3 * KEY_BYTES
+    tally.forget([1])
+    assert budget.held == 3 * KEY_BYTES + 2 * WAITING_BYTES
     tally.took(WriteKind.INSERT, "p", _op(frozenset({4})), window=False)
     assert tally.full
     assert budget.held == 0
